@@ -1,0 +1,181 @@
+"""What the algorithm and an encoder tell each other.
+
+An encoder has two halves: `embed` does everything that looks at one token's neighbourhood only (patches, convolutional
+front end, token embedding), `contextualize` everything that mixes positions. Between the two, tokens are hidden.
+
+Shape letters, for the whole package: B samples, M views (masks per sample), N = B * M rows, sample-major; T tokens,
+V visible tokens of a row, E prefix tokens (class token), P hidden tokens in the batch, D width, L layers, K averaged
+layers, H heads, S = E + T.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+MaskMode = Literal["replace", "drop", "corrupt"]
+Tap = Literal["ffn", "block"]
+
+
+@dataclass(frozen=True)
+class _TensorRecord:
+    """Fields that move together; whatever is no tensor stays where it is."""
+
+    def _map(self, change: Any) -> Any:
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, _TensorRecord):
+                changed[field.name] = value._map(change)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
+        """The same record with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Any:
+        """The same record with its tensors in pinned host memory."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Masks(_TensorRecord):
+    """Which tokens the student may not see, in the two forms it is needed in.
+
+    The index tensors say the same as `masked`. They are made on the host, where their sizes are known, so that nothing
+    on the device has to count the hidden tokens first.
+    """
+
+    masked: Tensor  # (B, M, T) bool, True = hidden from the student
+    hidden: Tensor  # (P,) int64: hidden positions in the flattened (N, T)
+    visible: Tensor | None  # (N, V) int64: visible positions of each row, ascending; None when rows differ in V
+
+    @classmethod
+    def from_masked(cls, masked: Tensor) -> Masks:
+        """Index tensors for `masked` (B, M, T). Call it on the host: it counts."""
+        rows = masked.flatten(0, 1)
+        num_visible = (~rows).sum(dim=1)
+        visible = None
+        if bool((num_visible == num_visible[0]).all()):
+            visible = (~rows).nonzero()[:, 1].view(rows.shape[0], -1)
+        return cls(masked=masked, hidden=rows.flatten().nonzero()[:, 0], visible=visible)
+
+
+@dataclass(frozen=True)
+class Batch(_TensorRecord):
+    """One batch of any modality."""
+
+    inputs: Tensor  # what the encoder eats, (B, ...)
+    attention_mask: Tensor | None = None  # (B, ...) bool at the rate of the inputs, True = real
+    masks: Masks | None = None  # None outside pretraining
+    corrupted: Tensor | None = None  # (B, M, ...) like inputs: what the student sees in mask mode "corrupt"
+    ids: Tensor | None = None  # (B,) int64, sample ids
+    labels: Tensor | None = None  # (B,)
+    rejected: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be used
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What `contextualize` returns."""
+
+    prefix: Tensor  # (N, E, D) class and other extra positions
+    tokens: Tensor  # (N, T, D), or (N, V, D) in mask mode "drop"
+    layers: list[Tensor]  # the tapped layers, lowest first, each (N, T, D) without prefix; empty without a tap
+
+
+class ModalityEncoder(nn.Module, ABC):
+    """Base of all encoders. Subclasses set the attributes below in their constructor."""
+
+    dim: int
+    depth: int  # all blocks
+    prenet_depth: int  # of these, the first ones that never serve as targets
+    num_prefix_tokens: int
+    grid: tuple[int, int] | None  # rows and columns of the token grid; None for sequences
+    no_decay: frozenset[str] = frozenset()  # parameter names exempt from weight decay, besides biases and 1-d tensors
+
+    @abstractmethod
+    def embed(self, inputs: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Inputs -> tokens (B, T, D) and the attention mask at token rate, (B, T) bool or None."""
+
+    @abstractmethod
+    def contextualize(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        masks: Masks | None = None,
+        mode: MaskMode = "replace",
+        tap: Tap | None = None,
+        last: int = 0,
+    ) -> EncoderOutput:
+        """Mix positions.
+
+        Args:
+            tokens: (B, T, D) from `embed`; (N, T, D) in mode "corrupt", where every view has inputs of its own.
+            attention_mask: (B, T) bool, True = real.
+            masks: None = everything is visible and N = B.
+            mode: "replace" puts a learned vector into hidden places, "drop" leaves them out, "corrupt" leaves the
+                tokens as they are since the inputs were changed.
+            tap: which tensor of each block to return in `layers`: the raw output of the second linear of its FFN
+                ("ffn") or the block's output ("block").
+            last: how many of the last blocks to tap.
+        """
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> EncoderOutput:
+        """Encode whole inputs, nothing hidden."""
+        tokens, token_mask = self.embed(inputs, attention_mask)
+        return self.contextualize(tokens, token_mask)
+
+
+def hide(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    masks: Masks,
+    mode: MaskMode,
+    mask_token: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Give every view its own copy of the tokens, without what it may not see.
+
+    Args:
+        tokens: (B, T, D); in mode "corrupt" (N, T, D), returned as it is.
+        attention_mask: (B, T) bool or None.
+        masks: what to hide.
+        mode: see `ModalityEncoder.contextualize`.
+        mask_token: broadcastable to (N, T, D), for mode "replace".
+
+    Returns:
+        tokens (N, T, D) or, in mode "drop", (N, V, D); and the attention mask of the same rows and positions.
+
+    Raises:
+        ValueError: mode "drop" with rows that differ in their number of visible tokens, or "replace" without a token.
+    """
+    views, num_tokens = masks.masked.shape[1:]
+    if attention_mask is not None and views > 1:
+        attention_mask = attention_mask.repeat_interleave(views, dim=0)  # (N, T)
+    if mode == "corrupt":
+        return tokens, attention_mask
+    if mode == "replace":
+        if mask_token is None:
+            raise ValueError("mask mode 'replace' needs an encoder with a mask token (mask_token: true)")
+        if views > 1:
+            tokens = tokens.repeat_interleave(views, dim=0)
+        return torch.where(masks.masked.flatten(0, 1)[..., None], mask_token.to(tokens.dtype), tokens), attention_mask
+    if masks.visible is None:
+        raise ValueError("mask mode 'drop' needs masks that hide the same number of tokens in every row")
+    num_rows, num_visible = masks.visible.shape
+    sample = torch.arange(num_rows, device=tokens.device)[:, None] // views
+    flat = (sample * num_tokens + masks.visible).flatten()  # (N * V,) into the flattened (B, T)
+    tokens = tokens.flatten(0, 1).index_select(0, flat).view(num_rows, num_visible, -1)
+    if attention_mask is not None:
+        attention_mask = attention_mask.gather(1, masks.visible)
+    return tokens, attention_mask

@@ -1,0 +1,209 @@
+"""Vision transformers of both papers, in one class.
+
+1.0 (BEiT): patches, mask token, class token; no absolute positions but a relative position bias in the attention,
+    pre-norm blocks with layer scale and no key bias, a final norm.
+2.0: patches plus fixed sine-cosine positions, class token without a position, a norm, post-norm blocks.
+
+Which is which is said by the switches in `configs/preset/vision_*.yaml`. Letters: see `encoders.base`; C channels,
+(Hp, Wp) patch grid, T = Hp * Wp in row-major order.
+"""
+
+from itertools import repeat
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.transformer import QKVBias, Transformer
+from data2vec_train.layers.misc import init_beit, init_bert, scale_down_by_depth
+from data2vec_train.layers.positions import RelativePositionBias, bias_between, sincos_grid
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches through one linear map (written as a strided convolution)."""
+
+    def __init__(self, *, channels: int, patch_px: int, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(channels, dim, kernel_size=patch_px, stride=patch_px)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D)."""
+        return self.project(images).flatten(2).mT
+
+
+class VisionEncoder(ModalityEncoder):
+    """Image encoder.
+
+    Args:
+        image_px: side of the square input, or (height, width).
+        patch_px: side of a patch; must divide the image.
+        channels: of the input, any number.
+        dim: width D.
+        depth: number of blocks, the prenet included.
+        prenet_depth: first blocks that never serve as targets (2.0 base: 2).
+        num_heads: attention heads.
+        ffn_dim: inner width of the feed-forward part.
+        norm_first: pre-norm blocks and a final norm; else post-norm blocks and a norm before the first one.
+        norm_eps: of all layer norms.
+        positions: "sincos" adds fixed positions to the patches, "none" leaves them to `relative_bias`.
+        relative_bias: "shared" by all blocks, "per_layer", or "none".
+        class_token: whether to prepend one.
+        mask_token: whether there is a learned vector for hidden patches (mask mode "replace").
+        qkv_bias: which of query, key, value have biases.
+        layer_scale: start value of the learned scales on both branches, None = no scales.
+        dropout: on both branches.
+        attention_dropout: on the attention weights.
+        activation_dropout: inside the feed-forward part.
+        drop_path: stochastic depth of the last block.
+        init: "bert" (2.0: normal weights, Xavier patches, class token of unit variance) or "beit" (1.0).
+        activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        attention: backend, see `layers.attention`.
+
+    Raises:
+        ValueError: a combination that cannot be built, such as patches that do not tile the image.
+    """
+
+    no_decay = frozenset({"class_token"})
+
+    def __init__(
+        self,
+        *,
+        image_px: int | list[int],
+        patch_px: int,
+        channels: int,
+        dim: int,
+        depth: int,
+        prenet_depth: int,
+        num_heads: int,
+        ffn_dim: int,
+        norm_first: bool,
+        norm_eps: float,
+        positions: Literal["sincos", "none"],
+        relative_bias: Literal["shared", "per_layer", "none"],
+        class_token: bool,
+        mask_token: bool,
+        qkv_bias: QKVBias,
+        layer_scale: float | None,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        drop_path: float,
+        init: Literal["bert", "beit"],
+        activation_checkpointing: bool,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        height, width = (image_px, image_px) if isinstance(image_px, int) else image_px
+        if height % patch_px or width % patch_px:
+            raise ValueError(f"patches of {patch_px} px do not tile an image of {height} x {width} px")
+        for name, value, allowed in (
+            ("positions", positions, ("sincos", "none")),
+            ("relative_bias", relative_bias, ("shared", "per_layer", "none")),
+            ("init", init, ("bert", "beit")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= prenet_depth < depth:
+            raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
+        self.dim = dim
+        self.depth = depth
+        self.prenet_depth = prenet_depth
+        self.num_prefix_tokens = int(class_token)
+        self.grid = (height // patch_px, width // patch_px)
+
+        self.embedder = PatchEmbedding(channels=channels, patch_px=patch_px, dim=dim)
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if mask_token else None
+        fixed = sincos_grid(self.grid, dim)[None] if positions == "sincos" else None  # (1, T, D)
+        self.register_buffer("positions", fixed, persistent=False)
+        num_biases = {"shared": 1, "per_layer": depth, "none": 0}[relative_bias]
+        self.relative_biases = nn.ModuleList(
+            RelativePositionBias(grid=self.grid, num_heads=num_heads, num_prefix_tokens=self.num_prefix_tokens)
+            for _ in range(num_biases)
+        )
+        self.input_norm = nn.Identity() if norm_first else nn.LayerNorm(dim, eps=norm_eps)
+        self.transformer = Transformer(
+            depth=depth,
+            dim=dim,
+            num_heads=num_heads,
+            ffn_dim=ffn_dim,
+            norm_first=norm_first,
+            norm_eps=norm_eps,
+            qkv_bias=qkv_bias,
+            layer_scale=layer_scale,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            drop_path=drop_path,
+            activation_checkpointing=activation_checkpointing,
+            backend=attention,
+        )
+        self.final_norm = nn.LayerNorm(dim, eps=norm_eps) if norm_first else nn.Identity()
+        self._initialise(init)
+
+    def _initialise(self, init: str) -> None:
+        extra = [token for token in (self.class_token, self.mask_token) if token is not None]
+        if init == "beit":
+            init_beit(self)
+            scale_down_by_depth(self.transformer.blocks)
+            for token in extra:
+                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        else:
+            init_bert(self)
+            nn.init.xavier_uniform_(self.embedder.project.weight.view(self.dim, -1))
+            nn.init.zeros_(self.embedder.project.bias)
+            for token in extra:
+                nn.init.normal_(token)
+
+    def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) as it came."""
+        return self.embedder(inputs), attention_mask
+
+    def contextualize(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        masks: Masks | None = None,
+        mode: MaskMode = "replace",
+        tap: Tap | None = None,
+        last: int = 0,
+    ) -> EncoderOutput:
+        """See `ModalityEncoder.contextualize`."""
+        # A dropped token leaves with its position; a replaced one keeps the position, or nobody knew where it was.
+        if self.positions is not None and mode == "drop":
+            tokens = tokens + self.positions
+        if masks is not None:
+            tokens, attention_mask = hide(
+                tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token
+            )  # (N, T or V, D)
+        if self.positions is not None and mode != "drop":
+            tokens = tokens + self.positions
+
+        num_rows, num_prefix = tokens.shape[0], self.num_prefix_tokens
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(num_rows, -1, -1), tokens], dim=1)  # (N, S, D)
+            if attention_mask is not None:
+                attention_mask = torch.cat([attention_mask.new_ones(num_rows, num_prefix), attention_mask], dim=1)
+        x, layers = self.transformer(
+            self.input_norm(tokens),
+            key_mask=attention_mask,
+            biases=self._attention_biases(masks.visible if masks is not None and mode == "drop" else None),
+            tap=tap,
+            last=last,
+        )
+        x = self.final_norm(x)
+        return EncoderOutput(
+            prefix=x[:, :num_prefix], tokens=x[:, num_prefix:], layers=[layer[:, num_prefix:] for layer in layers]
+        )
+
+    def _attention_biases(self, visible: Tensor | None):  # noqa: ANN202 - an iterator of (1 or N, H, S, S) or None
+        if not len(self.relative_biases):
+            return repeat(None, self.depth)
+        biases = [module() for module in self.relative_biases]
+        if visible is not None:
+            prefix = torch.arange(self.num_prefix_tokens, device=visible.device).expand(visible.shape[0], -1)
+            kept = torch.cat([prefix, visible + self.num_prefix_tokens], dim=1)  # (N, S)
+            biases = [bias_between(bias, kept) for bias in biases]
+        return repeat(biases[0], self.depth) if len(biases) == 1 else iter(biases)

@@ -1,0 +1,57 @@
+"""Small layers: stochastic depth and weight initialisation."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole branch of a row with probability `rate`, scaling up the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path is a probability in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Branch (B, S, D) -> the same shape."""
+        if self.rate == 0.0 or not self.training:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
+        return branch * (kept.to(branch.dtype) / (1.0 - self.rate))
+
+
+@torch.no_grad()
+def init_bert(module: nn.Module, *, std: float = 0.02) -> None:
+    """N(0, std) for every linear and embedding weight, zero biases; convolutions keep torch's default.
+
+    Source: fairseq's BERT initialisation, as used by data2vec 2.0 (spec 3.4).
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(child.weight, std=std)
+        if isinstance(child, nn.Linear) and child.bias is not None:
+            nn.init.zeros_(child.bias)
+
+
+@torch.no_grad()
+def init_beit(module: nn.Module, *, std: float = 0.02) -> None:
+    """Normal of width `std` cut at one sigma for linear and convolution weights, zero biases.
+
+    Source: the BEiT code that data2vec 1.0 vision builds on (spec 2.3).
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(child.weight, std=std, a=-std, b=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+@torch.no_grad()
+def scale_down_by_depth(blocks: nn.ModuleList) -> None:
+    """Divide what each block adds to the stream by sqrt(2 * layer), layers counted from 1 (BEiT, spec 2.3)."""
+    for layer, block in enumerate(blocks, start=1):
+        block.attention.out.weight.div_(math.sqrt(2.0 * layer))
+        block.ffn.fc2.weight.div_(math.sqrt(2.0 * layer))

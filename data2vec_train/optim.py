@@ -1,0 +1,112 @@
+"""Optimizer groups and learning-rate schedules.
+
+A schedule is a pure function of the number n of finished optimizer steps: it gives the learning rate of step n + 1, so
+that there is no scheduler state to save or to restore. Formulas and sampled values: spec 2 and 3.7, statistics.json.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """Linear from `start_lr` to `lr` over `warmup_steps`, then half a cosine down to `min_lr` at `max_steps`."""
+
+    lr: float
+    start_lr: float
+    min_lr: float
+    warmup_steps: int
+    max_steps: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the optimizer step that follows `step` finished ones."""
+        if step < self.warmup_steps:
+            return self.start_lr + (self.lr - self.start_lr) * step / self.warmup_steps
+        progress = (min(step, self.max_steps) - self.warmup_steps) / max(self.max_steps - self.warmup_steps, 1)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriStageSchedule:
+    """Linear warm-up from start_factor * lr, constant, then exponential decay to final_factor * lr at `max_steps`.
+
+    Source: fairseq's tri-stage scheduler (1.0 speech and CTC fine-tuning).
+    """
+
+    lr: float
+    start_factor: float
+    final_factor: float
+    warmup_steps: int
+    hold_steps: int
+    max_steps: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the optimizer step that follows `step` finished ones."""
+        decay_steps = self.max_steps - self.warmup_steps - self.hold_steps
+        into_decay = step - self.warmup_steps - self.hold_steps
+        if step < self.warmup_steps:
+            return self.lr * (self.start_factor + (1 - self.start_factor) * step / self.warmup_steps)
+        if into_decay < 0:
+            return self.lr
+        if into_decay >= decay_steps:
+            return self.lr * self.final_factor
+        return self.lr * math.exp(math.log(self.final_factor) * into_decay / decay_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialSchedule:
+    """Linear from 0 to `lr` over `warmup_steps`, then (1 - progress)^power down to `end_lr` at `max_steps`."""
+
+    lr: float
+    end_lr: float
+    power: float
+    warmup_steps: int
+    max_steps: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the optimizer step that follows `step` finished ones."""
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if step >= self.max_steps:
+            return self.end_lr
+        remaining = 1 - (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+        return self.end_lr + (self.lr - self.end_lr) * remaining**self.power
+
+
+Schedule = Callable[[int], float]
+
+
+def parameter_groups(
+    modules: Iterable[nn.Module], *, weight_decay: float, decay_all: bool, no_decay: frozenset[str]
+) -> list[dict]:
+    """Trainable parameters in two groups, with and without weight decay.
+
+    Args:
+        modules: whose parameters; frozen ones are left out.
+        weight_decay: of the first group.
+        decay_all: decay everything, as the originals of 2.0 do through a bug (spec section 7, row 3).
+        no_decay: last components of parameter names that are exempt, besides biases and 1-d tensors.
+
+    Returns:
+        Groups for a torch optimizer, without empty ones.
+    """
+    decayed, exempt = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            leaf = name.rpartition(".")[2]
+            free = parameter.ndim == 1 or leaf.endswith("bias") or leaf in no_decay
+            (exempt if free and not decay_all else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every group `lr`, times the group's own `lr_scale` where it has one (layer-wise decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

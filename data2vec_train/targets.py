@@ -1,0 +1,101 @@
+"""What the student has to predict: normalised, averaged representations of the teacher's last K layers.
+
+    y = N_mean( 1/K sum_k N_layer(a_k) ),  a_k (B, T, D) the tapped tensor of layer k
+
+N_layer and N_mean are sequences of norms without parameters: "instance" (each channel of a sample over time), "layer"
+(each position over channels) and "batch" (each channel over samples and time). Which model uses which: spec 1.2, and
+the presets. All in float32 with eps 1e-5.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data2vec_train.encoders.base import Tap
+
+Norm = Literal["instance", "layer", "batch"]
+EPS = 1e-5
+
+
+class TargetBuilder:
+    """Turns tapped layers into targets.
+
+    Args:
+        tap: "ffn" for the raw output of a block's FFN, "block" for the block's output.
+        top_k_layers: K, how many of the last layers to average.
+        layer_norms: applied to every layer, in this order.
+        mean_norms: applied to the mean.
+        reference_padding: let padded positions into the statistics of instance and batch norm, as the originals do.
+
+    Raises:
+        ValueError: an unknown tap or norm, or K below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        tap: Tap,
+        top_k_layers: int,
+        layer_norms: Sequence[Norm],
+        mean_norms: Sequence[Norm],
+        reference_padding: bool,
+    ) -> None:
+        if tap not in ("ffn", "block"):
+            raise ValueError(f"tap is 'ffn' or 'block', got {tap!r}")
+        if top_k_layers < 1:
+            raise ValueError(f"top_k_layers must be at least 1, got {top_k_layers}")
+        for norm in (*layer_norms, *mean_norms):
+            if norm not in ("instance", "layer", "batch"):
+                raise ValueError(f"a target norm is 'instance', 'layer' or 'batch', got {norm!r}")
+        self.tap: Tap = tap
+        self.top_k_layers = top_k_layers
+        self.layer_norms = tuple(layer_norms)
+        self.mean_norms = tuple(mean_norms)
+        self.reference_padding = reference_padding
+
+    def __call__(self, layers: list[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+        """Targets for all positions.
+
+        Args:
+            layers: K tensors (B, T, D), lowest layer first.
+            attention_mask: (B, T) bool, True = real; padded positions are left out of the statistics.
+
+        Returns:
+            (B, T, D) float32.
+
+        Raises:
+            ValueError: not K layers, or a single position where statistics over time are asked for.
+        """
+        if len(layers) != self.top_k_layers:
+            raise ValueError(f"expected the last {self.top_k_layers} layers, got {len(layers)}")
+        if layers[0].shape[1] < 2 and "instance" in self.layer_norms + self.mean_norms:
+            raise ValueError("instance norm over time needs at least two positions; the input is too short")
+        real = None if attention_mask is None or self.reference_padding else attention_mask[..., None]
+        mean = torch.zeros_like(layers[0], dtype=torch.float32)
+        for layer in layers:
+            mean += normalise(layer.float(), self.layer_norms, real)
+        return normalise(mean / len(layers), self.mean_norms, real)
+
+
+def normalise(x: Tensor, norms: Sequence[Norm], real: Tensor | None = None) -> Tensor:
+    """Apply `norms` to x (B, T, D) float32; `real` (B, T, 1) bool restricts statistics over time to real positions."""
+    for norm in norms:
+        if norm == "layer":
+            x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        else:
+            x = _normalise_over(x, (1,) if norm == "instance" else (0, 1), real)
+    return x
+
+
+def _normalise_over(x: Tensor, axes: tuple[int, ...], real: Tensor | None) -> Tensor:
+    if real is None:
+        variance, mean = torch.var_mean(x, dim=axes, keepdim=True, correction=0)
+        return (x - mean) * torch.rsqrt(variance + EPS)
+    count = real.sum(dim=axes, keepdim=True)
+    mean = (x * real).sum(dim=axes, keepdim=True) / count
+    centred = (x - mean) * real
+    variance = centred.square().sum(dim=axes, keepdim=True) / count
+    return centred * torch.rsqrt(variance + EPS)

@@ -1,0 +1,100 @@
+"""The teacher: an exponential moving average of the student, in float32.
+
+    teacher <- tau(n) * teacher + (1 - tau(n)) * student      once, after optimizer step n = 1, 2, ...
+
+Which parts are averaged depends on modality and version (spec 1.1): the rest is either copied, or shared, which means
+that the teacher starts from the student's own token embeddings.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, Tap
+
+
+def tau_at(step: int, *, start: float, end: float, anneal_steps: int) -> float:
+    """EMA decay after `step` optimizer steps: linear from `start` to `end`, then constant.
+
+    Source: data2vec, section 3.3 (arXiv:2202.03555); constants in `configs/preset` and `recipes`.
+    """
+    if step >= anneal_steps:
+        return end
+    return end - (end - start) * (1 - step / anneal_steps)
+
+
+class EMATeacher(nn.Module):
+    """A copy of the student that follows it slowly, is never trained and never drops anything.
+
+    Weights are float32 whatever the student's type: with 1 - tau = 2e-4 an update is below bfloat16's resolution and
+    the teacher would stand still.
+
+    Args:
+        student: the encoder to copy.
+        share_embeddings: the teacher has no embedding of its own and takes the student's tokens (speech, text).
+        copied: names or prefixes of parameters that are copied from the student at each update, not averaged.
+
+    Raises:
+        ValueError: a prefix in `copied` matches no parameter.
+    """
+
+    def __init__(self, student: ModalityEncoder, *, share_embeddings: bool, copied: list[str]) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(student).float().requires_grad_(False).eval()
+        self.share_embeddings = share_embeddings
+        if share_embeddings:
+            self.encoder.embedder = None
+        names = [name for name, _ in self.encoder.named_parameters()]
+        for prefix in copied:
+            if not any(name.startswith(prefix) for name in names):
+                raise ValueError(f"teacher.copied: no parameter starts with {prefix!r}; there are {', '.join(names)}")
+        frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+        self.copied = [name for name in names if name in frozen or name.startswith(tuple(copied))]
+
+    def train(self, mode: bool = True) -> "EMATeacher":
+        """Stay in evaluation mode: targets come without dropout and drop path."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, student: ModalityEncoder, tau: float) -> None:
+        """One averaging step towards `student`; at tau >= 1 averaged weights stay as they are."""
+        sources = dict(student.named_parameters())
+        averaged, towards = [], []
+        for name, parameter in self.encoder.named_parameters():
+            if name in self.copied:
+                parameter.copy_(sources[name])
+            else:
+                averaged.append(parameter)
+                towards.append(sources[name].float())
+        if tau < 1.0:
+            torch._foreach_lerp_(averaged, towards, 1.0 - tau)
+        # Averaging an integer buffer shifts indices by one now and then: buffers are copied (spec section 7, row 8).
+        buffers = dict(student.named_buffers())
+        for name, buffer in self.encoder.named_buffers():
+            buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def forward(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        student_tokens: tuple[Tensor, Tensor | None],
+        tap: Tap,
+        last: int,
+    ) -> tuple[EncoderOutput, Tensor | None]:
+        """Encode the whole input.
+
+        Args:
+            inputs: (B, ...), uncorrupted.
+            attention_mask: at the rate of the inputs.
+            student_tokens: what the student's `embed` returned, used when embeddings are shared.
+            tap: see `ModalityEncoder.contextualize`.
+            last: how many layers to tap.
+
+        Returns:
+            The encoder's output, and the attention mask at token rate, (B, T) or None.
+        """
+        tokens, token_mask = student_tokens if self.share_embeddings else self.encoder.embed(inputs, attention_mask)
+        return self.encoder.contextualize(tokens.detach(), token_mask, tap=tap, last=last), token_mask
