@@ -1,0 +1,44 @@
+# make help lists the targets. Everything happens in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format build clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(READY)  ## Create .venv with the package and its tools
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Pretrain on the embedded digits (at most 5 minutes on 2 cores) and name the report
+	$(RUN) -m data2vec_train modality=vision
+
+test: $(READY)  ## Run the fast tests
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(READY)  ## Run all tests, the ones that train for minutes too
+	$(RUN) -m pytest
+
+lint: $(READY)  ## Check style, spelling and dead code
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib data2vec_train configs recipes tests README.md Makefile
+	$(RUN) -m vulture
+
+format: $(READY)  ## Rewrite the code in the project's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+build: $(READY)  ## Build the wheel
+	$(RUN) -m build --wheel
+
+clean:  ## Remove .venv, build outputs and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

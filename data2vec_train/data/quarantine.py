@@ -1,0 +1,50 @@
+"""The list of samples that could not be used."""
+
+import json
+from pathlib import Path
+
+from data2vec_train.errors import DataError
+
+
+class Quarantine:
+    """Writes each broken sample once, with its reason, and stops the run when there are too many.
+
+    Args:
+        path: the JSON-lines file; it appears with the first broken sample.
+        num_samples: of the data set; None for a stream, where the samples drawn so far count instead.
+        max_bad_fraction: share of broken samples above which the run stops.
+    """
+
+    def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float) -> None:
+        self.path = path
+        self.num_samples = num_samples
+        self.max_bad_fraction = max_bad_fraction
+        self.reasons: dict[str, str] = {}
+        self.drawn = 0
+
+    def add(self, rejected: tuple[tuple[str, str], ...], *, num_good: int) -> None:
+        """Take note of a batch with `num_good` usable samples.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of the data is broken, or nothing in this batch was usable.
+        """
+        self.drawn += num_good + len(rejected)
+        new = {key: reason for key, reason in rejected if key not in self.reasons}
+        if new:
+            self.reasons |= new
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
+        if not self.reasons or (num_good and not self._too_many()):
+            return
+        total = self.num_samples or self.drawn
+        key, reason = next(iter(self.reasons.items()))
+        wanted = "nothing usable was found" if not num_good else f"data.max_bad_fraction={self.max_bad_fraction:g}"
+        raise DataError(
+            f"{len(self.reasons)} of {total} samples cannot be used ({wanted}); the first is {key}: {reason}. "
+            f"All are listed in {self.path}. Repair or remove them, or raise data.max_bad_fraction"
+        )
+
+    def _too_many(self) -> bool:
+        # A stream has no size: judge it by what was drawn, once that says something.
+        total = self.num_samples or max(self.drawn, 1000)
+        return len(self.reasons) > self.max_bad_fraction * total

@@ -1,0 +1,32 @@
+"""Randomness as a function of what it is for, not of when it is drawn.
+
+Sample order, augmentation and masks come from counter-based generators keyed by (run seed, purpose, epoch, sample,
+...). Worker count, prefetching and restarts can then change none of them, and no generator state has to be saved.
+"""
+
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+
+Purpose = Literal["order", "augment", "mask", "replace", "step"]
+_STREAMS: dict[Purpose, int] = {"order": 1, "augment": 2, "mask": 3, "replace": 4, "step": 5}
+
+
+def generator(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
+    """An independent generator for this purpose and key."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, _STREAMS[purpose], *key))))
+
+
+def torch_seed(seed: int, purpose: Purpose, *key: int) -> int:
+    """A 63-bit seed for torch for this purpose and key."""
+    return int(np.random.SeedSequence((seed, _STREAMS[purpose], *key)).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def torch_seeded(seed: int, purpose: Purpose, *key: int):
+    """Inside, torch's CPU generator is seeded for this purpose and key; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch_seed(seed, purpose, *key))
+        yield

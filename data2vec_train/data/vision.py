@@ -1,0 +1,330 @@
+"""Images: from encoded bytes, a file or an array to a normalised tensor.
+
+Shape letters: C channels, (h, w) the image as it came, (H, W) the size the model gets.
+
+PIL decodes, not torchvision: its decoders end the process with a segmentation fault on a PNG with a bad checksum.
+"""
+
+import functools
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from data2vec_train.errors import BadSample, ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Not all that PIL knows: EPS starts Ghostscript, others are documents or scientific data.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "MPO")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+ORIENTATION = 0x0112  # EXIF tag
+EVAL_CROP = 0.875  # part of the shorter side that an evaluation crop keeps: 224 of 256
+
+# What PIL's plugins let through on broken files, apart from OSError: found by damaging files at random.
+BROKEN = (
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+PIL_MODULES = re.compile(r"PIL(\..*)?$")
+
+
+def decode_image(
+    value: bytes | str | Path | np.ndarray, *, channels: int, max_pixels: int
+) -> "Image.Image | np.ndarray":
+    """An upright image with `channels` channels: "L" (1), "RGB" (3) or "RGBA" (4).
+
+    Arrays that have the channels already come back as they are, uint8 (h, w) or (h, w, C); other than 1, 3 or 4
+    channels come from arrays only. Greyscale, palette, CMYK and 16-bit images are converted; transparency is dropped
+    where the model has no fourth channel, as torchvision's ImageFolder does; of an animation it is the first frame.
+
+    Known limit: a JPEG with corrupt bytes in the middle decodes, in part to noise, without an error.
+
+    Args:
+        value: File content, a file, or a uint8 array (h, w) or (h, w, C).
+        channels: Channels the model takes.
+        max_pixels: Largest accepted h * w, checked before anything is decoded.
+
+    Raises:
+        BadSample: not a usable image; the text is a short reason.
+    """
+    if isinstance(value, np.ndarray):
+        return convert_array(value, channels, max_pixels)
+    if isinstance(value, Path):
+        value = read(value)
+    if isinstance(value, str):
+        raise BadSample("a text, not an image")
+    if channels not in MODES:
+        raise BadSample(f"an image file cannot give {channels} channels, only 1, 3 or 4")
+    if not value:
+        raise BadSample("empty file")
+
+    from PIL import Image, UnidentifiedImageError
+
+    ignore_pil_warnings()
+    # PIL has a limit of its own, about the same for everybody, and its message leaves out the size.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(BytesIO(value), formats=known_formats())
+        check_size(*image.size, max_pixels)
+        image.load()
+        return convert(upright(image), MODES[channels])
+    except BadSample:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadSample("not an image") from error
+    except (OSError, *BROKEN) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadSample(f"{'truncated' if 'truncated' in text.lower() else 'broken image file'}: {text}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def read(path: Path) -> bytes:
+    """Content of a file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadSample("file is missing") from error
+    except PermissionError as error:
+        raise BadSample("not readable: permission denied") from error
+    except OSError as error:
+        raise BadSample(f"not readable: {error.strerror or error}") from error
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse images that are empty or too large to decode."""
+    if width < 1 or height < 1:
+        raise BadSample(f"{width}x{height} pixels")
+    if width * height > max_pixels:
+        raise BadSample(f"{width}x{height} pixels, more than modality.decode.max_pixels={max_pixels}")
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """The image turned as its EXIF orientation says; a broken EXIF block counts as none."""
+    from PIL import Image
+
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except (OSError, *BROKEN):
+        return image
+    turn = Image.Transpose
+    methods = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return image.transpose(methods[orientation]) if orientation in methods else image
+
+
+def convert(image: "Image.Image", mode: str) -> "Image.Image":
+    """The image in mode L, RGB or RGBA, its values scaled to 8 bits."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise BadSample("floating-point image")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)  # (h, w)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadSample("integer image with values outside 0..65535")
+        # PIL's own conversion clips at 255, and leaves a white page.
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode not in ("L", "LA", "1", "P", "RGB", "RGBA") and mode != "RGB":
+        image = image.convert("RGB")  # CMYK and the like convert to RGB only
+    return image if image.mode == mode else image.convert(mode)
+
+
+def convert_array(array: np.ndarray, channels: int, max_pixels: int) -> "Image.Image | np.ndarray":
+    """A decoded image with the wanted channels; the array itself if it has them."""
+    if array.dtype != np.uint8:
+        raise BadSample(f"{array.dtype} array; expected uint8")
+    if array.ndim not in (2, 3):
+        raise BadSample(f"array of shape {array.shape}; expected (height, width) or (height, width, channels)")
+    check_size(array.shape[1], array.shape[0], max_pixels)
+    got = 1 if array.ndim == 2 else array.shape[2]
+    if got == channels:
+        return array
+    if got not in MODES or channels not in MODES:
+        raise BadSample(f"array of {got} channels; expected {channels}")
+    from PIL import Image
+
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and got == 1 else array).convert(MODES[channels])
+
+
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """The formats of `FORMATS` that this build of PIL has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def ignore_pil_warnings() -> None:
+    """Keep PIL's remarks on odd files out of the log: what matters becomes a `BadSample`.
+
+    Not `warnings.catch_warnings`: entered once per image, it would make Python forget every time which warnings of the
+    whole program have been shown already.
+    """
+    if not any(entry[3] == PIL_MODULES for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=PIL_MODULES.pattern)
+
+
+class ImageTransform:
+    """From a decoded image to the tensor a model takes: augmented, or centre-cropped, and normalised.
+
+    Training: colour jitter, flip, crop of a random size and place, shift; torchvision's v2 transforms, in the order of
+    BEiT and data2vec.
+
+    All randomness comes from torch's global CPU generator: an image is a pure function of its seed.
+
+    Args:
+        image_px: Size of the result, pixels: one number for a square, or (H, W).
+        channels: C.
+        crop_scale: Smallest and largest part of the area that a random crop covers; None: the whole image, resized so
+            that it covers (H, W), centre-cropped.
+        crop_ratio: Smallest and largest width / height of a random crop; not read without `crop_scale`.
+        shift_px: Largest random translation each way, pixels; what comes into view is 0 before normalisation.
+        horizontal_flip: Probability.
+        color_jitter: Largest relative change of brightness, contrast and saturation; None: none.
+        interpolation: "bicubic" or "bilinear", always with antialiasing.
+        mean: Per channel, or one for all, of values in 0..1.
+        std: As `mean`.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_px: int | Sequence[int],
+        channels: int,
+        crop_scale: Sequence[float] | None,
+        crop_ratio: Sequence[float] | None,
+        shift_px: int,
+        horizontal_flip: float,
+        color_jitter: Sequence[float] | None,
+        interpolation: Literal["bicubic", "bilinear"],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        size = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
+        if len(size) != 2 or min(size) < 1:
+            raise ConfigError(f"image_px={image_px!r}; expected pixels, or [height, width]")
+        if crop_scale is not None:
+            crop_scale, crop_ratio = limits("crop_scale", crop_scale), limits("crop_ratio", crop_ratio)
+            if crop_scale[1] > 1:
+                raise ConfigError(f"crop_scale={crop_scale}; parts of the area, expected at most 1")
+        if not 0 <= shift_px < min(size):
+            raise ConfigError(f"shift_px={shift_px}; expected 0 to {min(size) - 1} for images of {size[0]}x{size[1]}")
+        if not 0 <= horizontal_flip <= 1:
+            raise ConfigError(f"horizontal_flip={horizontal_flip}; expected a probability")
+        if color_jitter is not None:
+            color_jitter = tuple(color_jitter)
+            if len(color_jitter) != 3 or min(color_jitter) < 0:
+                raise ConfigError(
+                    f"color_jitter={color_jitter}; expected [brightness, contrast, saturation], none negative"
+                )
+            if max(color_jitter) == 0:
+                color_jitter = None
+            elif channels not in (1, 3):
+                raise ConfigError(f"color_jitter needs 1 or 3 channels, not {channels}; set color_jitter=null")
+        if interpolation not in ("bicubic", "bilinear"):
+            raise ConfigError(f"interpolation={interpolation!r}; expected bicubic or bilinear")
+        from torchvision.transforms import v2
+
+        self.size, self.channels = size, channels
+        self._interpolation = v2.InterpolationMode(interpolation)
+        self._mean, self._std = per_channel("mean", mean, channels), per_channel("std", std, channels)  # (C, 1, 1)
+        if self._std.min() <= 0:
+            raise ConfigError(f"std={list(std)}; expected positive numbers")
+        steps: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        if color_jitter is not None:
+            steps.append(v2.ColorJitter(*color_jitter))
+        if horizontal_flip:
+            steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+        if crop_scale is not None:
+            steps.append(v2.RandomResizedCrop(size, crop_scale, crop_ratio, self._interpolation, antialias=True))
+        else:
+            steps.append(functools.partial(self._cover, resized=size))
+        if shift_px:
+            steps.append(v2.RandomCrop(size, padding=shift_px))
+        self._augment = v2.Compose(steps)
+        self._normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+
+    def train(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
+        """(C, H, W) float32, augmented with draws from torch's global CPU generator."""
+        return self._normalise(self._augment(to_tensor(image)))
+
+    def evaluate(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
+        """(C, H, W) float32: the centre, without randomness.
+
+        An image of exactly (H, W) is left alone. A larger one is resized so that (H, W) is 0.875 of it, a smaller one
+        so that it covers (H, W).
+        """
+        pixels = to_tensor(image)  # (C, h, w) uint8
+        larger = all(have >= want for have, want in zip(pixels.shape[1:], self.size, strict=True))
+        if pixels.shape[1:] != self.size and larger:
+            return self._normalise(self._cover(pixels, tuple(round(side / EVAL_CROP) for side in self.size)))
+        return self._normalise(self._cover(pixels, self.size))
+
+    def display(self, tensor: torch.Tensor) -> np.ndarray:
+        """(H, W, C) float32 in [0, 1] from (C, H, W): a picture of what the model got."""
+        pixels = tensor.detach().float().cpu() * self._std + self._mean
+        return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
+
+    def _cover(self, pixels: torch.Tensor, resized: tuple[int, int]) -> torch.Tensor:
+        """(C, H, W) uint8: the centre of the image, after it is resized to cover `resized` and no more."""
+        from torchvision.transforms.v2 import functional
+
+        _, height, width = pixels.shape
+        scale = max(resized[0] / height, resized[1] / width)
+        if scale != 1:
+            target = [max(resized[0], round(height * scale)), max(resized[1], round(width * scale))]
+            pixels = functional.resize(pixels, target, self._interpolation, antialias=True)
+        return functional.center_crop(pixels, list(self.size))
+
+
+def to_tensor(image: "Image.Image | np.ndarray") -> torch.Tensor:
+    """(C, h, w) uint8, possibly a view of the image."""
+    # torch warns about memory that it may not write to, as PIL's is.
+    array = image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
+    if array.ndim == 2:
+        return torch.from_numpy(array)[None]
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def limits(name: str, values: Sequence[float] | None) -> tuple[float, float]:
+    """A range of positive numbers."""
+    values = () if values is None else tuple(values)
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise ConfigError(f"{name}={list(values)}; expected [smallest, largest], both positive")
+    return values
+
+
+def per_channel(name: str, values: Sequence[float], channels: int) -> torch.Tensor:
+    """(C, 1, 1) float32, or (1, 1, 1) for all channels."""
+    values = list(values)
+    if len(values) not in (1, channels):
+        raise ConfigError(f"{name} has {len(values)} values; expected 1 or, for channels={channels}, {channels}")
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]

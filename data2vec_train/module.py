@@ -1,0 +1,109 @@
+"""The LightningModule: it only says when things happen. What happens is in `data2vec.py`."""
+
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from data2vec_train.data.seeding import torch_seed
+from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
+from data2vec_train.encoders.base import Batch
+from data2vec_train.optim import Schedule, set_lr
+
+
+class Data2VecModule(L.LightningModule):
+    """Training of a `Data2Vec` objective.
+
+    Args:
+        objective: student, teacher, decoder and loss.
+        optimizer: makes the optimizer from the modules to train, such as `optim.adamw`.
+        schedule: finished steps -> learning rate.
+        seed: of the run; dropout and decoder noise of a step follow from (seed, step) alone.
+        log_every_n_steps: how often `measured` is filled.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Data2Vec,
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule,
+        seed: int,
+        log_every_n_steps: int,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.seed = seed
+        self.log_every_n_steps = log_every_n_steps
+        self.measured: dict[str, Tensor | float] = {}  # of the last logged step; tensors until somebody reads them
+        self._counts: list[int] = []  # hidden tokens of each micro-batch since the last optimizer step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
+        step = self.trainer.global_step
+        torch.manual_seed(torch_seed(self.seed, "step", step, len(self._counts), self.global_rank))
+        output: Data2VecOutput = self.objective(batch)
+        self._counts.append(batch.masks.hidden.numel())
+        if self._logs_after(step + 1):
+            self.measured = {
+                "train/loss": output.loss.detach(),
+                **{f"train/loss_{name}": term.detach() for name, term in output.terms.items() if len(output.terms) > 1},
+                "train/target_std": std_over_rows(output.targets),
+                "train/prediction_std": std_over_rows(output.predictions.detach()),
+            }
+        return output.loss * (self._counts[-1] / self._counts[0])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient that of the mean over all hidden tokens of the step.
+
+        Micro-batches may hide different numbers of tokens and Lightning takes their plain mean. Each was weighted with
+        its count relative to the first; what remains is one factor, known on the host, and 1 when counts are equal.
+        """
+        factor = self.trainer.accumulate_grad_batches * self._counts[0] / sum(self._counts)
+        self._counts.clear()
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], factor)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over all gradients, and keep the norm for the log."""
+        if gradient_clip_val or self._logs_after(self.trainer.global_step + 1):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            self.measured["train/grad_norm"] = norm
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer,
+        optimizer_closure: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        """One optimizer step, and directly after it one step of the teacher.
+
+        Lightning calls this once per optimizer step, whatever the accumulation. Moving the teacher in a later hook
+        would be too late: checkpoint callbacks run before it and would save a teacher that is one step behind.
+        """
+        finished = self.trainer.global_step
+        lr = self.schedule(finished)
+        set_lr(optimizer, lr)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.measured["train/tau"] = self.objective.step_teacher(finished + 1)
+        self.measured["train/lr"] = lr
+
+    def configure_optimizers(self) -> Optimizer:
+        """The teacher has no trainable parameters and is in no group."""
+        return self.make_optimizer(
+            [self.objective.student, self.objective.decoder], no_decay=self.objective.student.no_decay
+        )
+
+    def _logs_after(self, step: int) -> bool:
+        return step == 1 or step % self.log_every_n_steps == 0 or step == self.trainer.max_steps

@@ -1,0 +1,238 @@
+"""Watching a run: one row of numbers per logged step, a progress bar, and an alarm when representations collapse."""
+
+import csv
+import importlib.util
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from data2vec_train.data.datamodule import DataModule
+from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.module import Data2VecModule
+
+log = logging.getLogger(__name__)
+
+
+class CSVLog(Logger):
+    """`metrics.csv`: a column `step`, then one per metric in the order they first appeared; one row per call.
+
+    Lightning's own CSV logger sorts columns by name and merges nothing, which puts `step` between the others.
+
+    Args:
+        path: the file; rows are on disk when `log_metrics` returns.
+    """
+
+    def __init__(self, *, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> int:
+        """There is one file per run."""
+        return 0
+
+    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
+        """Nothing: the run directory holds the resolved config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row; new metrics get columns at the end, earlier rows keep them empty."""
+        row = {"step": step, **metrics}
+        new = [column for column in row if column not in self.columns]
+        if new:
+            rows = []
+            if self.path.exists():
+                with self.path.open(newline="") as file:
+                    reader = csv.DictReader(file)
+                    self.columns = list(reader.fieldnames or self.columns)
+                    rows = list(reader)
+            self.columns += [column for column in new if column not in self.columns]
+            self._write(rows, mode="w")
+        self._write([row], mode="a")
+
+    def _write(self, rows: list[dict], *, mode: str) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+class Monitor(L.Callback):
+    """Composes the row of each logged step, hands it to the loggers and the progress bar, and checks for collapse.
+
+    Must come after `ProbeCallback` in the list of callbacks, whose results it reads.
+
+    Args:
+        min_target_std: a lower `train/target_std` is a collapse.
+        min_prediction_std: a lower `train/prediction_std` is a collapse.
+        grace_steps: before this step nothing is judged.
+        progress: "bar", "lines" (one line per logged step), "none", or "auto": a bar on a terminal, lines elsewhere.
+    """
+
+    def __init__(
+        self, *, min_target_std: float, min_prediction_std: float, grace_steps: int, progress: str = "auto"
+    ) -> None:
+        self.limits = {"train/target_std": min_target_std, "train/prediction_std": min_prediction_std}
+        self.grace_steps = grace_steps
+        if progress not in ("auto", "bar", "lines", "none"):
+            raise ValueError(f"progress is auto, bar, lines or none, got {progress!r}")
+        self.progress = ("bar" if sys.stderr.isatty() else "lines") if progress == "auto" else progress
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.train_seconds = 0.0  # without probes
+        self.samples = 0
+        self._since_log = (0.0, 0, 0.0)  # seconds, samples and seconds of waiting at the last logged step
+        self._bar: _Bar | None = None
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock after the baselines of the probes."""
+        if self.progress == "bar" and trainer.is_global_zero:
+            self._bar = _Bar(trainer.max_steps, trainer.global_step)
+        probe = _probe_callback(trainer)
+        self._log_row(trainer, dict(probe.metrics) if probe else {})
+        self._started = time.perf_counter() - (probe.seconds if probe else 0.0)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Data2VecModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Runs after the probes of this step; their seconds are not training."""
+        self.samples += len(batch) * trainer.world_size
+        step = trainer.global_step
+        if "train/loss" not in pl_module.measured or "train/tau" not in pl_module.measured:
+            return  # not a logged step, or in the middle of an accumulation
+        row = {name: float(value) for name, value in pl_module.measured.items()}
+        pl_module.measured.clear()
+        probe = _probe_callback(trainer)
+        self.train_seconds = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
+        row |= self._throughput(trainer.datamodule)
+        if probe is not None and probe.measured_at == step:
+            row |= probe.metrics
+        self._log_row(trainer, row)
+        self._check_collapse(step, row)
+
+    def _throughput(self, data: DataModule) -> dict[str, float]:
+        waited = data.loader.waited_seconds
+        seconds, samples, waits = self._since_log
+        self._since_log = (self.train_seconds, self.samples, waited)
+        elapsed = max(self.train_seconds - seconds, 1e-9)
+        row = {
+            "train/samples_per_second": (self.samples - samples) / elapsed,
+            "train/data_wait": min((waited - waits) / elapsed, 1.0),
+        }
+        if data.num_samples:
+            row["train/epoch"] = self.samples / data.num_samples
+        return row
+
+    def _log_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        if not row:
+            return
+        if "train/loss" in row:
+            self.first = self.first or row
+            self.last = row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.show(trainer.global_step, row)
+        elif self.progress == "lines":
+            remaining = (trainer.max_steps - trainer.global_step) * self.train_seconds / max(trainer.global_step, 1)
+            text = describe(row)
+            eta = f"  ETA {_clock_time(remaining)}" if "train/loss" in row else ""
+            log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, eta)
+
+    def _check_collapse(self, step: int, row: dict[str, float]) -> None:
+        for name, limit in self.limits.items():
+            if step >= self.grace_steps and row[name] < limit:
+                raise CollapseError(
+                    f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "
+                    "network gives (nearly) the same answer everywhere. Try a lower optimizer.lr, a longer warm-up "
+                    "or a higher objective.tau_start; callbacks.monitor holds the thresholds"
+                )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def wandb_logger(*, project: str, save_dir: str) -> Logger:
+    """A Weights & Biases logger; offline when there is no API key, so that it never asks.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger=wandb needs the package wandb: pip install 'data2vec-train[wandb]'")
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(project=project, save_dir=save_dir, offline="WANDB_API_KEY" not in os.environ)
+
+
+def describe(row: dict[str, float]) -> str:
+    """A row in words for people."""
+    formats = {
+        "train/loss": "loss {:.3f}",
+        "train/target_std": "target std {:.3f}",
+        "train/samples_per_second": "{:.0f} samples/s",
+        "train/data_wait": "data wait {:.0%}",
+        "probe/knn": "kNN {:.1%}",
+        "probe/linear": "linear {:.1%}",
+        "probe/rankme": "RankMe {:.1f}",
+    }
+    return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
+
+
+def _probe_callback(trainer: L.Trainer):
+    from data2vec_train.probes.callback import ProbeCallback
+
+    return next((callback for callback in trainer.callbacks if isinstance(callback, ProbeCallback)), None)
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Bar:
+    """A rich progress bar."""
+
+    def __init__(self, total: int, completed: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("pretraining"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.progress.add_task("", total=total, completed=completed, text="")
+        self.latest: dict[str, float] = {}
+        self.progress.start()
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        self.latest |= row
+        self.progress.update(self.task, completed=step, text=describe(self.latest))
+
+    def stop(self) -> None:
+        self.progress.stop()

@@ -1,0 +1,184 @@
+"""Pretraining: build everything from the config, train, write the run directory."""
+
+import json
+import logging
+import random
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from data2vec_train.config import build
+from data2vec_train.data.datamodule import DataModule
+from data2vec_train.data2vec import Data2Vec
+from data2vec_train.module import Data2VecModule
+from data2vec_train.monitor import CSVLog, Monitor
+from data2vec_train.probes.callback import ProbeCallback
+
+log = logging.getLogger(__name__)
+
+
+class ConfigInCheckpoint(L.Callback):
+    """Puts the resolved config, as plain containers, into every checkpoint, so that it can be rebuilt from the file."""
+
+    def __init__(self, config: dict) -> None:
+        self.config = config
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+        """Add the key `config`."""
+        checkpoint["config"] = self.config
+
+
+def build_objective(cfg: DictConfig) -> Data2Vec:
+    """Student, teacher, decoder and loss of a composed config."""
+    return build(cfg.objective)
+
+
+def build_data(cfg: DictConfig, *, grid: tuple[int, int], run_dir: Path) -> DataModule:
+    """The DataModule of a composed config; its masks cover `grid` tokens."""
+    data = cfg.data
+    return DataModule(
+        source=build(data.source),
+        probe_source=build(data.probe_source) if data.probe_source is not None else None,
+        held_out_fraction=data.held_out_fraction,
+        max_probe_samples=data.max_probe_samples,
+        decode=build(cfg.modality.decode),
+        transform=build(cfg.modality.transform),
+        masker=build(cfg.modality.masker),
+        views=cfg.objective.views,
+        grid=grid,
+        batch_size_per_device=data.batch_size_per_device,
+        num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
+        quarantine_path=run_dir / "quarantine.jsonl",
+        seed=cfg.seed,
+    )
+
+
+def pretrain(cfg: DictConfig) -> float | None:
+    """Train one encoder and return its last kNN accuracy, or RankMe without labels (for sweeps that optimise).
+
+    Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`, and
+    `quarantine.jsonl` when samples were broken.
+    """
+    started = time.perf_counter()
+    _quiet_libraries()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+
+    objective = build_objective(cfg)
+    data = build_data(cfg, grid=objective.student.grid, run_dir=run_dir)
+    module = Data2VecModule(
+        objective=objective,
+        optimizer=build(cfg.optimizer),
+        schedule=build(cfg.scheduler),
+        seed=cfg.seed,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+    )
+    probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
+    loggers = [CSVLog(path=run_dir / "metrics.csv"), *_loggers(cfg, run_dir)]
+    trainer: L.Trainer = build(
+        cfg.trainer,
+        callbacks=[probe, monitor, ConfigInCheckpoint(config), *_checkpoints(cfg, data, run_dir)],
+        logger=loggers,
+        default_root_dir=run_dir,
+        precision=cfg.precision.trainer,
+        **cfg.strategy,
+    )
+    _describe(cfg, objective, data, run_dir)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+
+    summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
+    if trainer.is_global_zero:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if cfg.report:
+            from data2vec_train.tasks.run_report import write_run_report
+
+            report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
+            log.info("report: %s", report)
+    return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
+
+
+def _checkpoints(cfg: DictConfig, data: DataModule, run_dir: Path) -> list[ModelCheckpoint]:
+    """`last.ckpt`, and with labels `best.ckpt`, the one with the best kNN accuracy so far."""
+    common = {
+        "dirpath": run_dir / "checkpoints",
+        "every_n_train_steps": cfg.callbacks.checkpoint.every_n_steps,
+        "enable_version_counter": False,
+    }
+    last = ModelCheckpoint(filename="last", **common)
+    if data.test_set is None:
+        return [last]
+    return [last, ModelCheckpoint(filename="best", monitor="probe/knn", mode="max", **common)]
+
+
+def _loggers(cfg: DictConfig, run_dir: Path) -> list:
+    return [build(node, save_dir=str(run_dir)) for node in (cfg.logger or {}).values() if node is not None]
+
+
+def _summary(
+    cfg: DictConfig, trainer: L.Trainer, monitor: Monitor, probe: ProbeCallback, data: DataModule, *, seconds: float
+) -> dict:
+    last = monitor.last
+    steps = trainer.global_step
+    rate = monitor.samples / max(monitor.train_seconds, 1e-9)
+    measured = probe.summary
+    if measured["probe"] is not None:
+        measured["probe"] |= {
+            "fit_samples": len(data.fit_set),
+            "test_samples": len(data.test_set),
+            "classes": len(data.class_names),
+        }
+    return {
+        "modality": cfg.modality.name,
+        "objective": HydraConfig.get().runtime.choices["objective"],
+        "seed": cfg.seed,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "train_seconds": round(monitor.train_seconds, 1),
+        "samples_per_second": round(rate, 1),
+        "data_wait": round(data.loader.waited_seconds / max(monitor.train_seconds, 1e-9), 4),
+        "loss_first": monitor.first.get("train/loss"),
+        "loss_last": last.get("train/loss"),
+        "target_std": last.get("train/target_std"),
+        "prediction_std": last.get("train/prediction_std"),
+        **measured,
+        "broken_samples": len(data.quarantine.reasons),
+    }
+
+
+def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: Path) -> None:
+    millions = sum(p.numel() for p in objective.student.parameters()) / 1e6
+    samples = "a stream of samples" if data.num_samples is None else f"{data.num_samples} samples"
+    probes = "no labels: probes off, RankMe on"
+    if data.test_set is not None:
+        probes = f"probes on {len(data.test_set)} held-out samples of {len(data.class_names)} classes"
+    log.info(
+        "%s, %s: %.2f M parameters, %s, %s", cfg.modality.name, HydraConfig.get().runtime.choices["objective"], millions, samples, probes
+    )
+    log.info("run directory: %s", run_dir)
+
+
+def _quiet_libraries() -> None:
+    """Lightning's advertisements and hints that do not apply here; its warnings about real trouble stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",
+        r".*`training_step` returned.*",
+        r"Checkpoint directory .* exists and is not empty",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r"Found \d+ module\(s\) in eval mode",  # the teacher, on purpose
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,333 @@
+import io
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data2vec_train.data.vision import ImageTransform, decode_image
+from data2vec_train.errors import BadSample, ConfigError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+PLAIN = {
+    "image_px": 28,
+    "channels": 1,
+    "crop_scale": None,
+    "crop_ratio": None,
+    "shift_px": 0,
+    "horizontal_flip": 0.0,
+    "color_jitter": None,
+    "interpolation": "bicubic",
+    "mean": [0.0],
+    "std": [1.0],
+}
+
+
+def encode(image: Image.Image, fmt: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """An image without fine detail, so that two ways of resizing agree."""
+    return Image.fromarray(PIXELS[:5, :5]).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def decode(value, channels=3, max_pixels=10**6):
+    return decode_image(value, channels=channels, max_pixels=max_pixels)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size that its pixels do not have."""
+    good = encode(Image.new("1", (1, 1)))
+    header = b"IHDR" + struct.pack(">II", width, height) + good[24:29]
+    return good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize(("channels", "wanted"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_every_common_mode_gives_the_asked_channels(mode, channels, wanted):
+    image = Image.fromarray(PIXELS)
+    image = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+    decoded = decode(encode(image, "TIFF" if mode == "CMYK" else "PNG"), channels)
+    assert (decoded.mode, decoded.size) == (wanted, (17, 12))
+
+
+def test_lossless_colours_come_back_exactly():
+    assert np.array_equal(decode(encode(Image.fromarray(PIXELS))), PIXELS)
+    assert np.array_equal(decode(encode(Image.fromarray(PIXELS[..., 0])), 1), PIXELS[..., 0])
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 257, 128 * 257, 65535, 300]], dtype=np.uint16)
+    assert np.asarray(decode(encode(Image.fromarray(values)), 1)).tolist() == [[0, 1, 128, 255, 1]]
+    wide = Image.fromarray(values.astype(np.int32))  # mode I
+    assert np.asarray(decode(encode(wide, "TIFF"), 1)).tolist() == [[0, 1, 128, 255, 1]]
+
+
+def test_adobe_inverted_cmyk_keeps_its_colour():
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    pixel = np.asarray(decode(encode(red, "JPEG", quality=100)))[8, 8]  # PIL writes CMYK JPEG inverted, as Adobe does
+    assert pixel[0] > 240
+    assert pixel[1:].max() < 15
+
+
+def test_palette_with_transparency_keeps_its_alpha():
+    image = Image.fromarray(PIXELS[..., 0]).convert("P")
+    data = encode(image, "PNG", transparency=bytes(range(256)))
+    alpha = np.asarray(decode(data, 4))[..., 3]
+    assert np.array_equal(alpha, np.asarray(image))
+
+
+# What a camera held that way stores, after the EXIF standard's table of where row 0 and column 0 are.
+STORED = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](PIXELS)))
+    assert np.array_equal(decode(encode(stored, "PNG", exif=exif)), PIXELS)
+
+
+def test_a_broken_exif_block_does_not_cost_the_image():
+    data = encode(smooth(16, 16), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert decode(data).size == (16, 16)
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP"])
+def test_an_animation_gives_its_first_frame(fmt):
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    data = encode(first, fmt, save_all=True, append_images=[second])
+    assert np.asarray(decode(data))[4, 4, 0] > 240
+
+
+def broken_crc() -> bytes:
+    data = bytearray(encode(Image.fromarray(PIXELS)))
+    data[data.index(b"IDAT") + 10] ^= 0xFF
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>404 not found</html>", "not an image"),
+        ("a caption", "a text, not an image"),
+        (encode(smooth(64, 64), "JPEG")[:-200], r"truncated: image file is truncated \(\d+ bytes not processed\)"),
+        (encode(smooth(64, 64), "JPEG")[:12], "not an image|truncated.*|broken image file: .*"),
+        (broken_crc(), "broken image file: .*"),
+        (bomb(29000, 29000), "29000x29000 pixels, more than modality.decode.max_pixels=1000000"),
+        (
+            bomb(10000, 10000),
+            "10000x10000 pixels, more than modality.decode.max_pixels=1000000",
+        ),  # PIL itself only warns here
+        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point image"),
+        (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), r"integer image with values outside .*"),
+        (np.ones((4, 4), np.float32), "float32 array; expected uint8"),
+        (np.ones((4, 4, 5), np.uint8), "array of 5 channels; expected 3"),
+        (np.ones((0, 4), np.uint8), "4x0 pixels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_unusable_image_says_why_and_warns_nobody(data, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadSample) as error:
+            decode(data)
+    assert re.fullmatch(reason, str(error.value))
+
+
+def test_files_say_why_they_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(BadSample, match="^file is missing$"):
+        decode(tmp_path / "none.png")
+    with pytest.raises(BadSample, match="^not readable: Is a directory$"):
+        decode(tmp_path)
+
+    def refuse(path):  # the superuser may read everything, so the file system cannot play this
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadSample, match="^not readable: permission denied$"):
+        decode(tmp_path / "secret.png")
+
+
+def test_the_limit_replaces_that_of_pil_and_puts_it_back(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL refuses more than twice that; it is 179 million otherwise
+    data = encode(Image.fromarray(PIXELS))
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+    assert np.array_equal(decode(data), PIXELS)
+    assert Image.MAX_IMAGE_PIXELS == 50
+
+
+def test_random_damage_never_escapes_as_another_error():
+    rng = np.random.default_rng(3)
+    good = [encode(smooth(24, 24), fmt) for fmt in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")]
+    for trial in range(300):
+        data = bytearray(good[trial % len(good)])
+        for place in rng.integers(len(data), size=4):
+            data[place] = rng.integers(256)
+        try:
+            image = decode(bytes(data[: rng.integers(1, 2 * len(data))]))
+        except BadSample:
+            continue
+        assert image.mode == "RGB"
+
+
+def test_arrays_with_the_right_channels_are_not_copied():
+    for array, channels in ((PIXELS, 3), (PIXELS[..., 0], 1), (np.zeros((4, 4, 7), np.uint8), 7)):
+        assert decode(array, channels) is array
+    assert np.array_equal(np.asarray(decode(PIXELS[..., :1]))[..., 2], PIXELS[..., 0])
+
+
+# --------------------------------------------------------------------------------------------------------- transform
+
+
+def test_an_image_is_a_pure_function_of_the_seed():
+    options = {"image_px": [20, 24], "channels": 3, "crop_scale": [0.3, 1.0], "crop_ratio": [0.75, 1.33], "shift_px": 3}
+    transform = ImageTransform(**PLAIN | options | {"horizontal_flip": 0.5, "color_jitter": [0.4, 0.4, 0.4]})
+    image = smooth(50, 40)
+
+    def draw(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return transform.train(image)
+
+    first = draw(5)
+    np.random.seed(1)
+    torch.rand(7)
+    assert torch.equal(draw(5), first)
+    transform = pickle.loads(pickle.dumps(transform))  # as a spawned worker gets it
+    assert torch.equal(draw(5), first)
+    pickle.dumps(ImageTransform(**PLAIN))
+    assert not torch.equal(draw(6), first)
+    assert first.shape == (3, 20, 24)
+    assert first.dtype == torch.float32
+    assert first.is_contiguous()
+
+
+@pytest.mark.parametrize("form", [lambda image: image, np.asarray], ids=["pil", "array"])
+def test_a_random_crop_is_torchvisions(form):
+    from torchvision.transforms import v2
+
+    transform = ImageTransform(
+        **PLAIN | {"image_px": 32, "channels": 3, "crop_scale": [0.2, 0.9], "crop_ratio": [0.75, 1.3]}
+    )
+    theirs = v2.RandomResizedCrop(32, (0.2, 0.9), (0.75, 1.3), v2.InterpolationMode.BICUBIC, antialias=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = transform.train(form(smooth(80, 60)))
+        torch.manual_seed(seed)
+        expected = v2.functional.pil_to_tensor(theirs(smooth(80, 60))) / 255
+        assert (ours - expected).abs().max() <= 2.01 / 255  # PIL rounds after each direction, torch otherwise
+
+
+def test_a_shift_moves_the_digit_and_fills_with_zero():
+    digit = np.zeros((28, 28), np.uint8)
+    digit[14, 14] = 255
+    transform = ImageTransform(**PLAIN | {"shift_px": 2})
+    places = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        moved = transform.train(digit)
+        assert moved.sum() == 1
+        places.add(tuple((moved[0].nonzero()[0] - 14).tolist()))
+    assert places == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
+    full = ImageTransform(**PLAIN | {"shift_px": 2}).train(np.full((28, 28), 255, np.uint8))
+    assert set(full.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_a_flip_happens_as_often_as_asked():
+    image = np.zeros((28, 28), np.uint8)
+    image[:, 0] = 255
+    torch.manual_seed(0)
+    transform = ImageTransform(**PLAIN | {"horizontal_flip": 0.25})
+    flipped = sum(transform.train(image)[0, 0, -1].item() for _ in range(2000)) / 2000
+    assert abs(flipped - 0.25) < 0.04  # 4 standard deviations
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_display_undoes_the_normalisation_of_untouched_images(channels):
+    array = np.random.default_rng(1).integers(0, 256, (28, 28, channels), dtype=np.uint8)
+    transform = ImageTransform(
+        **PLAIN | {"channels": channels, "mean": [0.4] * channels, "std": np.linspace(0.2, 0.3, channels).tolist()}
+    )
+    tensor = transform.evaluate(array)
+    expected = torch.from_numpy((array / 255 - 0.4) / np.linspace(0.2, 0.3, channels)).permute(2, 0, 1).float()
+    assert torch.allclose(tensor, expected, atol=1e-5)
+    shown = transform.display(tensor)
+    assert shown.shape == (28, 28, channels)
+    assert np.allclose(shown, array / 255, atol=1e-6)
+    assert np.allclose(transform.display(tensor + 100), 1)
+
+
+def test_evaluation_is_torchvisions_resize_and_centre_crop():
+    from torchvision.transforms import v2
+
+    image = smooth(90, 70)
+    theirs = v2.Compose([v2.Resize(64, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(56)])
+    ours = ImageTransform(**PLAIN | {"image_px": 56, "channels": 3}).evaluate(image)
+    assert (
+        ours - v2.functional.pil_to_tensor(theirs(image)) / 255
+    ).abs().max() <= 3.01 / 255  # 64 x 82 and not 64 x 82.3
+
+
+@pytest.mark.parametrize("size", [(10, 13), (28, 28), (29, 29), (200, 5), (28, 90), (600, 400)])
+@pytest.mark.parametrize("image_px", [28, [28, 40]])
+def test_any_size_of_image_fills_the_whole_result(size, image_px):
+    transform = ImageTransform(**PLAIN | {"image_px": image_px})
+    white = np.full(size, 255, np.uint8)
+    for result in (transform.train(white), transform.evaluate(white), transform.evaluate(Image.fromarray(white))):
+        assert result.shape == (1, 28, 28 if image_px == 28 else 40)
+        assert result.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"image_px": [28]}, "image_px"),
+        ({"image_px": 0}, "image_px"),
+        ({"crop_scale": [0.5, 1.0]}, "crop_ratio"),
+        ({"crop_scale": [0.5, 1.5], "crop_ratio": [1, 1]}, "crop_scale"),
+        ({"shift_px": 28}, "shift_px"),
+        ({"horizontal_flip": 2}, "horizontal_flip"),
+        ({"color_jitter": [0.4]}, "color_jitter"),
+        ({"color_jitter": [0.4, 0.4, 0.4], "channels": 4}, "color_jitter"),
+        ({"interpolation": "nearest"}, "interpolation"),
+        ({"mean": [0.1, 0.2], "channels": 3}, "mean has 2 values"),
+        ({"std": [0.0]}, "std"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(wrong, text):
+    with pytest.raises(ConfigError, match=text):
+        ImageTransform(**PLAIN | wrong)
+
+
+def test_importing_does_not_load_the_heavy_libraries():
+    code = "import sys, data2vec_train.data.vision, data2vec_train.data.sources as s; " + (
+        "sys.exit(bool({'datasets', 'torchvision', 'PIL.Image'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
