@@ -66,7 +66,8 @@ class Data2VecModule(L.LightningModule):
         factor = self.trainer.accumulate_grad_batches * self._counts[0] / sum(self._counts)
         self._counts.clear()
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], factor)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def configure_gradient_clipping(
         self,

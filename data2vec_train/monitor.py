@@ -31,7 +31,7 @@ class CSVLog(Logger):
     def __init__(self, *, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
-        self.columns: list[str] = []
+        self.columns = ["step", "train/loss"]
 
     @property
     def name(self) -> str:
@@ -51,14 +51,12 @@ class CSVLog(Logger):
         """Append a row; new metrics get columns at the end, earlier rows keep them empty."""
         row = {"step": step, **metrics}
         new = [column for column in row if column not in self.columns]
-        if new:
+        if new or not self.path.exists():
             rows = []
             if self.path.exists():
                 with self.path.open(newline="") as file:
-                    reader = csv.DictReader(file)
-                    self.columns = list(reader.fieldnames or self.columns)
-                    rows = list(reader)
-            self.columns += [column for column in new if column not in self.columns]
+                    rows = list(csv.DictReader(file))
+            self.columns += new
             self._write(rows, mode="w")
         self._write([row], mode="a")
 

@@ -163,9 +163,16 @@ class DataModule(L.LightningDataModule):
         self.quarantine.add(batch.rejected, num_good=len(batch))
         return batch
 
-    def evaluation_loader(self, dataset: EvaluationDataset) -> DataLoader:
-        """Unmasked, unaugmented batches of `dataset`, in order."""
-        return DataLoader(dataset, batch_size=max(self.batch_size, 64), collate_fn=self.collate_plain)
+    def evaluation_batches(self, dataset: EvaluationDataset) -> Iterator[Batch]:
+        """Unmasked, unaugmented batches of `dataset`, in order; broken samples are noted and left out.
+
+        Raises:
+            DataError: too many are broken, see `Quarantine.add`.
+        """
+        size = max(self.batch_size, 64)
+        for batch in DataLoader(dataset, batch_size=size, collate_fn=self.collate_plain, num_workers=self.num_workers):
+            self.quarantine.add(batch.rejected, num_good=len(batch))
+            yield batch
 
     def training_subset(self, count: int) -> EvaluationDataset | None:
         """Up to `count` training samples without augmentation; None for a stream."""

@@ -5,6 +5,7 @@ and the encoder as it is now. Features are the mean over the patch tokens of the
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import lightning as L
@@ -12,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data2vec_train.data.datamodule import DataModule
-from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy, rankme
 
 RAW_INPUT_PX = 32
@@ -59,7 +59,7 @@ class ProbeCallback(L.Callback):
         start = time.perf_counter()
         data: DataModule = trainer.datamodule
         if data.test_set is not None:
-            raw = [self._raw_input(data.evaluation_loader(dataset)) for dataset in (data.fit_set, data.test_set)]
+            raw = [self._raw_input(data.evaluation_batches(dataset)) for dataset in (data.fit_set, data.test_set)]
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
         self.seconds += time.perf_counter() - start
@@ -82,15 +82,15 @@ class ProbeCallback(L.Callback):
         data: DataModule = trainer.datamodule
         with trainer.precision_plugin.forward_context():
             if data.test_set is not None:
-                fit = encode(encoder, data.evaluation_loader(data.fit_set))
-                test = encode(encoder, data.evaluation_loader(data.test_set))
+                fit = encode(encoder, data.evaluation_batches(data.fit_set))
+                test = encode(encoder, data.evaluation_batches(data.test_set))
                 self._score(which, fit, test)
                 self.ranks[which] = rankme(test.features[: self.rank_samples])
             else:
                 subset = data.training_subset(self.rank_samples)
                 if subset is None:
                     return
-                self.ranks[which] = rankme(encode(encoder, data.evaluation_loader(subset)).features)
+                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset)).features)
         if which != "teacher":
             self.metrics["probe/rankme"] = self.ranks[which]
 
@@ -101,10 +101,10 @@ class ProbeCallback(L.Callback):
         if which in ("untrained", "trained"):
             self.metrics |= {f"probe/{name}": values[which] for name, values in self.accuracies.items()}
 
-    def _raw_input(self, loader: DataLoader) -> Labelled:
+    def _raw_input(self, batches: Iterable[Batch]) -> Labelled:
         """Pixels as features; images larger than 32 px are averaged down, beyond that distances only get noisier."""
         inputs, labels = [], []
-        for batch in loader:
+        for batch in batches:
             size = [min(side, RAW_INPUT_PX) for side in batch.inputs.shape[-2:]]
             inputs.append(F.adaptive_avg_pool2d(batch.inputs, size).flatten(1).numpy())
             labels.append(batch.labels.numpy())
@@ -131,10 +131,10 @@ class ProbeCallback(L.Callback):
 
 
 @torch.no_grad()
-def encode(encoder: ModalityEncoder, loader: DataLoader) -> Labelled:
-    """Mean patch feature of every sample, in evaluation mode, float32. Broken samples are left out."""
+def encode(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Labelled:
+    """Mean patch feature of every sample, in evaluation mode, float32."""
     features, labels = [], []
-    for tokens, batch in patch_features(encoder, loader):
+    for tokens, batch in patch_features(encoder, batches):
         features.append(tokens.mean(dim=1).cpu().numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
     with_labels = all(part is not None for part in labels)
@@ -142,18 +142,13 @@ def encode(encoder: ModalityEncoder, loader: DataLoader) -> Labelled:
 
 
 @torch.no_grad()
-def patch_features(encoder: ModalityEncoder, loader: DataLoader):
+def patch_features(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Batch]]:
     """Yield (patch tokens (B, T, D) float32, batch) for each batch; the encoder's mode is restored afterwards."""
     device = next(encoder.parameters()).device
     was_training = encoder.training
     encoder.eval()
     try:
-        for batch in loader:
-            if len(batch):
-                yield _last_block(encoder, batch.inputs.to(device)), batch
+        for batch in batches:
+            yield encoder(batch.inputs.to(device)).tokens.float(), batch
     finally:
         encoder.train(was_training)
-
-
-def _last_block(encoder: ModalityEncoder, inputs: Tensor) -> Tensor:
-    return encoder(inputs).tokens.float()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from data2vec_train.config import build
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
+from data2vec_train.errors import ConfigError
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.probes.callback import ProbeCallback
@@ -70,6 +71,8 @@ def pretrain(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     _quiet_libraries()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if (run_dir / "metrics.csv").exists():
+        raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
     config = OmegaConf.to_container(cfg, resolve=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     random.seed(cfg.seed)
@@ -124,7 +127,7 @@ def _checkpoints(cfg: DictConfig, data: DataModule, run_dir: Path) -> list[Model
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list:
-    return [build(node, save_dir=str(run_dir)) for node in (cfg.logger or {}).values() if node is not None]
+    return [build(node)(save_dir=str(run_dir)) for node in cfg.logger.values()]
 
 
 def _summary(
@@ -165,7 +168,12 @@ def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: P
     if data.test_set is not None:
         probes = f"probes on {len(data.test_set)} held-out samples of {len(data.class_names)} classes"
     log.info(
-        "%s, %s: %.2f M parameters, %s, %s", cfg.modality.name, HydraConfig.get().runtime.choices["objective"], millions, samples, probes
+        "%s, %s: %.2f M parameters, %s, %s",
+        cfg.modality.name,
+        HydraConfig.get().runtime.choices["objective"],
+        millions,
+        samples,
+        probes,
     )
     log.info("run directory: %s", run_dir)
 

@@ -1,4 +1,4 @@
-"""Collects what `report.html` shows of an image run: masks, patch features and neighbours, before and after training."""
+"""Collects what `report.html` shows of an image run: masks, patch features and neighbours, before and after."""
 
 import itertools
 import sys
@@ -34,9 +34,7 @@ NUM_NEIGHBOURS = 6
 GALLERY = 2000
 
 
-def write_run_report(
-    cfg: DictConfig, *, run_dir: Path, objective: Data2Vec, data: DataModule, summary: dict
-) -> Path:
+def write_run_report(cfg: DictConfig, *, run_dir: Path, objective: Data2Vec, data: DataModule, summary: dict) -> Path:
     """Write `report.html` into the run directory and return its path."""
     metrics = read_metrics(run_dir / "metrics.csv")
     sections = [
@@ -69,11 +67,13 @@ def _pictures(cfg: DictConfig, student: ModalityEncoder, data: DataModule) -> li
     torch.manual_seed(cfg.seed)
     untrained = build(cfg.modality.encoder).to(next(student.parameters()).device)
     gallery = data.fit_set if data.fit_set is not None else shown
-    return [
+    sections = [
         masks_section(images, masked, student.grid, drawn_as=_drawn_as(cfg)),
         pca_section(images, _patches(untrained, queries), _patches(student, queries), student.grid),
-        _neighbours(data, untrained, student, queries, images, gallery),
     ]
+    if len(gallery) > 1:
+        sections.append(_neighbours(data, untrained, student, queries, images, gallery))
+    return sections
 
 
 def _good(dataset: torch.utils.data.Dataset, count: int) -> list[Sample]:
@@ -104,13 +104,13 @@ def _neighbours(
     found, found_labels = {}, {}
     inputs, ids, labels = [], [], []
     features: dict[str, list[np.ndarray]] = {"trained": [], "untrained": [], "raw input": []}
-    for tokens, batch in patch_features(student, data.evaluation_loader(some)):
+    for tokens, batch in patch_features(student, data.evaluation_batches(some)):
         features["trained"].append(tokens.mean(dim=1).cpu().numpy())
         features["raw input"].append(_raw(batch.inputs))
         inputs.append(batch.inputs.half())
         ids.append(batch.ids.numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
-    for tokens, _ in patch_features(untrained, data.evaluation_loader(some)):
+    for tokens, _ in patch_features(untrained, data.evaluation_batches(some)):
         features["untrained"].append(tokens.mean(dim=1).cpu().numpy())
     inputs, ids = torch.cat(inputs), np.concatenate(ids)
     own = np.array([sample.id for sample in queries])

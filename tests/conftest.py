@@ -1,0 +1,47 @@
+"""Helpers that several test files use."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from data2vec_train.config import config_directory, recipes_parent, register_resolvers
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def composed() -> Callable[..., DictConfig]:
+    """Compose the real configuration with overrides."""
+
+    def _compose(*overrides: str) -> DictConfig:
+        os.environ.setdefault("DATA2VEC_RECIPES", str(recipes_parent()))
+        register_resolvers()
+        with initialize_config_dir(str(config_directory()), version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+
+    return _compose
+
+
+@pytest.fixture
+def run_program() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `python -m data2vec_train ...` as a user would; stdout and stderr come back as text."""
+
+    def _run(*arguments: str, cwd: Path = CHECKOUT, timeout: float = 300) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", "data2vec_train", *arguments],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return _run

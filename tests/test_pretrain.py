@@ -1,0 +1,168 @@
+"""The program as its users meet it: whole runs from the command line, on tiny data."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+TINY = (
+    "size.dim=32", "size.depth=2", "size.num_heads=2", "size.ffn_dim=64", "data.num_workers=0",
+    "data.batch_size_per_device=16", "objective.views=2",
+)  # fmt: skip
+
+
+def _images(folder, count=24, size=(40, 30)):
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    modes = ["RGB", "L", "RGBA", "CMYK", "P"]
+    for index in range(count):
+        mode = modes[index % len(modes)]
+        pixels = rng.integers(0, 256, (size[1] + index, size[0], 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(mode)
+        image.save(folder / f"{index:02d}{'.jpg' if mode in ('RGB', 'L', 'CMYK') else '.png'}")
+
+
+def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
+    run_dir = tmp_path / "run"
+    result = run_program("modality=vision", "trainer.max_steps=6", "trainer.log_every_n_steps=3", *TINY,
+                         f"hydra.run.dir={run_dir}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"report: {run_dir / 'report.html'}" in result.stdout
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["modality"], summary["objective"], summary["seed"], summary["steps"]) == (
+        "vision",
+        "data2vec2",
+        0,
+        6,
+    )
+    for name in ("seconds", "samples_per_second", "loss_first", "loss_last", "target_std", "prediction_std", "rankme"):
+        assert summary[name] > 0, name
+    for probe in ("knn", "linear"):
+        assert all(0 <= summary["probe"][probe][row] <= 1 for row in ("untrained", "raw_input", "trained"))
+    assert summary["probe"]["test_samples"] == 1000
+    assert summary["probe"]["fit_samples"] == 4000
+
+    with (run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:2] == ["step", "train/loss"]
+    assert [row["step"] for row in rows if row["train/loss"]] == ["1", "3", "6"]
+    assert float(rows[-1]["train/loss"]) == pytest.approx(summary["loss_last"])
+
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert checkpoint["config"]["trainer"]["max_steps"] == 6
+    assert any(name.startswith("objective.teacher.") for name in checkpoint["state_dict"])
+    assert (run_dir / "checkpoints" / "best.ckpt").exists()
+
+    report = (run_dir / "report.html").read_text()
+    assert "python -m data2vec_train modality=vision" in report
+    assert not re.search(r'(src|href)="https?:', report)
+    assert "seed: 0" in (run_dir / "config.yaml").read_text()
+
+    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, f"hydra.run.dir={run_dir}")
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(run_program, tmp_path):
+    states = []
+    for name, workers in (("a", 0), ("b", 2)):
+        run_dir = tmp_path / name
+        result = run_program("trainer.max_steps=3", "report=false", *TINY, f"data.num_workers={workers}",
+                             f"hydra.run.dir={run_dir}")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        states.append(torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_folder_of_mixed_images_without_labels_trains_and_lists_broken_files(run_program, tmp_path):
+    images, run_dir = tmp_path / "images", tmp_path / "run"
+    _images(images / "deep" / "er")
+    whole = (images / "deep" / "er" / "00.jpg").read_bytes()
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_text("not an image")
+    (images / "notes.txt").write_text("ignored")
+    arguments = ("data=folder", f"data.path={images}", "modality.image_px=32", "modality.patch_px=8", *TINY,
+                 "trainer.max_steps=8", f"hydra.run.dir={run_dir}")  # fmt: skip
+    result = run_program(*arguments, "data.max_bad_fraction=0.2")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["probe"] is None
+    assert summary["rankme"] >= 1
+    assert summary["broken_samples"] == 2
+    listed = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert {entry["key"]: entry["reason"].split(":")[0] for entry in listed} == {
+        "cut.jpg": "truncated",
+        "text.png": "not an image",
+    }
+
+    result = run_program(*arguments[:-1], f"hydra.run.dir={tmp_path / 'strict'}")
+    assert result.returncode == 2
+    assert "data.max_bad_fraction" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, ["does not exist", "data.path"]),
+        (lambda path: path.mkdir(), ["no files"]),
+        (lambda path: path.write_text("x"), ["a file"]),
+    ],
+    ids=["missing", "empty", "file"],
+)
+def test_a_folder_that_cannot_be_used_is_one_line(make, words, run_program, tmp_path):
+    make(tmp_path / "images")
+    result = run_program("data=folder", f"data.path={tmp_path / 'images'}", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert "images" in result.stderr
+
+
+def test_class_folders_feed_the_probes(run_program, tmp_path):
+    for label in ("cat", "dog"):
+        _images(tmp_path / "images" / label, count=20)
+    result = run_program("data=folder", f"data.path={tmp_path / 'images'}", "modality.image_px=32",
+                         "modality.patch_px=8", *TINY, "trainer.max_steps=2", "report=false",
+                         f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    probe = json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]
+    assert (probe["classes"], probe["test_samples"], probe["fit_samples"]) == (2, 4, 36)
+
+
+def test_a_sweep_leaves_a_directory_for_each_member_and_a_table(run_program, tmp_path):
+    result = run_program("-m", "modality=vision", "objective=data2vec,data2vec2", "seed=0,1", "trainer.max_steps=2",
+                         *TINY[:-1], "report=false", f"hydra.sweep.dir={tmp_path / 'sweep'}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/summary.json")]
+    assert {(summary["objective"], summary["seed"]) for summary in summaries} == {
+        ("data2vec", 0), ("data2vec", 1), ("data2vec2", 0), ("data2vec2", 1),
+    }  # fmt: skip
+    assert (tmp_path / "sweep" / "sweep.csv").exists()
+    assert result.stdout.count("objective=data2vec2") >= 2 or result.stdout.count("data2vec2") >= 2
+
+
+def test_a_collapse_stops_the_run_with_value_and_threshold(run_program, tmp_path):
+    result = run_program("trainer.max_steps=6", "report=false", *TINY, "callbacks.monitor.min_target_std=100",
+                         "callbacks.monitor.grace_steps=2", "trainer.log_every_n_steps=1",
+                         f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert result.returncode == 3
+    assert re.search(r"collapse at step 2: train/target_std is [\d.]+, below the threshold of 100", result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_demo_learns(seed, run_program, tmp_path):
+    """The claim of the README: within five minutes on two cores, for each of three seeds."""
+    result = run_program("modality=vision", f"seed={seed}", f"hydra.run.dir={tmp_path / 'run'}", timeout=900)
+    assert result.returncode == 0, result.stderr
+    probe = json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]
+    assert probe["knn"]["trained"] >= probe["knn"]["untrained"] + 0.15
+    assert probe["linear"]["trained"] >= 0.80
