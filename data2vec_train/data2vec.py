@@ -138,7 +138,7 @@ class Data2Vec(nn.Module):
         # The teacher's weights are float32; when the student's are not, autocast gives both the same arithmetic.
         dtype = next(self.student.parameters()).dtype
         low = torch.autocast(batch.inputs.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
-        with torch.no_grad(), low:
+        with low:
             output, token_mask = self.teacher(
                 batch.inputs,
                 batch.attention_mask,
@@ -153,7 +153,9 @@ class Data2Vec(nn.Module):
         tokens, token_mask = embedded
         num_tokens = batch.masks.masked.shape[2]
         if self.mask_mode == "corrupt":
-            tokens, _ = self.student.embed(batch.corrupted.flatten(0, 1), None)  # (N, T, D)
+            mask = batch.attention_mask
+            mask = None if mask is None else mask.repeat_interleave(self.views, dim=0)
+            tokens, _ = self.student.embed(batch.corrupted.flatten(0, 1), mask)  # (N, T, D)
         student = self.student.contextualize(tokens, token_mask, masks=batch.masks, mode=self.mask_mode)
         predictions = self.decoder(
             student.tokens,

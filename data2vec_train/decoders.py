@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data2vec_train.layers.misc import init_beit
+
 
 class Decoder(nn.Module, ABC):
     """Base of all decoders. `restores_dropped` says whether it can work without tokens at hidden positions."""
@@ -32,13 +34,20 @@ class Decoder(nn.Module, ABC):
 
 
 class LinearDecoder(Decoder):
-    """One linear layer: the regression head of 1.0 speech and images."""
+    """One linear layer: the regression head of 1.0 speech and images.
+
+    Args:
+        dim: D.
+        init_std: width of the initial weights, a normal cut at one sigma as in BEiT; None = torch's default.
+    """
 
     restores_dropped = False
 
-    def __init__(self, *, dim: int) -> None:
+    def __init__(self, *, dim: int, init_std: float | None) -> None:
         super().__init__()
         self.project = nn.Linear(dim, dim)
+        if init_std is not None:
+            init_beit(self, std=init_std)
 
     def forward(
         self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
@@ -112,6 +121,8 @@ class Conv2dDecoder(Decoder):
         self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
     ) -> Tensor:
         """See `Decoder.forward`."""
+        if grid is None:
+            raise ValueError("Conv2dDecoder needs tokens on a grid; this is a sequence")
         x = self.input_dropout(tokens)
         if visible is not None:
             x = put_back(x, visible=visible, num_tokens=num_tokens, noise_std=self.noise_std)  # (N, T, D)

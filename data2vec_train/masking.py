@@ -39,7 +39,7 @@ class BlockMasker(Masker):
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
         """See `Masker`."""
-        rows, columns = _checked_grid(grid, self)
+        rows, columns = _checked_grid(num_tokens, grid, self)
         wanted = _count(self.hidden_fraction * num_tokens, num_tokens)
         smallest = self.min_block_fraction * num_tokens
         hidden = np.zeros((rows, columns), dtype=bool)
@@ -91,7 +91,7 @@ class InverseBlockMasker(Masker):
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
         """See `Masker`."""
-        rows, columns = _checked_grid(grid, self)
+        rows, columns = _checked_grid(num_tokens, grid, self)
         kept_fraction = 1 - self.hidden_fraction
         num_kept = _count(int(num_tokens * kept_fraction), num_tokens)
         num_squares = int(num_tokens * (kept_fraction + self.adjust_fraction) / self.block_patches**2)
@@ -139,7 +139,7 @@ def _checked_fraction(fraction: float) -> float:
     return fraction
 
 
-def _checked_grid(grid: tuple[int, int] | None, masker: Masker) -> tuple[int, int]:
-    if grid is None:
-        raise ValueError(f"{type(masker).__name__} hides blocks of an image and needs a token grid; this is a sequence")
+def _checked_grid(num_tokens: int, grid: tuple[int, int] | None, masker: Masker) -> tuple[int, int]:
+    if grid is None or grid[0] * grid[1] != num_tokens:
+        raise ValueError(f"{type(masker).__name__} needs a grid of {num_tokens} tokens, got {grid}")
     return grid

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from data2vec_train.data.seeding import torch_seed
 from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
 from data2vec_train.encoders.base import Batch
+from data2vec_train.errors import ConfigError
 from data2vec_train.optim import Schedule, set_lr
 
 
@@ -49,13 +50,19 @@ class Data2VecModule(L.LightningModule):
         output: Data2VecOutput = self.objective(batch)
         self._counts.append(batch.masks.hidden.numel())
         if self._logs_after(step + 1):
-            self.measured = {
-                "train/loss": output.loss.detach(),
-                **{f"train/loss_{name}": term.detach() for name, term in output.terms.items() if len(output.terms) > 1},
-                "train/target_std": std_over_rows(output.targets),
-                "train/prediction_std": std_over_rows(output.predictions.detach()),
-            }
+            self._measure(output)
         return output.loss * (self._counts[-1] / self._counts[0])
+
+    def _measure(self, output: Data2VecOutput) -> None:
+        """Keep what is logged of this step, the mean over its micro-batches."""
+        values = {"train/loss": output.loss.detach()}
+        if len(output.terms) > 1:
+            values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
+        values["train/target_std"] = std_over_rows(output.targets)
+        values["train/prediction_std"] = std_over_rows(output.predictions.detach())
+        before = self.measured if len(self._counts) > 1 else {}
+        share = 1 / self.trainer.accumulate_grad_batches
+        self.measured = {name: before.get(name, 0.0) + share * value for name, value in values.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient that of the mean over all hidden tokens of the step.
@@ -75,7 +82,13 @@ class Data2VecModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over all gradients, and keep the norm for the log."""
+        """Clip the norm over all gradients, and keep the norm for the log.
+
+        Raises:
+            ConfigError: another clipping than by norm is asked for.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
         if gradient_clip_val or self._logs_after(self.trainer.global_step + 1):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import logging
+import math
 import os
 import sys
 import time
@@ -32,6 +33,9 @@ class CSVLog(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = ["step", "train/loss"]
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.columns = next(csv.reader(file), self.columns)
 
     @property
     def name(self) -> str:
@@ -155,6 +159,11 @@ class Monitor(L.Callback):
 
     def _check_collapse(self, step: int, row: dict[str, float]) -> None:
         for name, limit in self.limits.items():
+            if math.isnan(row[name]):
+                raise CollapseError(
+                    f"at step {step} {name} is not a number: training diverged. Try a lower optimizer.lr or a longer "
+                    "warm-up"
+                )
             if step >= self.grace_steps and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "

@@ -37,19 +37,9 @@ PANELS = {  # title: {label: column of metrics.csv}
     "Samples per second": {"": "train/samples_per_second"},
     "Share of time spent waiting for data": {"": "train/data_wait"},
 }
-FACTS = {  # key of the summary: label; other single values follow under their own key
-    "modality": "Modality",
-    "objective": "Objective",
-    "seed": "Seed",
-    "steps": "Optimizer steps",
-    "seconds": "Duration, h:min:s",
-    "samples_per_second": "Samples per second",
-    "loss_first": "Loss at the start",
-    "loss_last": "Loss at the end",
-    "target_std": "Spread (std) of targets",
-    "prediction_std": "Spread (std) of predictions",
-    "rankme": "RankMe",
-}
+# Keys of the summary in the order of the table; other single values follow.
+FACTS = ("modality", "objective", "seed", "steps", "seconds", "samples_per_second", "loss_first", "loss_last")
+FACTS += ("target_std", "prediction_std", "rankme")
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,7 @@ def probe_section(summary: dict) -> Section:
             verdicts.append(f"{verdict}.")
         if probe.get(key):
             rows.append([f"<th>{name}</th>", *(_share_cell(share) for share in (raw, untrained, trained)), _td(gain)])
-    details = {"fit_samples": "to fit", "test_samples": "to test", "classes": "classes", "weights": "weights"}
+    details = {"fit_samples": "samples to fit", "test_samples": "to test", "classes": "classes", "weights": "weights"}
     known = [f"{_value(probe[key])} {what}" for key, what in details.items() if key in probe]
     return Section(
         "What the features know",
@@ -154,11 +144,11 @@ def probe_section(summary: dict) -> Section:
 def facts_section(summary: dict, *, command: str) -> Section:
     """Table of the single values in `summary`, those of every run first, and the command that repeats the run."""
     rows = []
-    for key, label in (FACTS | {key: key.replace("_", " ") for key in summary if key not in FACTS}).items():
-        value = summary.get(key)
+    for key in dict.fromkeys([*FACTS, *summary]):
+        label, value = key.replace("_", " "), summary.get(key)
         if key == "seconds" and value is not None:
-            value = timedelta(seconds=round(value))
-        if isinstance(value, (str, int, float, np.number, timedelta)) or (key in FACTS and value is not None):
+            label, value = "duration, h:min:s", timedelta(seconds=round(value))
+        if value is not None and (key in FACTS or isinstance(value, (str, int, float, np.number))):
             rows.append([f"<th>{escape(label)}</th>", _td(str(value) if key == "seed" else _value(value))])
     return Section(
         "The run",
@@ -301,9 +291,9 @@ def _curve_png(lines: Metrics, *, levels: dict, fraction: bool, from_zero: bool)
     from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
     ink = "#3a3f47"
-    figure = Figure(figsize=(4.5, 2.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.5, 2.2), dpi=130, facecolor="none", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="none")
     for (label, (steps, values)), colour in zip(lines.items(), ("#3355cc", "#d9730d"), strict=False):
         window = len(values) // 40
         values = np.where(np.isfinite(values), values, np.nan)
@@ -432,7 +422,8 @@ body { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; background: v
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 28px; line-height: 1.25; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 20px; margin: 0 0 4px; }
-nav a { color: var(--accent); text-decoration: none; margin-right: 20px; font-size: 14px; }
+nav a { color: var(--accent); text-decoration: none; margin-right: 20px; font-size: 14px;
+  display: inline-block; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px;
   margin-top: 20px; }
 .explain { color: var(--quiet); font-size: 15px; margin: 0 0 16px; max-width: 85ch; }
@@ -443,7 +434,7 @@ img { display: block; border-radius: 4px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--quiet); font-size: 14px; }
 td, th { padding: 7px 20px 7px 0; border-bottom: 1px solid var(--line); }
-.bar { min-width: 96px; padding: 2px 8px; border-radius: 4px;
+.bar { min-width: 120px; padding: 2px 8px; border-radius: 4px;
   background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share)); }
 .pictures td, .pictures th { border: 0; padding: 0 8px 8px 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 20px 16px; }

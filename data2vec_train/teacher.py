@@ -7,6 +7,7 @@ that the teacher starts from the student's own token embeddings.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,15 @@ class EMATeacher(nn.Module):
                 raise ValueError(f"teacher.copied: no parameter starts with {prefix!r}; there are {', '.join(names)}")
         frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
         self.copied = [name for name in names if name in frozen or name.startswith(tuple(copied))]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATeacher":
+        """Follow the rest of the model to another device, but not to another floating-point type."""
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_type, recurse)
 
     def train(self, mode: bool = True) -> "EMATeacher":
         """Stay in evaluation mode: targets come without dropout and drop path."""
@@ -97,4 +107,4 @@ class EMATeacher(nn.Module):
             The encoder's output, and the attention mask at token rate, (B, T) or None.
         """
         tokens, token_mask = student_tokens if self.share_embeddings else self.encoder.embed(inputs, attention_mask)
-        return self.encoder.contextualize(tokens.detach(), token_mask, tap=tap, last=last), token_mask
+        return self.encoder.contextualize(tokens, token_mask, tap=tap, last=last), token_mask

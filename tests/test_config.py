@@ -3,8 +3,6 @@
 import contextlib
 import csv
 import functools
-import importlib
-import inspect
 import io
 import json
 import os
@@ -16,8 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from data2vec_train import config
-from data2vec_train.config import build, find_faults, preflight
-from data2vec_train.errors import ConfigError
+from data2vec_train.config import build
+from data2vec_train.errors import CollapseError, ConfigError, DataError
+from data2vec_train.preflight import find_faults, preflight
 from data2vec_train.tasks.sweep import SweepTable
 
 TOY = '''
@@ -82,13 +81,14 @@ CONFIGS = {
         seed: 1
         verbose: false
         output: null
-        data: {image_px: 32, batch_size_per_device: 4, max_bad_fraction: 0.01, path: here}
+        data: {batch_size_per_device: 4, max_bad_fraction: 0.01, path: here}
         scheduler: {warmup_steps: "${share:0.1,${trainer.max_steps}}"}
         hydra:
           searchpath: ["file://${oc.env:DATA2VEC_RECIPES}"]
           callbacks: {sweep_table: {_target_: data2vec_train.tasks.sweep.SweepTable}}
     """,
     "modality/vision.yaml": """
+        image_px: 32
         encoder: {_target_: toy.Encoder, dim: "${size.dim}", depth: "${size.depth}", patch_px: 8, drop: 0,
           kernels: [3, 3], norm_first: true}
         masker: {_target_: toy.InverseBlockMasker, hidden_fraction: 0.8}
@@ -117,26 +117,26 @@ RECIPE = "# @package _global_\ndefaults: [{override /modality: audio}]\nseed: 7\
 
 # What a task does is told by `seed`, so that a sweep can have members that fail in each way.
 RUN = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from data2vec_train import config
-from data2vec_train.errors import CollapseError, ConfigError, DataError
+from data2vec_train.errors import CollapseError, ConfigError
 
 def task(cfg):
-    heavy = [name for name in ("torch", "lightning", "numpy", "datasets") if name in sys.modules]
+    heavy = [name for name in ("torch", "torchvision", "lightning", "numpy", "datasets") if name in sys.modules]
     print("task ran", cfg.seed, cfg.modality.encoder._target_, *heavy)
-    errors = {5: ConfigError("depth cannot be five"), 6: DataError("no image"), 7: CollapseError("-"), 8: OSError("b")}
+    errors = {5: ConfigError("depth cannot be five"), 7: CollapseError("flat"), 8: OSError("b")}
     if cfg.seed in errors:
         raise errors[cfg.seed]
-    if cfg.seed == 9:
-        raise KeyboardInterrupt
     summary = {"steps": cfg.trainer.max_steps, "seconds": 1.5, "loss_last": 0.25, "probe": {"knn": {"trained": 0.5}}}
     Path(HydraConfig.get().runtime.output_dir, "summary.json").write_text(json.dumps(summary))
 
-config._MAX_MEMBERS_CHECKED = int(os.environ.get("CHECKED", "32"))
 config.main(task, config_name="train")
 """
+
+
+QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,7 @@ BROKEN = [
     (["+recipes=base"], ["no recipe called 'base'; did you mean vision/base?"]),
     (["recipes=vision/base"], ["add it with a plus: +recipes=vision/base"]),
     (["+modality=audio"], ["leave out the plus: modality=audio"]),
+    (["+modality=vision"], ["leave out the plus: modality=vision"]),
     (["modalty=audio"], ["there is no setting called 'modalty'; did you mean modality?"]),
     (["lr=0.1"], ["lr=0.1: there is no setting called 'lr'; did you mean optimizer.lr?"]),
     (["optimizer.wieght_decay=0.1"], ["optimizer.wieght_decay=0.1", "did you mean optimizer.weight_decay?"]),
@@ -229,18 +230,14 @@ BROKEN = [
     (["vision"], ["vision: no value given; did you mean modality=vision?"]),
     (["=3"], ["there is no name before the '='"]),
     (["seed=[1,2"], ["seed=[1,2: cannot be read", "in quotes"]),
-    (["optimizer.betas[0]=1"], ["write the whole list, optimizer.betas=[...]"]),
     (["+seed=3"], ["seed is already there; leave out the plus: seed=3"]),
-    (["~sede"], ["there is nothing called 'sede' to remove; did you mean seed?"]),
+    (["~sede"], ["there is no setting called 'sede'; did you mean seed?"]),
     (["seed=0,1"], ["several values make a sweep, which needs -m", "seed=[0,1]"]),
-    (["--seed=3"], ["--seed=3: there is no such flag; settings have no dashes: seed=3"]),
-    (["--config-name", "trane"], ["trane"]),
-    (["--config-dir", "nowhere"], ["nowhere: there is no such directory of configs"]),
     (["debug=unset"], ["data.root: not set; say which", "output: refers to ${data.pth}", "did you mean data.path?"]),
     (["hydra.run.dirr=x"], ["there is no setting called 'hydra.run.dirr'; did you mean hydra.run.dir?"]),
     (["size.num_heads=5"], ["size.dim=32 cannot be split into 5 heads; choose 4 or 8 heads"]),
-    (["data.image_px=30"], ["30 pixels cannot be cut into patches of 8", "24 and 32"]),
-    (["data.image_px=[32,36]"], ["36 pixels", "32 and 40"]),
+    (["modality.image_px=30"], ["30 pixels cannot be cut into patches of 8", "24 and 32"]),
+    (["modality.image_px=[32,36]"], ["36 pixels", "32 and 40"]),
     (["objective.targets.top_k_layers=5"], ["objective.targets.top_k_layers: expected a number from 1 to 4"]),
     (["objective.mask_mode=drop"], ["objective.decoder: LinearDecoder sees one token at a time"]),
     (["objective.mask_mode=drop", "modality=audio"], ["modality.masker: BlockMasker hides a different number"]),
@@ -255,25 +252,39 @@ BROKEN = [
     (["scheduler.warmup_steps=30"], ["scheduler.warmup_steps: 30 is more than trainer.max_steps=20"]),
     (["-m", "modality=vision,adio"], ["modality=adio: there is no modality called 'adio'; did you mean audio?"]),
     (["-m", "seed=1,x"], ["seed: expected a whole number, got 'x' (in the sweep member seed=x)"]),
-    (["-m", "modality=glob(z*)"], ["this sweep has no values"]),
     (["-m", "size=tiny,large"], ["size.dim=64 cannot be split into 5 heads", "(in the sweep member size=large)"]),
-    (["modality=visoin", "--help"], ["did you mean vision?"]),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "fragments"), BROKEN, ids=[" ".join(one[0]) for one in BROKEN])
-def test_a_broken_command_is_named_in_one_sentence_with_status_2(toy, monkeypatch, arguments, fragments):
+def test_a_broken_command_is_named_in_one_sentence(toy, arguments, fragments):
+    overrides = [one for one in arguments if one != "-m"]
+    faults = find_faults(overrides, config_name="train", multirun="-m" in arguments)
+    for fragment in fragments:
+        assert fragment in " ".join(faults)
+    # One mistake, one sentence, except where the case is about two or a default is broken as well.
+    assert len(faults) == 1 or arguments in (["modality=text"], ["debug=unset"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["modality=visoin", "--help"], "did you mean vision?"),
+        (["--seed=3"], "--seed=3: there is no such flag; settings have no dashes: seed=3"),
+        (["--config-name", "trane", "seed=3"], "trane"),
+        (["--config-dir", "nowhere"], "nowhere: there is no such directory of configs"),
+        (["seed=1", "-m", "seed=x,y"], "seed: expected a whole number, got 'x'"),
+    ],
+)
+def test_a_broken_command_ends_with_status_2_before_the_task_runs(toy, monkeypatch, arguments, fragment):
     with command(monkeypatch, *arguments) as (_, err), pytest.raises(SystemExit) as stopped:
         config.main(lambda cfg: pytest.fail("the task ran"), config_name="train")
     heading, *faults = err.getvalue().splitlines()
     assert stopped.value.code == 2
     assert heading.endswith("to mend in the command or config:")
     assert len(faults) == int(heading.split()[0])
-    for fragment in fragments:
-        assert fragment in err.getvalue()
+    assert fragment in err.getvalue()
     assert "Traceback" not in err.getvalue()
-    # One mistake, one sentence, except where the case is about two or a default is broken as well.
-    assert len(faults) == 1 or arguments in (["modality=text"], ["debug=unset"])
 
 
 @pytest.mark.parametrize(
@@ -359,43 +370,11 @@ def test_a_config_cannot_name_arbitrary_code(toy, target):
     [
         "+hydra.callbacks.x._target_=subprocess.Popen",
         "hydra.launcher._target_=os.system",
-        "+hydra.job_logging.handlers.x.class=os.system",
-        "hydra.job_logging.handlers.console.stream='ext://os.environ'",
     ],
 )
 def test_hydras_own_part_cannot_name_arbitrary_code(toy, override):
     [fault] = find_faults([override], config_name="train")
-    assert "not" in fault
-    assert "allowed" in fault
-
-
-def test_a_logging_factory_cannot_name_arbitrary_code():
-    [fault] = preflight(OmegaConf.create({"hydra": {"job_logging": {"filters": {"x": {"()": "os.system"}}}}}))
-    assert "only classes of logging" in fault
-
-
-def test_checking_a_command_imports_nothing_heavy(place):
-    code = (
-        "import sys; from pathlib import Path; from data2vec_train.config import find_faults, load_plugins\n"
-        "load_plugins()\n"
-        "faults = find_faults(['optimizer.lr=abc', '+trainer.x=1', 'modality=audio'], config_name='train', "
-        "config_dir=Path(sys.argv[1]))\n"
-        "assert len(faults) == 2, faults\n"
-        "print([name for name in ('torch', 'torchvision', 'lightning', 'numpy', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(place / "configs")],
-        env={
-            **os.environ,
-            "DATA2VEC_PLUGINS": "toy",
-            "DATA2VEC_RECIPES": str(place),
-            "PYTHONPATH": os.pathsep.join([str(Path(config.__file__).parents[1]), str(place / "plugins")]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout.strip() == "[]", done.stderr
+    assert "may not be called from a config" in fault
 
 
 def test_importing_the_package_does_not_import_torch():
@@ -404,10 +383,10 @@ def test_importing_the_package_does_not_import_torch():
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
-def test_a_plugin_registers_from_another_working_directory(place, tmp_path):
+def test_a_plugin_registers_from_another_working_directory_and_nothing_heavy_is_imported(place, tmp_path):
     done = run(place, "modality=eeg", "modality.encoder.dim=19", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "task ran 1 toy.Twin" in done.stdout
+    assert "task ran 1 toy.Twin" in done.stdout.splitlines()
 
 
 def test_a_plugin_in_the_working_directory_needs_no_path(place, tmp_path):
@@ -416,38 +395,38 @@ def test_a_plugin_in_the_working_directory_needs_no_path(place, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_plugin_is_one_line(place):
-    done = run(place, DATA2VEC_PLUGINS="toy,toyy")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: DATA2VEC_PLUGINS names the plugin toyy, and there is no module toyy")
-    assert len(done.stderr.splitlines()) == 1
+def test_a_missing_plugin_is_one_line(toy, monkeypatch):
+    monkeypatch.setenv("DATA2VEC_PLUGINS", "toy,toyy")
+    with command(monkeypatch) as (_, err), pytest.raises(SystemExit) as stopped:
+        config.main(lambda cfg: pytest.fail("the task ran"), config_name="train")
+    assert stopped.value.code == 2
+    assert err.getvalue().startswith("error: DATA2VEC_PLUGINS names the plugin toyy, and there is no module toyy")
+    assert len(err.getvalue().splitlines()) == 1
 
 
-def test_help_is_printed_without_running_anything(place):
-    done = run(place, "--help", "size=large")
-    assert done.returncode == 0, done.stderr
-    assert "modality: audio, eeg, text, vision" in done.stdout
-    assert "task ran" not in done.stdout
+def test_help_is_printed_without_running_anything(toy, monkeypatch):
+    with command(monkeypatch, "--help", "size=large") as (out, _), pytest.raises(SystemExit) as stopped:
+        config.main(lambda cfg: pytest.fail("the task ran"), config_name="train")
+    assert stopped.value.code == 0
+    assert "modality: audio, eeg, text, vision" in out.getvalue()
 
 
 def test_a_relative_config_directory_is_below_the_working_directory(place):
-    done = run(place, "--config-path=configs", "modality=visoin")
-    assert "did you mean vision?" in done.stderr
     done = run(place, "--config-path=configs", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
 
 
-def test_flags_may_stand_between_overrides(place, tmp_path):
-    done = run(place, "debug=smoke", "-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("task ran") == 2
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("a"), 2), (DataError("b"), 2), (CollapseError("c"), 3), (KeyboardInterrupt, 130)]
+)
+def test_a_known_failure_is_one_line_and_a_status(toy, monkeypatch, tmp_path, error, status):
+    def task(cfg):
+        raise error
 
-
-@pytest.mark.parametrize(("seed", "status"), [(5, 2), (6, 2), (7, 3), (9, 130)])
-def test_a_known_failure_is_one_line_and_a_status(place, tmp_path, seed, status):
-    done = run(place, f"seed={seed}", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == status
-    assert len(done.stderr.splitlines()) == (0 if status == 130 else 1), done.stderr
+    with command(monkeypatch, f"hydra.run.dir={tmp_path}", *QUIET) as (_, err), pytest.raises(SystemExit) as stopped:
+        config.main(task, config_name="train")
+    assert stopped.value.code == status
+    assert err.getvalue() == ("" if status == 130 else f"error: {error}\n")
 
 
 def test_a_bug_keeps_its_stack_trace(place, tmp_path):
@@ -458,43 +437,26 @@ def test_a_bug_keeps_its_stack_trace(place, tmp_path):
 
 
 def test_a_failing_member_does_not_stop_the_sweep(place, tmp_path):
-    done = run(place, "-m", "seed=5,8,1", "optimizer.lr=1e-3", f"hydra.sweep.dir={tmp_path}")
-    assert done.returncode == 2
-    assert done.stdout.count("task ran") == 3
-    assert "error in sweep member 0 (seed=5 optimizer.lr=0.001): depth cannot be five" in done.stderr
-    assert "error in sweep member 1 (seed=8 optimizer.lr=0.001): OSError: b" in done.stderr
+    done = run(place, "optimizer.lr=1e-3", "-m", "seed=5,7,8,1", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 3
+    assert done.stdout.count("task ran") == 4
+    assert "error in sweep member 0 (optimizer.lr=0.001 seed=5): depth cannot be five" in done.stderr
+    assert "error in sweep member 2 (optimizer.lr=0.001 seed=8): OSError: b" in done.stderr
     table = [line.split() for line in done.stdout.splitlines()]
     assert ["seed", "status", "steps", "seconds", "loss_last", "knn"] in table
     assert ["5", "failed", "-", "-", "-", "-"] in table
     assert ["1", "done", "20", "1.5", "0.25", "50.0%"] in table
 
 
-def test_members_beyond_those_composed_beforehand_are_checked_when_they_start(place, tmp_path):
-    done = run(place, "-m", "seed=1", "trainer.max_steps=2,1,0", f"hydra.sweep.dir={tmp_path}", CHECKED="2")
-    assert done.returncode == 2
-    assert done.stdout.count("task ran") == 2
-    assert "max_steps=0): trainer.max_steps: expected a whole number of at least 1, got 0" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "torch.optim.AdamW",
-        "torch.optim.SGD",
-        "torch.optim.lr_scheduler.OneCycleLR",
-        "torchvision.transforms.v2.RandomResizedCrop",
-        "torchvision.transforms.v2.RandomHorizontalFlip",
-        "torchvision.datasets.CIFAR10",
-    ],
-)
-def test_a_signature_read_from_a_file_is_the_one_python_sees(target):
-    module, _, name = target.rpartition(".")
-    real = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
-    read = config._signature(config._find(target))
-    assert {key: one.is_required for key, one in read.parameters.items()} == {
-        one.name: one.default is one.empty for one in real if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
-    }
-    assert read.is_open == any(one.kind is one.VAR_KEYWORD for one in real)
+def test_members_beyond_those_composed_beforehand_are_checked_when_they_start(toy, monkeypatch, tmp_path):
+    monkeypatch.setattr("data2vec_train.preflight.MAX_MEMBERS_CHECKED", 2)
+    ran = []
+    line = ["-m", "seed=1", "trainer.max_steps=2,1,0", f"hydra.sweep.dir={tmp_path}", *QUIET]
+    with command(monkeypatch, *line) as (_, err), pytest.raises(SystemExit) as stopped:
+        config.main(lambda cfg: ran.append(cfg.trainer.max_steps), config_name="train")
+    assert stopped.value.code == 2
+    assert ran == [2, 1]
+    assert "max_steps=0): trainer.max_steps: expected a whole number of at least 1, got 0" in err.getvalue()
 
 
 def test_the_sweep_table_has_what_differs_and_what_was_reached(tmp_path, capsys):

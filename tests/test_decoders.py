@@ -74,7 +74,7 @@ def test_noise_has_the_type_of_the_tokens(tokens):
 def test_linear_and_mlp_predict_hidden_rows_only():
     torch.manual_seed(0)
     tokens = torch.randn(2, 12, 4)
-    linear, mlp = LinearDecoder(dim=4), MLPDecoder(dim=4, ratio=2)
+    linear, mlp = LinearDecoder(dim=4, init_std=None), MLPDecoder(dim=4, ratio=2)
     rows = torch.cat([tokens[0][HIDDEN[0]], tokens[1][HIDDEN[1]]])
     weight, bias = linear.project.weight, linear.project.bias
     torch.testing.assert_close(run(linear, tokens, visible=None), rows @ weight.T + bias)

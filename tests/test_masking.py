@@ -191,6 +191,14 @@ def test_squares_are_squares_on_a_wide_grid():
     assert abs(whole / 100 - 0.45) < 4 * np.sqrt(0.45 * 0.55 / 100)
 
 
+def test_every_patch_can_be_the_centre_of_a_square():
+    """One square of one patch: what stays visible is the centre."""
+    masker = InverseBlockMasker(hidden_fraction=0.85, adjust_fraction=0.001, block_patches=1)
+    kept = ~draw(masker, (2, 5), count=300)
+    assert set(kept.sum(axis=(1, 2))) == {1}
+    assert (kept.mean(axis=0) > 0.03).all()  # 0.1 wanted, the standard error is 0.017
+
+
 def test_blocks_cover_all_columns_of_a_wide_grid():
     hidden = draw(BlockMasker(hidden_fraction=0.5, min_block_fraction=0.05, min_aspect=0.3), (6, 24), count=200)
     assert hidden.any(axis=0).all()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from data2vec_train.preflight import preflight
 from omegaconf import OmegaConf
 
 from data2vec_train.config import build, recipes_parent
 from data2vec_train.optim import parameter_groups
+from data2vec_train.preflight import preflight
 
 RECIPES = sorted(
     str(path.relative_to(recipes_parent() / "recipes").with_suffix(""))
@@ -124,3 +124,13 @@ def test_a_recipe_holds_every_published_number(which, composed):
 
         side = cfg.modality.image_px // cfg.modality.patch_px
         assert masker(num_tokens, (side, side), np.random.default_rng(0)).sum() == HIDDEN[which]
+
+
+@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, composed):
+    cfg = composed(f"objective={objective}")
+    torch.manual_seed(3)
+    student = build(cfg.objective).student
+    torch.manual_seed(3)
+    again = build(cfg.modality.encoder)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))

@@ -189,6 +189,13 @@ def test_the_teacher_of_a_bfloat16_student_is_float32(student):
     assert teacher.encoder.index.dtype == torch.int64
 
 
+def test_the_teacher_stays_float32_when_its_parent_is_converted(student):
+    """As Lightning's `bf16-true` does with the whole module."""
+    module = nn.ModuleDict({"student": student, "teacher": teacher_of(student)}).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in module["student"].parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in module["teacher"].parameters()} == {torch.float32}
+
+
 def test_updates_below_the_resolution_of_bfloat16_accumulate(student):
     """Weights at 1, student at 2: a step of 2e-4 is far below bfloat16's 2^-7, and 500 of them make 1 - 0.9998^500."""
     student.bfloat16()

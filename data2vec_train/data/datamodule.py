@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -102,23 +103,23 @@ class DataModule(L.LightningDataModule):
         self.indices = np.arange(0 if streaming else len(source))
         self.fit_set, self.test_set = None, None
         labels = None if streaming else source.labels()
+        if probe_source is not None:
+            _check_same_classes(source, probe_source)
         if labels is not None:
             held_out = np.empty(0, dtype=np.int64)
             if probe_source is None:
                 held_out = _stratified(labels, held_out_fraction)
                 self.indices = np.setdiff1d(self.indices, held_out)
-            test_source = probe_source or source
             test = _labelled(probe_source) if probe_source else held_out
             if len(test):
                 fit = np.intersect1d(self.indices, _labelled(source))
                 self.fit_set = self._evaluation(source, _spread(fit, max_probe_samples))
-                self.test_set = self._evaluation(test_source, _spread(test, max_probe_samples))
+                self.test_set = self._evaluation(probe_source or source, _spread(test, max_probe_samples))
         if not streaming and not len(self.indices):
             raise DataError("no samples are left to train on")
         self.num_samples = None if streaming else len(self.indices)
-        self.quarantine = Quarantine(
-            path=quarantine_path, num_samples=self.num_samples, max_bad_fraction=max_bad_fraction
-        )
+        read = None if streaming else len(source) + (len(probe_source) if probe_source else 0)
+        self.quarantine = Quarantine(path=quarantine_path, num_samples=read, max_bad_fraction=max_bad_fraction)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -159,20 +160,40 @@ class DataModule(L.LightningDataModule):
         return self.loader
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Take note of broken samples while the batch is still on the host."""
+        """Take note of broken samples while the batch is still on the host.
+
+        Raises:
+            DataError: too many are broken, or nothing in the batch could be used or replaced.
+        """
         self.quarantine.add(batch.rejected, num_good=len(batch))
+        if not len(batch):
+            self.quarantine.stop("nothing usable was found in a whole batch")
         return batch
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning would wait for the copy of anything that is not a plain tensor."""
+        return batch.to(device, non_blocking=True)
 
     def evaluation_batches(self, dataset: EvaluationDataset) -> Iterator[Batch]:
         """Unmasked, unaugmented batches of `dataset`, in order; broken samples are noted and left out.
 
         Raises:
-            DataError: too many are broken, see `Quarantine.add`.
+            DataError: too many are broken, or all.
         """
-        size = max(self.batch_size, 64)
-        for batch in DataLoader(dataset, batch_size=size, collate_fn=self.collate_plain, num_workers=self.num_workers):
+        usable = 0
+        loader = DataLoader(
+            dataset,
+            batch_size=max(self.batch_size, 64),
+            collate_fn=self.collate_plain,
+            num_workers=self.num_workers,
+        )
+        for batch in loader:
             self.quarantine.add(batch.rejected, num_good=len(batch))
-            yield batch
+            usable += len(batch)
+            if len(batch):
+                yield batch
+        if not usable:
+            self.quarantine.stop("nothing usable was found")
 
     def training_subset(self, count: int) -> EvaluationDataset | None:
         """Up to `count` training samples without augmentation; None for a stream."""
@@ -194,15 +215,24 @@ def _available_workers() -> int:
 
 def _labelled(source: Source) -> np.ndarray:
     """Indices of the records that have a label."""
-    labels = source.labels()
-    if labels is None:
-        raise ConfigError("data.probe_source has no labels; the probes need a labelled set")
-    return np.flatnonzero(labels >= 0)
+    return np.flatnonzero(source.labels() >= 0)
+
+
+def _check_same_classes(source: Source | StreamingSource, probe_source: Source) -> None:
+    """The probes are fitted on the one and tested on the other: labels must mean the same."""
+    if isinstance(source, StreamingSource):
+        raise ConfigError("data.probe_source: a stream cannot fit probes; set it to null, or read with data=hf")
+    for name, one in (("source", source), ("probe_source", probe_source)):
+        if one.labels() is None:
+            raise ConfigError(f"data.{name} has no labels, and the probes need them; set data.probe_source to null")
+    if source.class_names != probe_source.class_names:
+        theirs, ours = source.class_names[:10], probe_source.class_names[:10]
+        raise ConfigError(f"data.source has the classes {theirs}, data.probe_source {ours}; they must be the same")
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
     """The same share of every class, chosen once and for all: the choice must not depend on the seed of a run."""
-    chosen = []
+    chosen = [np.empty(0, dtype=np.int64)]
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)
         chosen.append(generator(0, "order", int(label)).permutation(members)[: round(fraction * len(members))])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from data2vec_train.errors import DataError
 
@@ -26,7 +27,7 @@ class Quarantine:
         """Take note of a batch with `num_good` usable samples.
 
         Raises:
-            DataError: more than `max_bad_fraction` of the data is broken, or nothing in this batch was usable.
+            DataError: more than `max_bad_fraction` of the data is broken.
         """
         self.drawn += num_good + len(rejected)
         new = {key: reason for key, reason in rejected if key not in self.reasons}
@@ -34,14 +35,15 @@ class Quarantine:
             self.reasons |= new
             with self.path.open("a") as file:
                 file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
-        if not self.reasons or (num_good and not self._too_many()):
-            return
-        total = self.num_samples or self.drawn
-        key, reason = next(iter(self.reasons.items()))
-        wanted = "nothing usable was found" if not num_good else f"data.max_bad_fraction={self.max_bad_fraction:g}"
+        if self._too_many():
+            self.stop(f"data.max_bad_fraction={self.max_bad_fraction:g}")
+
+    def stop(self, why: str) -> NoReturn:
+        """Raise the DataError that names the first broken sample and the list of all."""
+        key, reason = next(iter(self.reasons.items()), ("none", "no samples were found"))
         raise DataError(
-            f"{len(self.reasons)} of {total} samples cannot be used ({wanted}); the first is {key}: {reason}. "
-            f"All are listed in {self.path}. Repair or remove them, or raise data.max_bad_fraction"
+            f"{len(self.reasons)} of {self.num_samples or self.drawn} samples cannot be used ({why}); the first is "
+            f"{key}: {reason}. All are listed in {self.path}. Repair or remove them, or raise data.max_bad_fraction"
         )
 
     def _too_many(self) -> bool:

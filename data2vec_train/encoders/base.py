@@ -95,6 +95,7 @@ class EncoderOutput:
 class ModalityEncoder(nn.Module, ABC):
     """Base of all encoders. Subclasses set the attributes below in their constructor."""
 
+    embedder: nn.Module | None  # all weights that `embed` uses; None in a teacher that shares the student's
     dim: int
     depth: int  # all blocks
     prenet_depth: int  # of these, the first ones that never serve as targets

@@ -110,6 +110,7 @@ class VisionEncoder(ModalityEncoder):
         self.depth = depth
         self.prenet_depth = prenet_depth
         self.num_prefix_tokens = int(class_token)
+        self.image_size = (height, width)
         self.grid = (height // patch_px, width // patch_px)
 
         self.embedder = PatchEmbedding(channels=channels, patch_px=patch_px, dim=dim)
@@ -157,7 +158,13 @@ class VisionEncoder(ModalityEncoder):
                 nn.init.normal_(token)
 
     def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) as it came."""
+        """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) as it came.
+
+        Raises:
+            ValueError: images of another size than the encoder was built for.
+        """
+        if inputs.shape[-2:] != self.image_size:
+            raise ValueError(f"expected images of {self.image_size} px (height, width), got {tuple(inputs.shape[-2:])}")
         return self.embedder(inputs), attention_mask
 
     def contextualize(

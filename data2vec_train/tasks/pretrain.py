@@ -46,7 +46,7 @@ def build_data(cfg: DictConfig, *, grid: tuple[int, int], run_dir: Path) -> Data
     data = cfg.data
     return DataModule(
         source=build(data.source),
-        probe_source=build(data.probe_source) if data.probe_source is not None else None,
+        probe_source=build(OmegaConf.merge(data.source, data.probe_source)) if data.probe_source else None,
         held_out_fraction=data.held_out_fraction,
         max_probe_samples=data.max_probe_samples,
         decode=build(cfg.modality.decode),

@@ -99,7 +99,8 @@ def _neighbours(
     images: np.ndarray,
     gallery: torch.utils.data.Dataset,
 ) -> Section:
-    some = Subset(gallery, range(min(len(gallery), GALLERY)))
+    # A random choice: files are often sorted by class.
+    some = Subset(gallery, np.random.default_rng(0).permutation(len(gallery))[:GALLERY].tolist())
     query_inputs = torch.stack([sample.inputs for sample in queries])
     found, found_labels = {}, {}
     inputs, ids, labels = [], [], []

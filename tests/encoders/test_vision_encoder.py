@@ -343,7 +343,8 @@ def test_patches_are_in_row_major_order():
 
 
 @pytest.mark.parametrize(
-    ("image_px", "patch_px", "channels", "grid"), [([6, 8], 2, 5, (3, 4)), (28, 14, 3, (2, 2)), ([42, 14], 14, 1, (3, 1))]
+    ("image_px", "patch_px", "channels", "grid"),
+    [([6, 8], 2, 5, (3, 4)), (28, 14, 3, (2, 2)), ([42, 14], 14, 1, (3, 1))],
 )
 def test_any_shape_number_of_channels_and_patch(family, image_px, patch_px, channels, grid):
     encoder = build(family, image_px=image_px, patch_px=patch_px, channels=channels)
@@ -355,6 +356,12 @@ def test_any_shape_number_of_channels_and_patch(family, image_px, patch_px, chan
     assert output.tokens.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [{"height": 8, "width": 6}, {"height": 7}])
+def test_an_image_of_another_size_is_refused(family, shape):
+    with pytest.raises(ValueError, match="8"):
+        build(family).embed(images(**shape))
+
+
 def test_without_a_class_token_there_is_no_prefix(family):
     encoder = build(family, class_token=False)
     output = with_masks(encoder, images(), random_masks(2, 2), "drop", tap="ffn", last=2)
@@ -364,25 +371,24 @@ def test_without_a_class_token_there_is_no_prefix(family):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"image_px": 7},
-        {"image_px": [6, 7]},
-        {"prenet_depth": 3},
-        {"prenet_depth": -1},
-        {"depth": 0, "prenet_depth": 0},
-        {"num_heads": 3},
-        {"positions": "learned"},
-        {"relative_bias": "all"},
-        {"init": "zeros"},
-        {"qkv_bias": "k"},
-        {"attention": "flash9"},
-        {"drop_path": 1.0},
-        {"positions": "sincos", "dim": 6},
+        ({"image_px": 7}, "7"),
+        ({"image_px": [6, 7]}, "7"),
+        ({"prenet_depth": 3}, "at least one of 3 blocks, got 3"),
+        ({"prenet_depth": -1}, "got -1"),
+        ({"num_heads": 3}, "got 8 and 3"),
+        ({"positions": "learned"}, "positions must be .* got 'learned'"),
+        ({"relative_bias": "all"}, "relative_bias must be .* got 'all'"),
+        ({"init": "zeros"}, "init must be .* got 'zeros'"),
+        ({"qkv_bias": "k"}, "got 'k'"),
+        ({"attention": "flash9"}, "'flash9' does not exist; choose one of eager, sdpa"),
+        ({"drop_path": 1.0}, "got 1.0"),
+        ({"positions": "sincos", "dim": 6}, "divisible by 4, got 6"),
     ],
 )
-def test_what_cannot_be_built_is_refused(family, change):
-    with pytest.raises(ValueError, match="."):
+def test_what_cannot_be_built_is_refused(family, change, message):
+    with pytest.raises(ValueError, match=message):
         build(family, **change)
 
 

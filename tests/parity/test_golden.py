@@ -107,7 +107,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
     encoder = _vision_encoder(config, version=version, attention=attention, depth=depth, channels=images.shape[1])
     if version == 1:
         views, weight = 1, 0.0
-        decoder = LinearDecoder(dim=config["dim"])
+        decoder = LinearDecoder(dim=config["dim"], init_std=None)
         relative_bias = "shared" if config["shared_relative_position_bias"] else "per_layer"
         names = beit_vision(depth=depth, relative_bias=relative_bias)
         masked = tensors["in/mask"]

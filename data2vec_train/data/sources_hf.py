@@ -1,0 +1,470 @@
+"""Hugging Face datasets, parquet files and WebDataset tars, with random access or as a stream. Never runs remote code.
+
+`load` finds the data set and one split of it, `_pick_columns` finds the samples and labels in it.
+"""
+
+import logging
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from data2vec_train.data.sources import RawSample, Source, StreamingSource, missing, reason
+from data2vec_train.errors import BadSample, ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+# File suffix -> the builder of `datasets` that reads it.
+BUILDERS = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".txt": "text",
+}
+
+Kind = Literal["image", "audio", "text"]
+# What a WebDataset tar calls the member that holds the sample.
+MEMBERS: dict[str, tuple[str, ...]] = {
+    "image": ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus"),
+    "text": ("txt", "text", "transcript"),
+}
+LABEL_NAMES = ("label", "labels", "cls")
+
+STREAM_BATCH = 16  # records fetched at once while streaming; larger only costs memory
+# A streamed image folder has one shard per file: beyond this many, shards are read in groups.
+MAX_SHARD_GROUPS = 4096
+
+
+class HFSource(Source):
+    """Records of a Hugging Face dataset, with random access through its local arrow cache.
+
+    `path` is one of: a hub id; a folder written by `save_to_disk`; an image or audio folder; a file, a glob or a folder
+    of .parquet, WebDataset .tar, .arrow, .csv or .json files (a file or a glob *is* the asked split); a builder's name
+    ("parquet", "imagefolder", ...) with `data_files`, as in `datasets.load_dataset`.
+
+    Args:
+        path: See above.
+        name: Configuration of a hub dataset that has several.
+        split: "train", "test", ..., also slices ("train[:10%]"); None: the only one.
+        column: Where the samples are; None: the first column of that kind (in tars: the member with a known extension).
+        label_column: Where the labels are; None: the first ClassLabel column, else an integer column called label,
+            labels or cls; False: no labels.
+        data_files: Files of a builder or a hub dataset: a pattern, a list, or a mapping from split to either.
+        revision: Commit, tag or branch of a hub dataset.
+        cache_dir: Where the arrow cache is written; None: the library's own place.
+        kind: What is looked for when `column` is None, and how that column is read.
+
+    Raises:
+        ConfigError: no such split or column, or settings that do not fit.
+        DataError: nothing there, unreachable, or unreadable.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None,
+        split: str | None,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+        revision: str | None,
+        cache_dir: str | None,
+        kind: Kind = "image",
+    ):
+        options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        dataset = load(path, split, kind, column, options, streaming=False)
+        if len(dataset) == 0:
+            raise DataError(f"{path}: split {split!r} has no rows")
+        columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
+        if all(dataset.data.column(name).null_count == len(dataset) for name in columns):
+            raise DataError(
+                f"{path}: no row has anything under {', '.join(columns)}; say where the {kind}s are with column"
+            )
+        self.class_names, self._labels = _column_classes(dataset, path, label)
+        self._columns = columns
+        self._name = _record_name(path, data_files, split)
+        self._dataset = _undecoded(dataset, columns, kind)
+        log.info("%s: %d records, %d classes", path, len(self), len(self.class_names or ()))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> RawSample:
+        index = range(len(self))[index]
+        label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+        return _raw_sample(self._dataset[index], self._columns, f"{self._name}:{index}", label)
+
+    def labels(self) -> np.ndarray | None:
+        """Labels, (len,) int64, -1 where one is missing; None without labels."""
+        return self._labels
+
+
+class HFStreamingSource(StreamingSource):
+    """The same datasets as `HFSource`, read once per epoch, from wherever they are, without a local copy.
+
+    Labels that are not a ClassLabel are handed through as they are, and `class_names` is None. Whole shards are dealt
+    to the workers of all ranks; shards that do not divide evenly are shared row by row, so that every worker gets about
+    the same share.
+
+    Args: as in `HFSource`, where `split` has no slices, and
+        shuffle_buffer: Encoded records each worker keeps in memory to draw from; 1 shuffles the order of shards only.
+
+    Raises: as `HFSource` does, also while streaming.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None,
+        split: str | None,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+        revision: str | None,
+        cache_dir: str | None,
+        shuffle_buffer: int,
+        kind: Kind = "image",
+    ):
+        if shuffle_buffer < 1:
+            raise ConfigError(f"shuffle_buffer={shuffle_buffer}; expected at least 1 record")
+        options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        dataset = load(path, split, kind, column, options, streaming=True)
+        self._columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
+        feature = dataset.features[label] if label else None
+        if label and not _is_class_label(feature) and not _is_integer(feature):
+            raise ConfigError(
+                f"{path}: label_column={label!r} is {_describe(feature)}; a stream needs class numbers. "
+                "Set label_column=false, or read with random access"
+            )
+        self.class_names = list(feature.names) if _is_class_label(feature) else None
+        self._label = label
+        self._name = _record_name(path, data_files, split)
+        self._path = path
+        self._shuffle_buffer = shuffle_buffer
+        self._dataset = _undecoded(dataset, self._columns, kind, label=label)
+        log.info("%s: streaming %d shards", path, dataset.num_shards)
+
+    def stream(
+        self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
+    ) -> Iterator[RawSample]:
+        """Records of one worker of one rank, see `StreamingSource`.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        consumers = world_size * max(1, num_workers)
+        consumer = worker * world_size + rank  # neighbours are on different ranks: leftovers spread over ranks
+        groups = min(self._dataset.num_shards, MAX_SHARD_GROUPS)
+        order = np.random.default_rng([seed, epoch]).permutation(groups)
+        records = (
+            record
+            for group, part, parts in shards_of(order, consumer=consumer, consumers=consumers)
+            for record in self._read(int(group), groups, part, parts)
+        )
+        yield from _shuffled(records, self._shuffle_buffer, np.random.default_rng([seed, epoch, consumer]))
+
+    def _read(self, group: int, groups: int, part: int, parts: int) -> Iterator[RawSample]:
+        """Rows `part`, `part` + `parts`, ... of a group of shards."""
+        # `iter(batch_size)` and not `__iter__`: the latter divides the shards among DataLoader workers by itself, and
+        # this group, being one shard, would go to worker 0 whole.
+        batches = self._dataset.shard(num_shards=groups, index=group).iter(batch_size=STREAM_BATCH)
+        row = 0
+        while True:
+            try:
+                batch = next(batches, None)
+            except _load_errors() as error:
+                raise DataError(_cannot_read(self._path, error)) from error
+            if batch is None:
+                return
+            for values in zip(*batch.values(), strict=True):
+                if row % parts == part:
+                    record = dict(zip(batch, values, strict=True))
+                    label = record.get(self._label) if self._label else None
+                    yield _raw_sample(record, self._columns, f"{self._name}[{group}]:{row}", label)
+                row += 1
+
+
+def shards_of(order: np.ndarray, *, consumer: int, consumers: int) -> Iterator[tuple[int, int, int]]:
+    """The shards that one of `consumers` reads: (shard, part, parts), rows `part` mod `parts` of each.
+
+    Every consumer gets the same number of whole shards. The m shards left over are shared, each by the consumers that
+    are equal mod m, so that nobody reads more than one shard in vain, however many consumers there are.
+    """
+    whole = len(order) // consumers * consumers
+    for shard in order[:whole][consumer::consumers]:
+        yield int(shard), 0, 1
+    left = order[whole:]
+    if len(left):
+        column = consumer % len(left)
+        yield int(left[column]), consumer // len(left), len(range(column, consumers, len(left)))
+
+
+def _shuffled(records: Iterable[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
+    """The same records in an order drawn from `rng`, with `size` of them in memory."""
+    buffer: list[RawSample] = []
+    for record in records:
+        if len(buffer) < size:
+            buffer.append(record)
+            continue
+        slot = int(rng.integers(size))
+        yield buffer[slot]
+        buffer[slot] = record
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One split of a data set
+
+
+def load(
+    path: str, split: str | None, kind: Kind, column: str | None, options: dict[str, object], *, streaming: bool
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """One split of the dataset at `path`, columns untouched; `options` are those of `load_dataset_builder`."""
+    import datasets
+
+    try:
+        local = Path(path).expanduser()
+        if any((local / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(local))
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            dataset = splits[_one_split(splits, path, split)]
+            return dataset.to_iterable_dataset(num_shards=min(64, len(dataset) or 1)) if streaming else dataset
+
+        builder = _builder(path, local, split, kind, column, options)
+        if streaming:
+            splits = builder.as_streaming_dataset()
+            dataset = splits[_one_split(splits, path, split)]
+            # csv and json say nothing about their columns before they are read
+            return dataset if dataset.features else dataset._resolve_features()
+        builder.download_and_prepare()
+        is_slice = split is not None and re.search(r"[\[+]|^all$", split)
+        return builder.as_dataset(split=split if is_slice else _one_split(builder.info.splits, path, split))
+    except (ConfigError, DataError):  # which the next line would catch as well
+        raise
+    except _load_errors() as error:
+        raise DataError(_cannot_read(path, error)) from error
+
+
+def _builder(
+    path: str, local: Path, split: str | None, kind: Kind, column: str | None, options: dict[str, object]
+) -> "datasets.DatasetBuilder":
+    import datasets
+
+    if local.is_dir():
+        path = str(local)
+    elif (local.is_file() or re.search(r"[*?\[]", path)) and _format_of(path):
+        options = options | {"data_files": {(split or "train").split("[")[0]: str(local.absolute())}}
+        path = _format_of(path)
+    elif local.is_file():
+        raise ConfigError(f"{path} is not a data set: expected a folder, or a file ending in {', '.join(BUILDERS)}")
+    elif _format_of(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise DataError(missing(local))
+    elif path in BUILDERS.values() and options["data_files"] is None:
+        # The library would take whatever lies in the working directory.
+        raise ConfigError(
+            f"path={path} names a file format: say which files with data_files, or give their folder as path"
+        )
+    builder = datasets.load_dataset_builder(path, **options)
+    if builder.name == "webdataset":
+        # Left to itself the library takes the columns from the first five members: a tar that mixes jpg and png is
+        # an error, or loses the images of the other kind without a word.
+        builder = datasets.load_dataset_builder(path, features=_tar_features(kind, column), **options)
+    return builder
+
+
+def _one_split(splits: Iterable[str], path: str, split: str | None) -> str:
+    """The name of the asked split, or of the only one."""
+    names = [str(name) for name in splits]
+    if split in names:
+        return split
+    if split is None and len(names) == 1:
+        return names[0]
+    got = "several splits" if split is None else f"no split {split!r}"
+    raise ConfigError(f"{path} has {got}; choose split= one of {', '.join(names)}")
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What `datasets` raises when it cannot load or read something."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base of the hub's own error is its HTTP library's, which changed twice: requests, httpx, httpx2.
+    network = HfHubHTTPError.__bases__
+    # RuntimeError: the data set is a script, which is never run. ValueError covers pyarrow's.
+    return (OSError, ValueError, KeyError, TypeError, RuntimeError, tarfile.TarError, DatasetsError, *network)
+
+
+def _cannot_read(path: str, error: BaseException) -> str:
+    """One line about a data set that failed to load, from the innermost cause."""
+    if isinstance(error, ConnectionError):
+        return f"cannot read {path}: {reason(error)}; check the name and the network, or give a local folder as path"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"cannot read {path}: {reason(error)}"
+
+
+def _format_of(path: str) -> str | None:
+    """The builder of `datasets` that reads files with this ending."""
+    return BUILDERS.get(Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", path.lower())).suffix)
+
+
+def _record_name(path: str, data_files: object, split: str | None) -> str:
+    """What keys start with: the file if there is a single one, else the data set and the split."""
+    name = Path(data_files if isinstance(data_files, str) else path).name
+    return name if _format_of(name) or split is None else f"{name}/{split}"
+
+
+def _tar_features(kind: Kind, column: str | None) -> "datasets.Features":
+    """The members of a WebDataset sample that are read; `datasets` leaves out all others."""
+    import datasets
+
+    names = [case for name in MEMBERS[kind] for case in (name, name.upper())] if column is None else [column]
+    return datasets.Features(
+        {name: _encoded_feature(kind) for name in names}
+        | {"cls": datasets.Value("int64"), "__key__": datasets.Value("string"), "__url__": datasets.Value("string")}
+    )
+
+
+def _encoded_feature(kind: Kind) -> object:
+    """The column type that gives a sample as {"bytes", "path"}, or as a text."""
+    import datasets
+
+    if kind == "text":
+        return datasets.Value("string")
+    return (datasets.Image if kind == "image" else datasets.Audio)(decode=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its columns
+
+
+def _pick_columns(
+    features: "datasets.Features", path: str, kind: Kind, column: str | None, label_column: str | Literal[False] | None
+) -> tuple[list[str], str | None]:
+    """Where the samples are, the first that is not empty counts; and where the labels are, None without."""
+    listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in features.items())
+    for wanted, option in ((column, "column"), (label_column, "label_column")):
+        if wanted not in (None, False) and wanted not in features:
+            raise ConfigError(f"{path} has no {option}={wanted!r}; its columns: {listing}")
+    if column is not None:
+        columns = [column]
+    elif "__url__" in features and "__key__" in features:
+        columns = [name for name in features if name.lower() in MEMBERS[kind]]
+    else:
+        surely = [name for name, feature in features.items() if _is_kind(feature, kind)]
+        maybe = [name for name, feature in features.items() if _is_bytes(feature) and kind != "text"]
+        columns = (surely or maybe)[:1]
+    if not columns:
+        raise ConfigError(f"{path} has no {kind} column; name it with column=... Its columns: {listing}")
+    if label_column is not None:
+        return columns, label_column or None
+    classes = [name for name, feature in features.items() if _is_class_label(feature)]
+    numbers = [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
+    return columns, next(iter(classes + numbers), None)
+
+
+def _is_kind(feature: object, kind: Kind) -> bool:
+    import datasets
+
+    if kind == "text":
+        return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.Image if kind == "image" else datasets.Audio)
+
+
+def _is_bytes(feature: object) -> bool:
+    """Whether a column may hold files, as plain parquet does not say of what kind they are."""
+    return (isinstance(feature, dict) and "bytes" in feature) or getattr(feature, "dtype", "").endswith("binary")
+
+
+def _is_class_label(feature: object) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _is_integer(feature: object) -> bool:
+    return re.fullmatch(r"u?int\d+", str(getattr(feature, "dtype", ""))) is not None
+
+
+def _describe(feature: object) -> str:
+    """A column's type in one word."""
+    if isinstance(feature, dict):
+        return "struct of " + ", ".join(feature)
+    kind = type(feature).__name__
+    return str(getattr(feature, "dtype", kind)) if kind == "Value" else kind
+
+
+def _undecoded(dataset, columns: list[str], kind: Kind, label: str | None = None):
+    """The data set with nothing but its samples, not decoded, their place in a tar, and labels."""
+    extra = [name for name in (label, "__key__", "__url__") if name in dataset.features]
+    dataset = dataset.select_columns([*columns, *extra])
+    for column in columns if kind != "text" else ():
+        dataset = dataset.cast_column(column, _encoded_feature(kind))
+    return dataset
+
+
+def _column_classes(
+    dataset: "datasets.Dataset", path: str, column: str | None
+) -> tuple[list[str] | None, np.ndarray | None]:
+    """Class names, and the label of each row, (len,) int64, -1 where one is missing; or (None, None)."""
+    if column is None:
+        return None, None
+    feature = dataset.features[column]
+    if not (_is_class_label(feature) or _is_integer(feature) or _is_kind(feature, "text")):
+        raise ConfigError(
+            f"{path}: label_column={column!r} is {_describe(feature)}; expected integers, names or a ClassLabel"
+        )
+    values = dataset.select_columns(column)[:][column]
+    # Without a ClassLabel any numbers will do, 1 to 10 for instance: what counts is their rank.
+    classes = sorted({value for value in values if value is not None})
+    if not classes:
+        return None, None
+    if _is_class_label(feature):
+        classes = range(len(feature.names))
+    rank = {value: place for place, value in enumerate(classes)}
+    names = feature.names if _is_class_label(feature) else map(str, classes)
+    return list(names), np.array([rank.get(value, -1) for value in values], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its records
+
+
+def _raw_sample(record: Mapping, columns: Sequence[str], key: str, label: int | None) -> RawSample:
+    """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
+
+    Raises:
+        BadSample: the row points to a file that cannot be read.
+    """
+    if record.get("__url__") and record.get("__key__"):
+        key = f"{Path(record['__url__']).name}:{record['__key__']}"
+    value = next((record[column] for column in columns if record[column] is not None), b"")
+    if isinstance(value, Mapping):
+        path, value = value.get("path"), value.get("bytes")
+        if value is None and path:
+            key, value = path, _read_remote(path) if "://" in path else Path(path)
+    return RawSample(key, b"" if value is None else value, label)
+
+
+def _read_remote(url: str) -> bytes:
+    """Content of a file on the hub or inside a remote archive."""
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(url, "rb") as file:
+            return file.read()
+    except _load_errors() as error:
+        raise BadSample(f"cannot be downloaded: {reason(error)}") from error

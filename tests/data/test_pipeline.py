@@ -1,0 +1,482 @@
+"""From records to masked batches: order, repeatability, broken samples and what is held out."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data2vec_train.data.collate import Collator
+from data2vec_train.data.datamodule import DataModule
+from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
+from data2vec_train.data.quarantine import Quarantine
+from data2vec_train.data.sampler import EndlessBatchSampler
+from data2vec_train.data.seeding import torch_seeded
+from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.encoders.base import Batch
+from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.masking import InverseBlockMasker, RandomMasker
+
+GRID = (3, 4)
+MASKER = RandomMasker(hidden_fraction=0.5)
+
+
+class Numbers(Source):
+    """Record i is the number i; some are broken, each in one of three places."""
+
+    class_names = ["even", "odd"]
+
+    def __init__(self, count: int, broken: tuple[int, ...] = (), labelled: bool = False) -> None:
+        self.count, self.broken, self.labelled = count, broken, labelled
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.broken and index % 3 == 0:
+            raise BadSample("cannot be read")
+        return RawSample(f"file{index}", np.array(index), index % 2 if self.labelled else None)
+
+    def labels(self):
+        return np.arange(self.count) % 2 if self.labelled else None
+
+
+class Breaks:
+    """Decoder and transform that know the broken records."""
+
+    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+        self.broken = broken
+
+    def decode(self, value):
+        if int(value) in self.broken and value % 3 == 1:
+            raise BadSample("cannot be decoded")
+        return int(value)
+
+    def train(self, number):
+        if number in self.broken:
+            raise BadSample("cannot be transformed")
+        return torch.tensor([float(number), torch.rand(()).item()])
+
+    def evaluate(self, number):
+        return torch.tensor([float(number), 0.0])
+
+
+def training_set(count: int = 10, broken: tuple[int, ...] = (), indices=None, seed: int = 0) -> TrainingDataset:
+    stages = Breaks(broken)
+    return TrainingDataset(
+        source=Numbers(count, broken),
+        indices=np.arange(count) if indices is None else np.array(indices),
+        decode=stages.decode,
+        transform=stages.train,
+        seed=seed,
+    )
+
+
+def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes) -> DataModule:
+    stages = Breaks(broken)
+    options = {
+        "probe_source": None,
+        "held_out_fraction": 0.2,
+        "max_probe_samples": 1000,
+        "masker": MASKER,
+        "views": 2,
+        "grid": GRID,
+        "batch_size_per_device": 4,
+        "num_workers": 0,
+        "max_bad_fraction": 0.5,
+        "seed": 0,
+    }
+    fixed = {"decode": stages.decode, "transform": stages, "quarantine_path": folder / "quarantine.jsonl"}
+    return DataModule(source=source, **fixed | options | changes)
+
+
+def first(loader, count: int) -> list[Batch]:
+    return list(itertools.islice(iter(loader), count))
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+def keys_of(count: int, *, batches: int, batch_size: int, world_size: int = 1, **options) -> list[list]:
+    """Keys in global order: batch by batch, rank by rank."""
+    ranks = [
+        EndlessBatchSampler(num_samples=count, batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    rows = zip(*(itertools.islice(sampler, batches) for sampler in ranks), strict=True)
+    return [key for row in rows for keys in row for key in keys]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (10, 4), (7, 3), (3, 8), (1, 2)])
+def test_every_epoch_has_each_sample_once_and_no_batch_is_short(count, batch_size, world_size):
+    keys = keys_of(count, batches=9, batch_size=batch_size, world_size=world_size, seed=0)
+    assert len(keys) == 9 * batch_size * world_size
+    for epoch in range(len(keys) // count):
+        part = keys[epoch * count : (epoch + 1) * count]
+        assert {number for number, _ in part} == {epoch}
+        assert sorted(index for _, index in part) == list(range(count))
+
+
+def test_order_changes_with_epoch_and_seed_and_with_nothing_else():
+    def order(epoch, **options):
+        return [i for e, i in keys_of(20, batches=10, batch_size=4, **{"seed": 0} | options) if e == epoch]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    assert order(0) != order(0, seed=1)
+    # Ranks share one order: more ranks with smaller batches see the same sequence.
+    assert order(0) == [i for e, i in keys_of(20, batches=10, batch_size=2, world_size=2, seed=0) if e == 0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 8])
+def test_first_batch_continues_exactly(start):
+    options = {"num_samples": 10, "batch_size": 4, "seed": 3, "rank": 1, "world_size": 2}
+    whole = list(itertools.islice(EndlessBatchSampler(**options), 12))
+    resumed = list(itertools.islice(EndlessBatchSampler(first_batch=start, **options), 12 - start))
+    assert resumed == whole[start:]
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def collator(views: int = 3, seed: int = 0, masker=MASKER) -> Collator:
+    return Collator(masker=masker, views=views, grid=GRID, seed=seed)
+
+
+def sample(number: int, epoch: int = 0) -> Sample:
+    return Sample(torch.tensor([float(number)]), epoch, number, None, ())
+
+
+def test_a_mask_depends_on_seed_epoch_sample_and_view_only():
+    together = collator()([sample(5), sample(6), sample(7)]).masks.masked  # (B, M, T)
+    assert torch.equal(collator()([sample(6)]).masks.masked[0], together[1])
+    assert torch.equal(collator()([sample(7), sample(6)]).masks.masked[1], together[1])
+    assert torch.equal(collator(views=1)([sample(6)]).masks.masked[0], together[1, :1])
+    for other in (collator()([sample(6, epoch=1)]), collator(seed=1)([sample(6)]), collator()([sample(8)])):
+        assert not torch.equal(other.masks.masked[0], together[1])
+    assert len({tuple(row.tolist()) for row in together.flatten(0, 1)}) > 6
+
+
+def test_index_forms_say_the_same_as_the_masks():
+    masks = collator()([sample(n) for n in range(4)]).masks
+    rows = masks.masked.flatten(0, 1)
+    assert masks.hidden.tolist() == [
+        12 * row + position for row in range(12) for position in range(12) if rows[row, position]
+    ]
+    assert masks.visible.tolist() == [[p for p in range(12) if not row[p]] for row in rows]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
+    broken = (3, 4, 5)
+    results = []
+    for num_workers in (0, workers):
+        torch.manual_seed(num_workers)
+        data = data_module(tmp_path, Numbers(11, broken), broken=broken, num_workers=num_workers)
+        results.append(first(data.train_dataloader(), 7))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.masks.masked, other.masks.masked)
+        assert torch.equal(one.ids, other.ids)
+        assert one.rejected == other.rejected
+
+
+def test_augmentation_is_new_in_every_epoch_and_leaves_the_global_generator_alone():
+    data = training_set()
+    before = torch.get_rng_state()
+    data[0, 3]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(data[0, 3].inputs, data[0, 3].inputs)
+    assert data[0, 3].inputs[0] == data[1, 3].inputs[0] == 3
+    assert data[0, 3].inputs[1] != data[1, 3].inputs[1]
+    with torch_seeded(0, "augment", 0, 3):
+        assert data[0, 3].inputs[1] == torch.rand(())
+
+
+def test_labels_and_ids_travel_with_their_samples():
+    samples = [Sample(torch.tensor([n]), 0, n, n % 2, ()) for n in (4, 7)]
+    batch = collator()(samples)
+    assert (batch.ids.tolist(), batch.labels.tolist()) == ([4, 7], [0, 1])
+    assert collator()([*samples, sample(3)]).labels is None
+    assert Collator(masker=None, views=1, grid=GRID, seed=0)(samples).masks is None
+
+
+# ---------------------------------------------------------------------------------------------------- broken samples
+
+
+def test_broken_samples_are_replaced_deterministically_and_reported():
+    broken = (3, 4, 5)
+    data, again = training_set(10, broken), training_set(10, broken)
+    reasons = {"#3": "cannot be read", "file4": "cannot be decoded", "file5": "cannot be transformed"}
+    for epoch, index in itertools.product(range(3), range(10)):
+        got, repeated = data[epoch, index], again[epoch, index]
+        assert got.id not in broken
+        assert got.inputs[0] == got.id
+        assert torch.equal(got.inputs, repeated.inputs)
+        assert got.rejected == repeated.rejected
+        assert all(reasons[key] == reason for key, reason in got.rejected)
+        assert (got.id == index and not got.rejected) == (index not in broken)
+        if index in broken:
+            assert got.rejected[0][1] == reasons["#3" if index == 3 else f"file{index}"]
+    assert len({data[epoch, 3].id for epoch in range(20)}) > 3  # not always the same stand-in
+
+
+def test_replacements_come_from_the_training_indices():
+    data = training_set(10, broken=(3,), indices=[1, 3, 8])
+    assert {data[epoch, 1].id for epoch in range(30)} == {1, 8}
+
+
+def test_a_sample_without_usable_replacement_is_left_out_of_its_batch():
+    hopeless = training_set(3, broken=(0, 1, 2))[0, 1]
+    assert hopeless.inputs is None
+    assert len(hopeless.rejected) == MAX_REPLACEMENTS + 1
+    batch = collator()([sample(4), hopeless, sample(6)])
+    assert batch.ids.tolist() == [4, 6]
+    assert batch.masks.masked.shape[0] == len(batch) == 2
+    assert batch.rejected == hopeless.rejected
+    assert len(collator()([hopeless])) == 0
+
+
+def test_evaluation_goes_through_all_records_in_order_and_skips_broken_ones():
+    broken, stages = (3, 4), Breaks((3, 4))
+    data = EvaluationDataset(
+        source=Numbers(6, broken, labelled=True),
+        indices=np.array([5, 4, 3, 0]),
+        decode=stages.decode,
+        transform=stages.evaluate,
+    )
+    loader = DataLoader(data, batch_size=4, collate_fn=Collator(masker=None, views=1, grid=GRID, seed=0))
+    (batch,) = loader
+    assert batch.ids.tolist() == [5, 0]
+    assert batch.labels.tolist() == [1, 0]
+    assert batch.rejected == (("file4", "cannot be decoded"), ("#3", "cannot be read"))
+
+
+# --------------------------------------------------------------------------------------------------------- quarantine
+
+
+def quarantine(folder: Path, *, num_samples: int | None = 10, max_bad_fraction: float = 0.2) -> Quarantine:
+    return Quarantine(path=folder / "q.jsonl", num_samples=num_samples, max_bad_fraction=max_bad_fraction)
+
+
+def test_quarantine_lists_each_broken_sample_once(tmp_path):
+    list_ = quarantine(tmp_path)
+    list_.add((), num_good=4)
+    assert not list_.path.exists()
+    list_.add((("a/ü.png", "truncated"), ("b", "empty"), ("a/ü.png", "truncated")), num_good=4)
+    list_.add((("b", "empty"),), num_good=4)
+    lines = [json.loads(line) for line in list_.path.read_text().splitlines()]
+    assert lines == [{"key": "a/ü.png", "reason": "truncated"}, {"key": "b", "reason": "empty"}]
+
+
+def test_more_broken_samples_than_allowed_stop_the_run(tmp_path):
+    list_ = quarantine(tmp_path)
+    list_.add((("a", "truncated"), ("b", "empty")), num_good=1)  # 2 of 10 are 0.2: allowed
+    with pytest.raises(DataError, match=r"3 of 10 .*max_bad_fraction=0\.2.*a: truncated.*q\.jsonl"):
+        list_.add((("c", "empty"),), num_good=1)
+    assert len(list_.path.read_text().splitlines()) == 3
+
+
+def test_nothing_broken_is_allowed_when_the_fraction_is_0(tmp_path):
+    list_ = quarantine(tmp_path, max_bad_fraction=0.0)
+    list_.add((), num_good=1)
+    with pytest.raises(DataError, match="1 of 10"):
+        list_.add((("a", "empty"),), num_good=1)
+
+
+def test_a_stream_is_judged_as_if_it_had_a_thousand_samples_at_least(tmp_path):
+    list_ = quarantine(tmp_path, num_samples=None, max_bad_fraction=0.1)
+    list_.add(tuple((str(n), "empty") for n in range(100)), num_good=1)  # 100 of 101, but the stream has just begun
+    with pytest.raises(DataError, match="101 of 103"):
+        list_.add((("one more", "empty"),), num_good=1)
+
+
+def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
+    broken = (3, 4, 5)
+    data = data_module(tmp_path, Numbers(11, broken), broken=broken)
+    batches = first(data.train_dataloader(), 6)
+    for batch in batches:
+        assert data.on_before_batch_transfer(batch, 0) is batch
+        assert len(batch) == 4
+        assert not set(batch.ids.tolist()) & set(broken)
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in lines) == ["#3", "file4", "file5"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_only_broken_samples_end_in_an_error_that_names_one(tmp_path, workers):
+    broken = tuple(range(5))
+    data = data_module(tmp_path, Numbers(5, broken), broken=broken, max_bad_fraction=1.0, num_workers=workers)
+    (batch,) = first(data.train_dataloader(), 1)
+    assert len(batch) == 0
+    with pytest.raises(DataError, match="5 of 5 .*nothing usable was found.*cannot be"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ held out
+
+
+def test_held_out_records_never_train_and_are_what_probes_are_tested_on(tmp_path):
+    data = data_module(tmp_path, Numbers(50, labelled=True))
+    held_out = set(data.test_set.indices.tolist())
+    assert Counter(number % 2 for number in held_out) == {0: 5, 1: 5}  # 20 % of each class
+    trained = [number for batch in first(data.train_dataloader(), 30) for number in batch.ids.tolist()]
+    assert len(trained) == 120  # three epochs of the other 40
+    assert Counter(trained) == {number: 3 for number in range(50) if number not in held_out}
+    assert set(data.fit_set.indices.tolist()) == set(trained)
+    assert data.num_samples == 40
+    assert data.class_names == ["even", "odd"]
+
+
+def test_broken_records_are_not_replaced_by_held_out_ones(tmp_path):
+    broken = tuple(range(0, 20))
+    data = data_module(tmp_path, Numbers(50, broken, labelled=True), broken=broken, max_bad_fraction=1.0)
+    held_out = set(data.test_set.indices.tolist())
+    for batch in first(data.train_dataloader(), 30):
+        assert not held_out & set(batch.ids.tolist())
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path):
+    one, other = (data_module(tmp_path, Numbers(50, labelled=True), seed=seed) for seed in (0, 1))
+    assert one.test_set.indices.tolist() == other.test_set.indices.tolist()
+
+
+def test_probes_see_at_most_so_many_samples_of_all_classes(tmp_path):
+    data = data_module(tmp_path, Numbers(200, labelled=True), max_probe_samples=15)
+    assert len(data.fit_set) == len(data.test_set) == 15
+    assert not set(data.fit_set.indices.tolist()) & set(data.test_set.indices.tolist())
+    assert {int(index) % 2 for index in data.fit_set.indices} == {0, 1}
+
+
+def test_a_probe_source_leaves_the_whole_source_for_training(tmp_path):
+    data = data_module(tmp_path, Numbers(20, labelled=True), probe_source=Numbers(7, labelled=True))
+    assert data.num_samples == 20
+    assert len(data.test_set) == 7
+    assert data.test_set.source is not data.fit_set.source
+
+
+def test_without_labels_everything_trains_and_there_are_no_probes(tmp_path):
+    data = data_module(tmp_path, Numbers(20))
+    assert data.num_samples == 20
+    assert data.test_set is None
+    assert data.class_names is None
+    subset = data.training_subset(5)
+    assert len(subset) == 5
+    assert len(data.training_subset(100)) == 20
+
+
+def test_evaluation_batches_are_plain_and_in_order(tmp_path):
+    data = data_module(tmp_path, Numbers(50, labelled=True))
+    (batch,) = data.evaluation_batches(data.test_set)
+    assert batch.masks is None
+    assert batch.ids.tolist() == data.test_set.indices.tolist()
+    assert (batch.inputs[:, 1] == 0).all()  # no augmentation
+    assert batch.labels.tolist() == [number % 2 for number in batch.ids.tolist()]
+
+
+def test_broken_records_are_noted_when_probes_meet_them(tmp_path):
+    broken = (0, 1, 2, 3, 4)
+    data = data_module(tmp_path, Numbers(50, broken, labelled=True), broken=broken, held_out_fraction=0.5)
+    ids = [n for part in (data.fit_set, data.test_set) for b in data.evaluation_batches(part) for n in b.ids.tolist()]
+    # A training transform can fail where the evaluation transform does not: 2 is usable here.
+    assert sorted(ids) == [2, *range(5, 50)]
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in lines) == ["#0", "#3", "file1", "file4"]
+
+
+def test_a_broken_record_alone_in_the_last_evaluation_batch_is_left_out(tmp_path):
+    last = 315
+    data = data_module(tmp_path, Numbers(325, (last,), labelled=True), broken=(last,), max_bad_fraction=0.5)
+    assert len(data.test_set) == 65  # batches of 64
+    assert data.test_set.indices[-1] == last
+    assert sum(len(batch) for batch in data.evaluation_batches(data.test_set)) == 64
+
+
+def test_a_source_whose_labels_are_all_missing_trains_without_probes(tmp_path):
+    class Missing(Numbers):
+        def labels(self):
+            return np.full(self.count, -1)
+
+    data = data_module(tmp_path, Missing(20, labelled=True))
+    assert data.num_samples == 20
+    assert data.test_set is None
+
+
+def test_settings_that_do_not_fit_the_data_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"held_out_fraction must lie in \[0, 1\), got 1"):
+        data_module(tmp_path, Numbers(20, labelled=True), held_out_fraction=1)
+    with pytest.raises(ConfigError, match="probe_source has no labels"):
+        data_module(tmp_path, Numbers(20, labelled=True), probe_source=Numbers(7))
+    with pytest.raises(DataError, match="no samples"):
+        data_module(tmp_path, Numbers(0))
+
+
+# ----------------------------------------------------------------------------------------------------------- streams
+
+
+class Stream(StreamingSource):
+    """Numbers dealt out to workers and ranks; an order of its own for every epoch."""
+
+    class_names = None
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def stream(self, *, epoch, seed, worker, num_workers, rank, world_size):
+        order = np.random.default_rng((seed, epoch)).permutation(self.count)
+        for number in order[rank * num_workers + worker :: num_workers * world_size]:
+            yield RawSample(f"n{number}", np.array(number))
+
+
+def stream_set(count: int, broken: tuple[int, ...] = (), **options) -> StreamingDataset:
+    stages = Breaks(broken)
+    return StreamingDataset(source=Stream(count), decode=stages.decode, transform=stages.train, seed=0, **options)
+
+
+def test_a_stream_never_ends_and_has_every_sample_in_each_epoch():
+    samples = list(itertools.islice(stream_set(5), 23))
+    numbers = [int(s.inputs[0]) for s in samples]
+    for epoch in range(4):
+        assert sorted(numbers[5 * epoch : 5 * epoch + 5]) == list(range(5))
+        assert {s.epoch for s in samples[5 * epoch : 5 * epoch + 5]} == {epoch}
+    one = {(s.epoch, s.id): s.inputs for s in samples}
+    assert len(one) == 23
+    # The same sample of the same epoch is augmented alike, whoever reads it.
+    for rank in range(2):
+        for s in itertools.islice(stream_set(5, rank=rank, world_size=2), 8):
+            if (s.epoch, s.id) in one:
+                assert torch.equal(s.inputs, one[s.epoch, s.id])
+
+
+def test_broken_samples_of_a_stream_are_reported_with_the_next_good_one():
+    samples = list(itertools.islice(stream_set(6, broken=(1, 2)), 12))
+    assert {int(s.inputs[0]) for s in samples} == {0, 3, 4, 5}
+    reported = Counter(key for s in samples for key, _ in s.rejected)
+    assert set(reported) == {"n1", "n2"}
+    assert max(reported.values()) <= 4
+
+
+def test_a_stream_of_broken_samples_says_so_instead_of_spinning():
+    (nothing,) = itertools.islice(stream_set(3, broken=(0, 1, 2)), 1)
+    assert nothing.inputs is None
+    assert len(nothing.rejected) == MAX_REPLACEMENTS + 1
+
+
+def test_a_worker_without_a_share_of_the_stream_ends():
+    assert list(stream_set(2, rank=2, world_size=3)) == []
+
+
+def test_a_stream_trains_without_length_and_without_probes(tmp_path):
+    data = data_module(tmp_path, Stream(6), num_workers=2, masker=InverseBlockMasker(
+        hidden_fraction=0.5, adjust_fraction=0.1, block_patches=2))  # fmt: skip
+    batches = first(data.train_dataloader(), 7)
+    assert [len(batch) for batch in batches] == [4] * 7
+    assert data.num_samples is None
+    assert data.test_set is None
+    assert data.training_subset(5) is None
+    assert all(batch.masks.masked.shape == (4, 2, 12) for batch in batches)

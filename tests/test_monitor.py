@@ -1,0 +1,200 @@
+import csv
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.monitor import CSVLog, Monitor, describe, wandb_logger
+
+
+def rows(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------------ CSV log
+
+
+def test_one_row_per_call_is_on_disk_at_once(tmp_path):
+    log = CSVLog(path=tmp_path / "metrics.csv")
+    log.log_metrics({"train/loss": 1.5, "a": 2.0}, step=1)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,train/loss,a", "1,1.5,2.0"]
+    log.log_metrics({"a": 4.0, "train/loss": 3.0}, step=2)
+    assert rows(tmp_path / "metrics.csv")[1] == {"step": "2", "train/loss": "3.0", "a": "4.0"}
+
+
+def test_new_metrics_get_columns_at_the_end_and_old_rows_keep_them_empty(tmp_path):
+    log = CSVLog(path=tmp_path / "metrics.csv")
+    log.log_metrics({"knn": 0.5}, step=0)
+    log.log_metrics({"train/loss": 1.0}, step=1)
+    log.log_metrics({"train/loss": 2.0, "rank": 3.0}, step=2)
+    path = tmp_path / "metrics.csv"
+    assert path.read_text().splitlines()[0] == "step,train/loss,knn,rank"
+    empty = {"train/loss": "", "knn": "", "rank": ""}
+    assert rows(path) == [
+        {**empty, "step": "0", "knn": "0.5"},
+        {**empty, "step": "1", "train/loss": "1.0"},
+        {**empty, "step": "2", "train/loss": "2.0", "rank": "3.0"},
+    ]
+
+
+@pytest.mark.parametrize("second", [{"knn": 0.7}, {"train/loss": 0.7}])
+def test_a_second_run_into_the_same_folder_appends_under_the_right_columns(tmp_path, second):
+    path = tmp_path / "metrics.csv"
+    CSVLog(path=path).log_metrics({"rank": 9.0, "knn": 0.5}, step=1)
+    CSVLog(path=path).log_metrics(second, step=2)
+    one, two = rows(path)
+    assert (one["step"], one["knn"], one["rank"]) == ("1", "0.5", "9.0")
+    assert {name: value for name, value in two.items() if value} == {"step": "2", **dict.fromkeys(second, "0.7")}
+    assert len(path.read_text().splitlines()[-1].split(",")) == len(path.read_text().splitlines()[0].split(","))
+
+
+# ------------------------------------------------------------------------------------------------------------ monitor
+
+
+class Rows:
+    """A logger that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict]] = []
+
+    def log_metrics(self, row, step):
+        self.rows.append((step, dict(row)))
+
+
+class Run:
+    """The parts of a Trainer, a LightningModule and a batch that the monitor looks at."""
+
+    def __init__(self, monitor: Monitor, *, num_samples: int | None = 64) -> None:
+        self.monitor, self.log = monitor, Rows()
+        data = SimpleNamespace(num_samples=num_samples, loader=SimpleNamespace(waited_seconds=0.0))
+        self.trainer = SimpleNamespace(
+            global_step=0,
+            max_steps=100,
+            world_size=1,
+            is_global_zero=True,
+            callbacks=[],
+            loggers=[self.log],
+            datamodule=data,
+        )
+        self.module = SimpleNamespace(measured={})
+        monitor.on_train_start(self.trainer, self.module)
+
+    def batch(self, step: int, **measured: float) -> None:
+        self.trainer.global_step = step
+        self.module.measured |= {"train/" + name: torch.tensor(value) for name, value in measured.items()}
+        self.monitor.on_train_batch_end(self.trainer, self.module, None, list(range(16)), 0)
+
+    def step(self, step: int, *, target_std: float = 1.0, prediction_std: float = 1.0) -> None:
+        self.batch(step, loss=2.0, tau=0.9, lr=0.1, target_std=target_std, prediction_std=prediction_std)
+
+
+def monitor(**changes) -> Monitor:
+    options = {"min_target_std": 0.1, "min_prediction_std": 0.01, "grace_steps": 50, "progress": "none"}
+    return Monitor(**options | changes)
+
+
+@pytest.mark.parametrize(
+    ("low", "message"),
+    [
+        ({"target_std": 0.0321}, r"step 50: train/target_std is 0\.0321, below the threshold of 0\.1"),
+        ({"prediction_std": 0.00456}, r"step 50: train/prediction_std is 0\.00456, below the threshold of 0\.01"),
+    ],
+)
+def test_a_collapse_is_an_error_with_value_and_threshold_after_the_grace_period_only(low, message):
+    run = Run(monitor())
+    run.step(49, **low)
+    with pytest.raises(CollapseError, match=message):
+        run.step(50, **low)
+    assert [step for step, _ in run.log.rows] == [49, 50]  # the row that shows it is logged
+
+
+@pytest.mark.parametrize("name", ["target_std", "prediction_std"])
+def test_nan_is_an_alarm_too(name):
+    run = Run(monitor())
+    with pytest.raises(CollapseError):
+        run.step(60, **{name: float("nan")})
+
+
+def test_healthy_values_pass():
+    run = Run(monitor())
+    for step in (49, 50, 100):
+        run.step(step, target_std=0.11, prediction_std=0.011)
+    assert len(run.log.rows) == 3
+
+
+def test_thresholds_of_0_switch_the_alarm_off():
+    run = Run(monitor(min_target_std=0.0, min_prediction_std=0.0))
+    run.step(60, target_std=0.0, prediction_std=0.0)
+
+
+def test_only_complete_logged_steps_make_a_row():
+    run = Run(monitor())
+    run.batch(0, loss=2.0, target_std=1.0, prediction_std=1.0)  # first half of an accumulation
+    run.batch(1, tau=0.9, lr=0.1)
+    run.module.measured.clear()
+    run.batch(2, tau=0.9, lr=0.1)  # a step that is not logged
+    ((step, row),) = run.log.rows
+    assert step == 1
+    assert row["train/loss"] == 2.0
+    assert row["train/lr"] == pytest.approx(0.1)
+    assert all(isinstance(value, float) for value in row.values())
+
+
+def test_throughput_and_waiting_are_since_the_last_row(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
+    run = Run(monitor())
+    now[0] += 2.0
+    run.trainer.datamodule.loader.waited_seconds = 0.5
+    run.step(1)  # 16 samples in 2 s, a quarter of it waiting
+    run.batch(2)
+    now[0] += 4.0
+    run.trainer.datamodule.loader.waited_seconds = 3.5
+    run.step(3)  # 32 samples in 4 s
+    (_, one), (_, two) = run.log.rows
+    assert (one["train/samples_per_second"], one["train/data_wait"], one["train/epoch"]) == (8.0, 0.25, 0.25)
+    assert (two["train/samples_per_second"], two["train/data_wait"], two["train/epoch"]) == (8.0, 0.75, 0.75)
+
+
+def test_a_stream_has_no_epochs():
+    run = Run(monitor(), num_samples=None)
+    run.step(1)
+    assert "train/epoch" not in run.log.rows[0][1]
+
+
+def test_first_and_last_rows_are_kept_for_the_summary():
+    run = Run(monitor())
+    for step, std in ((1, 0.5), (2, 0.75), (3, 0.25)):
+        run.step(step, target_std=std)
+    assert run.monitor.first["train/target_std"] == 0.5
+    assert run.monitor.last["train/target_std"] == 0.25
+    assert run.monitor.samples == 48
+
+
+def test_progress_as_lines_tells_step_loss_and_remaining_time(caplog):
+    run = Run(monitor(progress="lines"))
+    with caplog.at_level(logging.INFO, logger="data2vec_train.monitor"):
+        run.step(10)
+    assert "step 10/100" in caplog.text
+    assert "loss 2.000" in caplog.text
+    assert "ETA" in caplog.text
+
+
+def test_an_unknown_kind_of_progress_is_refused():
+    with pytest.raises(ValueError, match="got 'dots'"):
+        monitor(progress="dots")
+
+
+def test_rows_in_words():
+    row = {"train/loss": 1.23456, "probe/knn": np.float64(0.987), "train/lr": 0.1}
+    assert describe(row) == "loss 1.235  kNN 98.7%"
+
+
+def test_wandb_without_the_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("data2vec_train.monitor.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"data2vec-train\[wandb\]"):
+        wandb_logger(project="p", save_dir="d")

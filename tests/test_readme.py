@@ -1,0 +1,40 @@
+"""What the README tells people to type is right."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data2vec_train.config import recipes_parent
+from data2vec_train.preflight import find_faults
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python -m data2vec_train([^\n`]*)", README.replace("\\\n", " "))))
+
+
+def _words(command: str) -> list[str]:
+    # IMAGENET, DIR, N and so on stand for what the reader has.
+    return [re.sub(r"=(N)$", "=0", word) for word in shlex.split(command.partition("    #")[0])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_is_accepted(command):
+    words = _words(command)
+    faults = find_faults([word for word in words if word != "-m"], config_name="train", multirun="-m" in words)
+    if "visoin" in command:
+        assert len(faults) == 2
+        assert all(f"  {fault}" in README for fault in faults), "the README shows another text than the program"
+    else:
+        assert faults == []
+
+
+def test_every_recipe_is_in_the_table():
+    for path in (recipes_parent() / "recipes").rglob("*.yaml"):
+        name = str(path.relative_to(recipes_parent() / "recipes").with_suffix(""))
+        assert f"`{name}`" in README, name
+
+
+def test_files_the_readme_links_to_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
