@@ -91,9 +91,7 @@ class Data2Vec(nn.Module):
         if mask_mode not in ("replace", "drop", "corrupt"):
             raise ConfigError(f"mask_mode is replace, drop or corrupt, got {mask_mode!r}")
         if mask_mode == "drop" and not decoder.restores_dropped:
-            raise ConfigError(
-                f"mask_mode=drop needs a convolutional decoder, {type(decoder).__name__} cannot fill gaps"
-            )
+            raise ConfigError(f"mask_mode=drop needs a convolutional decoder; {type(decoder).__name__} fills no gaps")
         if targets.top_k_layers > encoder.depth - encoder.prenet_depth:
             raise ConfigError(
                 f"targets.top_k_layers={targets.top_k_layers}, but only {encoder.depth - encoder.prenet_depth} of the "
@@ -121,9 +119,8 @@ class Data2Vec(nn.Module):
         predictions, student = self.predict(batch, embedded)  # (P, D)
 
         num_tokens, hidden = y.shape[1], batch.masks.hidden
-        in_sample = (
-            hidden // (self.views * num_tokens) * num_tokens + hidden % num_tokens
-        )  # (N, T) -> (B, T), flattened
+        # From positions in the flattened (N, T) to positions in the flattened (B, T).
+        in_sample = hidden // (self.views * num_tokens) * num_tokens + hidden % num_tokens  # (P,)
         targets = y.flatten(0, 1).index_select(0, in_sample)  # (P, D)
         terms = {"regression": self.scale * self._error(predictions, targets).sum() / hidden.numel()}
         if self.class_token_weight:

@@ -97,8 +97,8 @@ class InverseBlockMasker(Masker):
         num_squares = int(num_tokens * (kept_fraction + self.adjust_fraction) / self.block_patches**2)
         centres = rng.integers(0, num_tokens, size=max(num_squares, 1))
         offsets = np.arange(self.block_patches) - self.block_patches // 2
-        row = np.clip(centres[:, None] // columns + offsets, 0, rows - 1)  # (squares, side)
-        column = np.clip(centres[:, None] % columns + offsets, 0, columns - 1)
+        row = np.minimum(np.maximum(centres[:, None] // columns + offsets, 0), rows - 1)  # (squares, side)
+        column = np.minimum(np.maximum(centres[:, None] % columns + offsets, 0), columns - 1)
         kept = np.zeros((rows, columns), dtype=bool)
         kept[row[:, :, None], column[:, None, :]] = True
         return ~_with_count(kept.ravel(), num_kept, rng)
@@ -125,7 +125,7 @@ def _with_count(chosen: np.ndarray, count: int, rng: np.random.Generator) -> np.
     surplus = int(chosen.sum()) - count
     if surplus:
         candidates = np.flatnonzero(chosen if surplus > 0 else ~chosen)
-        chosen[rng.choice(candidates, abs(surplus), replace=False)] = surplus < 0
+        chosen[rng.permutation(candidates)[: abs(surplus)]] = surplus < 0
     return chosen
 
 

@@ -24,7 +24,8 @@ def test_a_command_of_the_readme_is_accepted(command):
     faults = find_faults([word for word in words if word != "-m"], config_name="train", multirun="-m" in words)
     if "visoin" in command:
         assert len(faults) == 2
-        assert all(f"  {fault}" in README for fault in faults), "the README shows another text than the program"
+        # Other tests of the same process may have added choices.
+        assert all(f"  {fault.partition(' Choices')[0]}" in README for fault in faults)
     else:
         assert faults == []
 

@@ -235,6 +235,7 @@ def load(
     """One split of the dataset at `path`, columns untouched; `options` are those of `load_dataset_builder`."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         local = Path(path).expanduser()
         if any((local / file).is_file() for file in ("state.json", "dataset_dict.json")):
