@@ -59,7 +59,7 @@ class ProbeCallback(L.Callback):
         start = time.perf_counter()
         data: DataModule = trainer.datamodule
         if data.test_set is not None:
-            raw = [self._raw_input(data.evaluation_batches(dataset)) for dataset in (data.fit_set, data.test_set)]
+            raw = [raw_input(data.evaluation_batches(dataset)) for dataset in (data.fit_set, data.test_set)]
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
         self.seconds += time.perf_counter() - start
@@ -101,15 +101,6 @@ class ProbeCallback(L.Callback):
         if which in ("untrained", "trained"):
             self.metrics |= {f"probe/{name}": values[which] for name, values in self.accuracies.items()}
 
-    def _raw_input(self, batches: Iterable[Batch]) -> Labelled:
-        """Pixels as features; images larger than 32 px are averaged down, beyond that distances only get noisier."""
-        inputs, labels = [], []
-        for batch in batches:
-            size = [min(side, RAW_INPUT_PX) for side in batch.inputs.shape[-2:]]
-            inputs.append(F.adaptive_avg_pool2d(batch.inputs, size).flatten(1).numpy())
-            labels.append(batch.labels.numpy())
-        return Labelled(np.concatenate(inputs), np.concatenate(labels))
-
     @property
     def summary(self) -> dict:
         """`rankme` and `probe` as they appear in summary.json; `probe` is None without labels."""
@@ -128,6 +119,18 @@ class ProbeCallback(L.Callback):
         """See `state_dict`."""
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
         self.metrics = state_dict["metrics"]
+
+
+def raw_input(batches: Iterable[Batch]) -> Labelled:
+    """The input itself as features, see `raw_pixels`."""
+    pairs = [(raw_pixels(batch.inputs), batch.labels.numpy()) for batch in batches]
+    return Labelled(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+
+
+def raw_pixels(images: Tensor) -> np.ndarray:
+    """Images (B, C, H, W) as rows of pixels; sides above 32 px are averaged down, distances would only get noisier."""
+    size = [min(side, RAW_INPUT_PX) for side in images.shape[-2:]]
+    return F.adaptive_avg_pool2d(images, size).flatten(1).numpy()
 
 
 @torch.no_grad()

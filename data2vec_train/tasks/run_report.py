@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Subset
 
@@ -15,7 +14,7 @@ from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.probes.callback import RAW_INPUT_PX, patch_features
+from data2vec_train.probes.callback import patch_features, raw_pixels
 from data2vec_train.probes.measures import nearest
 from data2vec_train.report import (
     Section,
@@ -107,7 +106,7 @@ def _neighbours(
     features: dict[str, list[np.ndarray]] = {"trained": [], "untrained": [], "raw input": []}
     for tokens, batch in patch_features(student, data.evaluation_batches(some)):
         features["trained"].append(tokens.mean(dim=1).cpu().numpy())
-        features["raw input"].append(_raw(batch.inputs))
+        features["raw input"].append(raw_pixels(batch.inputs))
         inputs.append(batch.inputs.half())
         ids.append(batch.ids.numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
@@ -118,7 +117,7 @@ def _neighbours(
     queried = {
         "trained": _patches(student, queries).mean(axis=1),
         "untrained": _patches(untrained, queries).mean(axis=1),
-        "raw input": _raw(query_inputs),
+        "raw input": raw_pixels(query_inputs),
     }
     for name, parts in features.items():
         ranked = nearest(queried[name], np.concatenate(parts), min(NUM_NEIGHBOURS + 1, len(ids)))
@@ -137,11 +136,6 @@ def _neighbours(
         found_labels=found_labels if labelled else None,
         class_names=data.class_names,
     )
-
-
-def _raw(inputs: torch.Tensor) -> np.ndarray:
-    size = [min(side, RAW_INPUT_PX) for side in inputs.shape[-2:]]
-    return F.adaptive_avg_pool2d(inputs, size).flatten(1).numpy()
 
 
 def _drawn_as(cfg: DictConfig) -> str:
