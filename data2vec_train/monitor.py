@@ -99,6 +99,9 @@ class Monitor(L.Callback):
         self._since_log = (0.0, 0, 0.0)  # seconds, samples and seconds of waiting at the last logged step
         self._bar: _Bar | None = None
         self._started = 0.0
+        self._probed_at = 0  # step of the last probe that was logged
+        self._waited_before = 0.0  # for the first batch, before the clock starts
+        self.waited_seconds = 0.0  # for data, while the clock runs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock after the baselines of the probes."""
@@ -106,6 +109,8 @@ class Monitor(L.Callback):
             self._bar = _Bar(trainer.max_steps, trainer.global_step)
         probe = _probe_callback(trainer)
         self._log_row(trainer, dict(probe.metrics) if probe else {})
+        self._probed_at = trainer.global_step
+        self._waited_before = trainer.datamodule.loader.waited_seconds
         self._started = time.perf_counter() - (probe.seconds if probe else 0.0)
 
     def on_train_batch_end(
@@ -114,26 +119,33 @@ class Monitor(L.Callback):
         """Runs after the probes of this step; their seconds are not training."""
         self.samples += len(batch) * trainer.world_size
         step = trainer.global_step
+        if self._bar is not None:
+            self._bar.advance(step)
+        probe = _probe_callback(trainer)
+        just_measured = probe is not None and probe.measured_at == step and step > self._probed_at
         if "train/loss" not in pl_module.measured or "train/tau" not in pl_module.measured:
+            if just_measured:  # between two logged steps
+                self._probed_at = step
+                self._log_row(trainer, probe.metrics)
             return  # not a logged step, or in the middle of an accumulation
         row = {name: float(value) for name, value in pl_module.measured.items()}
         pl_module.measured.clear()
-        probe = _probe_callback(trainer)
         self.train_seconds = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
         row |= self._throughput(trainer.datamodule)
-        if probe is not None and probe.measured_at == step:
+        if just_measured:
+            self._probed_at = step
             row |= probe.metrics
         self._log_row(trainer, row)
         self._check_collapse(step, row)
 
     def _throughput(self, data: DataModule) -> dict[str, float]:
-        waited = data.loader.waited_seconds
+        self.waited_seconds = data.loader.waited_seconds - self._waited_before
         seconds, samples, waits = self._since_log
-        self._since_log = (self.train_seconds, self.samples, waited)
+        self._since_log = (self.train_seconds, self.samples, self.waited_seconds)
         elapsed = max(self.train_seconds - seconds, 1e-9)
         row = {
             "train/samples_per_second": (self.samples - samples) / elapsed,
-            "train/data_wait": min((waited - waits) / elapsed, 1.0),
+            "train/data_wait": (self.waited_seconds - waits) / elapsed,
         }
         if data.num_samples:
             row["train/epoch"] = self.samples / data.num_samples
@@ -158,12 +170,13 @@ class Monitor(L.Callback):
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, eta)
 
     def _check_collapse(self, step: int, row: dict[str, float]) -> None:
-        for name, limit in self.limits.items():
-            if math.isnan(row[name]):
+        for name in ("train/loss", *self.limits):
+            if not math.isfinite(row[name]):
                 raise CollapseError(
-                    f"at step {step} {name} is not a number: training diverged. Try a lower optimizer.lr or a longer "
-                    "warm-up"
+                    f"at step {step} {name} is {row[name]}, not a number: training diverged. Try a lower optimizer.lr "
+                    "or a longer warm-up"
                 )
+        for name, limit in self.limits.items():
             if step >= self.grace_steps and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "
@@ -223,19 +236,22 @@ class _Bar:
     def __init__(self, total: int, completed: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.progress = Progress(
-            TextColumn("pretraining"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True),
         )
         self.task = self.progress.add_task("", total=total, completed=completed, text="")
         self.latest: dict[str, float] = {}
         self.progress.start()
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
 
     def show(self, step: int, row: dict[str, float]) -> None:
         self.latest |= row

@@ -458,8 +458,19 @@ def _range(expected: str, is_right: Callable[[float], bool], *paths: str) -> lis
     return [functools.partial(rule, path) for path in paths]
 
 
-_COUNTS = ("trainer.max_steps", "data.batch_size_per_device", "objective.views", "size.depth")
-_SHARES = ("objective.tau_start", "objective.tau_end", "data.max_bad_fraction")
+_COUNTS = (
+    "trainer.max_steps",
+    "trainer.log_every_n_steps",
+    "trainer.accumulate_grad_batches",
+    "data.batch_size_per_device",
+    "data.max_probe_samples",
+    "objective.views",
+    "size.depth",
+    "callbacks.probe.every_n_steps",
+    "callbacks.probe.neighbours",
+    "callbacks.checkpoint.every_n_steps",
+)
+_SHARES = ("objective.tau_start", "objective.tau_end", "data.max_bad_fraction", "data.held_out_fraction")
 
 
 def _seed_is_a_whole_number(cfg: DictConfig) -> str | None:
@@ -546,10 +557,22 @@ def _devices_are_countable(cfg: DictConfig) -> str | None:
     return f"trainer.devices: expected a count, a list such as [0,1], or auto, got {show(devices)}"
 
 
+def _normalisation_fits_the_channels(cfg: DictConfig) -> str | None:
+    channels = _get(cfg, "modality.channels")
+    mean, std = _get(cfg, "modality.mean", list), _get(cfg, "modality.std", list)
+    if channels is None or mean is None or std is None or all(len(one) in (1, channels) for one in (mean, std)):
+        return None
+    return (
+        f"modality.channels: {channels}, but modality.mean has {len(mean)} and modality.std {len(std)} values; give 1 "
+        f"or {channels} of each, for example modality.mean=[0.449] modality.std=[0.226]"
+    )
+
+
 RULES: list[Callable[[DictConfig], str | None]] = [
     _seed_is_a_whole_number,
     _heads_divide_the_width,
     _patches_tile_the_image,
+    _normalisation_fits_the_channels,
     _enough_layers_for_the_targets,
     _dropping_needs_a_constant_count,
     *_range("a whole number of at least 1", lambda value: value >= 1 and value == int(value), *_COUNTS),

@@ -112,8 +112,8 @@ def probe_section(summary: dict) -> Section:
     if not probe:
         return Section(
             "What the features know",
-            "The data has no labels, so the probes were off. RankMe says how many directions the features use: close "
-            "to 1 means collapse, but a high number alone does not mean that the features are useful.",
+            f"Nothing was probed ({summary.get('probes', 'no labels')}). RankMe says how many directions the features "
+            "use: close to 1 means collapse, but a high number alone does not mean that the features are useful.",
             rank_line,
         )
     rows, verdicts = [], []

@@ -3,16 +3,29 @@
 import csv
 import json
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+CHECKOUT = Path(__file__).parents[1]
+
 TINY = (
-    "size.dim=32", "size.depth=2", "size.num_heads=2", "size.ffn_dim=64", "data.num_workers=0",
-    "data.batch_size_per_device=16", "objective.views=2",
-)  # fmt: skip
+    "size.dim=32",
+    "size.depth=2",
+    "size.num_heads=2",
+    "size.ffn_dim=64",
+    "data.num_workers=0",
+    "data.batch_size_per_device=16",
+    "data.max_probe_samples=200",
+    "callbacks.probe.rank_samples=200",
+    "objective.views=2",
+)
 
 
 def _images(folder, count=24, size=(40, 30)):
@@ -44,8 +57,7 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
         assert summary[name] > 0, name
     for probe in ("knn", "linear"):
         assert all(0 <= summary["probe"][probe][row] <= 1 for row in ("untrained", "raw_input", "trained"))
-    assert summary["probe"]["test_samples"] == 1000
-    assert summary["probe"]["fit_samples"] == 4000
+    assert summary["probe"]["test_samples"] == summary["probe"]["fit_samples"] == 200
 
     with (run_dir / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -146,6 +158,39 @@ def test_a_sweep_leaves_a_directory_for_each_member_and_a_table(run_program, tmp
     }  # fmt: skip
     assert (tmp_path / "sweep" / "sweep.csv").exists()
     assert result.stdout.count("objective=data2vec2") >= 2 or result.stdout.count("data2vec2") >= 2
+
+
+def test_probes_between_logged_steps_are_written_down(run_program, tmp_path):
+    result = run_program("trainer.max_steps=5", "trainer.log_every_n_steps=1000", "callbacks.probe.every_n_steps=2",
+                         "trainer.accumulate_grad_batches=2", "report=false", *TINY,
+                         f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [(row["step"], bool(row["probe/knn"]), bool(row["train/loss"])) for row in csv.DictReader(file)]
+    assert rows == [("0", True, False), ("1", False, True), ("2", True, False), ("4", True, False), ("5", True, True)]
+
+
+def test_divergence_is_one_line_and_leaves_a_report(run_program, tmp_path):
+    result = run_program("trainer.max_steps=12", "optimizer.lr=1e12", "trainer.gradient_clip_val=null", *TINY,
+                         "callbacks.probe.every_n_steps=4", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    assert result.returncode == 3
+    assert "diverged" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "collapsed"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_interrupted_run_keeps_its_weights(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "data2vec_train", "trainer.max_steps=100000", *TINY, f"hydra.run.dir={run_dir}"]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "step 20/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 20
 
 
 def test_a_collapse_stops_the_run_with_value_and_threshold(run_program, tmp_path):

@@ -81,6 +81,8 @@ PUBLISHED = {
     "modality.encoder.drop_path": (0.25, 0.2, 0, 0, 0),
     "modality.encoder.attention_dropout": (0.05, 0.15, 0, 0, 0),
     "modality.encoder.layer_scale": (1e-4, 1e-5, None, None, None),
+    "modality.encoder.positions": ("none", "none", "sincos", "sincos", "sincos"),
+    "modality.encoder.relative_bias": ("shared", "shared", "none", "none", "none"),
     "modality.encoder.norm_first": (True, True, False, False, False),
     "objective.targets.top_k_layers": (6, 6, 10, 18, 24),
     "objective.targets.tap": ("block", "block", "ffn", "ffn", "ffn"),

@@ -1,6 +1,7 @@
 """One DataModule for all modalities: which records train, which feed the probes, and the loaders for both."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,8 +37,8 @@ class TimedLoader:
             start = time.perf_counter()
             try:
                 batch = next(batches)
-            except StopIteration:
-                return
+            except StopIteration:  # training loaders are endless
+                raise DataError("data.source gave no samples") from None
             self.waited_seconds += time.perf_counter() - start
             yield batch
 
@@ -102,6 +103,9 @@ class DataModule(L.LightningDataModule):
         streaming = isinstance(source, StreamingSource)
         self.indices = np.arange(0 if streaming else len(source))
         self.fit_set, self.test_set = None, None
+        self.probe_note = "no labels: probes off, RankMe on"
+        if streaming:
+            self.probe_note = "a stream: probes and RankMe off"
         labels = None if streaming else source.labels()
         if probe_source is not None:
             _check_same_classes(source, probe_source)
@@ -111,7 +115,9 @@ class DataModule(L.LightningDataModule):
                 held_out = _stratified(labels, held_out_fraction)
                 self.indices = np.setdiff1d(self.indices, held_out)
             test = _labelled(probe_source) if probe_source else held_out
+            self.probe_note = "too few samples of each class to hold any out: probes off, RankMe on"
             if len(test):
+                self.probe_note = f"probes on {min(len(test), max_probe_samples)} held-out samples"
                 fit = np.intersect1d(self.indices, _labelled(source))
                 self.fit_set = self._evaluation(source, _spread(fit, max_probe_samples))
                 self.test_set = self._evaluation(probe_source or source, _spread(test, max_probe_samples))
@@ -154,6 +160,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=on_gpu,
             prefetch_factor=4 if self.num_workers else None,
+            worker_init_fn=_ignore_interrupts,
             **batching,
         )
         self.loader = TimedLoader(loader)
@@ -208,6 +215,11 @@ class DataModule(L.LightningDataModule):
         return self.transform.evaluate(decoded)
 
 
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _available_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores - 1))
@@ -231,11 +243,19 @@ def _check_same_classes(source: Source | StreamingSource, probe_source: Source) 
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """The same share of every class, chosen once and for all: the choice must not depend on the seed of a run."""
+    """About the same share of every class, `fraction` of all, chosen once and for all whatever the seed of a run.
+
+    Where a class's share is no whole number, classes take turns by the largest remainder; none is held out entirely.
+    """
+    classes = np.unique(labels[labels >= 0])
+    members = [np.flatnonzero(labels == label) for label in classes]
+    wanted = np.array([fraction * len(rows) for rows in members])
+    counts = np.floor(wanted).astype(int)
+    by_remainder = np.argsort(counts - wanted, kind="stable")
+    counts[by_remainder[: round(wanted.sum()) - counts.sum()]] += 1
     chosen = [np.empty(0, dtype=np.int64)]
-    for label in np.unique(labels[labels >= 0]):
-        members = np.flatnonzero(labels == label)
-        chosen.append(generator(0, "order", int(label)).permutation(members)[: round(fraction * len(members))])
+    for label, rows, count in zip(classes, members, counts, strict=True):
+        chosen.append(generator(0, "order", int(label)).permutation(rows)[: min(count, len(rows) - 1)])
     return np.sort(np.concatenate(chosen))
 
 

@@ -18,6 +18,7 @@ class Quarantine:
 
     def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float) -> None:
         self.path = path
+        path.unlink(missing_ok=True)  # of an earlier start that failed
         self.num_samples = num_samples
         self.max_bad_fraction = max_bad_fraction
         self.reasons: dict[str, str] = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.encoders.base import Batch, ModalityEncoder
+from data2vec_train.errors import CollapseError
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy, rankme
 
 RAW_INPUT_PX = 32
@@ -54,6 +55,7 @@ class ProbeCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Baselines; on resuming, those of the first start are kept."""
+        self.measured_at = trainer.global_step
         if self.ranks:
             return
         start = time.perf_counter()
@@ -135,11 +137,17 @@ def raw_pixels(images: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def encode(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Labelled:
-    """Mean patch feature of every sample, in evaluation mode, float32."""
+    """Mean patch feature of every sample, in evaluation mode, float32.
+
+    Raises:
+        CollapseError: features that are not finite.
+    """
     features, labels = [], []
     for tokens, batch in patch_features(encoder, batches):
         features.append(tokens.mean(dim=1).cpu().numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
+    if not all(np.isfinite(part).all() for part in features):
+        raise CollapseError("the encoder's features are not finite: training diverged. Try a lower optimizer.lr")
     with_labels = all(part is not None for part in labels)
     return Labelled(np.concatenate(features), np.concatenate(labels) if with_labels else None)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from data2vec_train.config import build
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
-from data2vec_train.errors import ConfigError
+from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.probes.callback import ProbeCallback
@@ -25,15 +25,22 @@ from data2vec_train.probes.callback import ProbeCallback
 log = logging.getLogger(__name__)
 
 
-class ConfigInCheckpoint(L.Callback):
-    """Puts the resolved config, as plain containers, into every checkpoint, so that it can be rebuilt from the file."""
+class RunCheckpoints(L.Callback):
+    """Puts the resolved config, as plain containers, into every checkpoint, and saves one when a run is interrupted."""
 
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict, directory: Path) -> None:
         self.config = config
+        self.directory = directory
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Add the key `config`."""
+        """Add the key `config`, so that the model can be rebuilt from the file."""
         checkpoint["config"] = self.config
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Keep what was learned when the user presses Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
+            trainer.save_checkpoint(self.directory / "last.ckpt", weights_only=False)
+            log.info("interrupted after step %d; saved %s", trainer.global_step, self.directory / "last.ckpt")
 
 
 def build_objective(cfg: DictConfig) -> Data2Vec:
@@ -92,17 +99,24 @@ def pretrain(cfg: DictConfig) -> float | None:
     loggers = [CSVLog(path=run_dir / "metrics.csv"), *_loggers(cfg, run_dir)]
     trainer: L.Trainer = build(
         cfg.trainer,
-        callbacks=[probe, monitor, ConfigInCheckpoint(config), *_checkpoints(cfg, data, run_dir)],
+        callbacks=[
+            probe,
+            monitor,
+            RunCheckpoints(config, run_dir / "checkpoints"),
+            *_checkpoints(cfg, data, run_dir),
+        ],
         logger=loggers,
         default_root_dir=run_dir,
         precision=cfg.precision.trainer,
         **cfg.strategy,
     )
     _describe(cfg, objective, data, run_dir)
-    trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    collapse = _fit(trainer, module, data)
+    if collapse is None and trainer.global_step % cfg.callbacks.checkpoint.every_n_steps:
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
 
     summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
+    summary["status"] = "finished" if collapse is None else "collapsed"
     if trainer.is_global_zero:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if cfg.report:
@@ -110,20 +124,36 @@ def pretrain(cfg: DictConfig) -> float | None:
 
             report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
             log.info("report: %s", report)
+    if collapse is not None:
+        raise collapse
     return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
+
+
+def _fit(trainer: L.Trainer, module: Data2VecModule, data: DataModule) -> CollapseError | None:
+    """Train; a collapse comes back instead of being raised, since its curves are worth a report."""
+    try:
+        trainer.fit(module, datamodule=data)
+    except CollapseError as error:
+        return error
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into exit status 1
+            raise KeyboardInterrupt from None
+        raise
+    return None
 
 
 def _checkpoints(cfg: DictConfig, data: DataModule, run_dir: Path) -> list[ModelCheckpoint]:
     """`last.ckpt`, and with labels `best.ckpt`, the one with the best kNN accuracy so far."""
-    common = {
-        "dirpath": run_dir / "checkpoints",
-        "every_n_train_steps": cfg.callbacks.checkpoint.every_n_steps,
-        "enable_version_counter": False,
-    }
-    last = ModelCheckpoint(filename="last", **common)
+    common = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
+    every = cfg.callbacks.checkpoint.every_n_steps
+    last = ModelCheckpoint(filename="last", every_n_train_steps=every, **common)
     if data.test_set is None:
         return [last]
-    return [last, ModelCheckpoint(filename="best", monitor="probe/knn", mode="max", **common)]
+    every = cfg.callbacks.probe.every_n_steps
+    return [
+        last,
+        ModelCheckpoint(filename="best", monitor="probe/knn", mode="max", every_n_train_steps=every, **common),
+    ]
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list:
@@ -151,12 +181,13 @@ def _summary(
         "seconds": round(seconds, 1),
         "train_seconds": round(monitor.train_seconds, 1),
         "samples_per_second": round(rate, 1),
-        "data_wait": round(data.loader.waited_seconds / max(monitor.train_seconds, 1e-9), 4),
+        "data_wait": round(monitor.waited_seconds / max(monitor.train_seconds, 1e-9), 4),
         "loss_first": monitor.first.get("train/loss"),
         "loss_last": last.get("train/loss"),
         "target_std": last.get("train/target_std"),
         "prediction_std": last.get("train/prediction_std"),
         **measured,
+        "probes": data.probe_note,
         "broken_samples": len(data.quarantine.reasons),
     }
 
@@ -164,16 +195,13 @@ def _summary(
 def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: Path) -> None:
     millions = sum(p.numel() for p in objective.student.parameters()) / 1e6
     samples = "a stream of samples" if data.num_samples is None else f"{data.num_samples} samples"
-    probes = "no labels: probes off, RankMe on"
-    if data.test_set is not None:
-        probes = f"probes on {len(data.test_set)} held-out samples of {len(data.class_names)} classes"
     log.info(
         "%s, %s: %.2f M parameters, %s, %s",
         cfg.modality.name,
         HydraConfig.get().runtime.choices["objective"],
         millions,
         samples,
-        probes,
+        data.probe_note,
     )
     log.info("run directory: %s", run_dir)
 
@@ -187,6 +215,7 @@ def _quiet_libraries() -> None:
         r".*`training_step` returned.*",
         r"Checkpoint directory .* exists and is not empty",
         r".*isinstance\(treespec, LeafSpec\).*",
+        r"The number of training batches .* is smaller than the logging interval",
         r"Found \d+ module\(s\) in eval mode",  # the teacher, on purpose
     ):
         warnings.filterwarnings("ignore", message=message)

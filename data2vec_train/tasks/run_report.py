@@ -1,11 +1,12 @@
 """Collects what `report.html` shows of an image run: masks, patch features and neighbours, before and after."""
 
 import itertools
-import sys
+import shlex
 from pathlib import Path
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Subset
 
@@ -49,10 +50,8 @@ def write_run_report(cfg: DictConfig, *, run_dir: Path, objective: Data2Vec, dat
 
 
 def command_line() -> str:
-    """The command as it was typed."""
-    module = Path(sys.argv[0])
-    program = "data2vec_train" if module.stem == "__main__" else f"data2vec_train.{module.stem}"
-    return " ".join(["python -m", program, *(f"'{word}'" if " " in word else word for word in sys.argv[1:])])
+    """A command that makes this run again, also when it was a member of a sweep."""
+    return shlex.join(["python", "-m", "data2vec_train", *HydraConfig.get().overrides.task])
 
 
 def _pictures(cfg: DictConfig, student: ModalityEncoder, data: DataModule) -> list[Section]:
