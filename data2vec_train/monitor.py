@@ -239,11 +239,12 @@ class _Bar:
         from rich.table import Column
 
         self.progress = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("ETA"),
+            TextColumn("ETA", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            # On a narrow terminal the text wraps, so that the others stay whole.
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),
             console=Console(stderr=True),
         )
         self.task = self.progress.add_task("", total=total, completed=completed, text="")

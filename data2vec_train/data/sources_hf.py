@@ -146,7 +146,7 @@ class HFStreamingSource(StreamingSource):
         if label and not _is_class_label(feature) and not _is_integer(feature):
             raise ConfigError(
                 f"{path}: label_column={label!r} is {_describe(feature)}; a stream needs class numbers. "
-                "Set label_column=false, or read with random access"
+                "Set data.label_column=false, or read with random access"
             )
         self.class_names = list(feature.names) if _is_class_label(feature) else None
         self._label = label
@@ -294,7 +294,7 @@ def _one_split(splits: Iterable[str], path: str, split: str | None) -> str:
     if split is None and len(names) == 1:
         return names[0]
     got = "several splits" if split is None else f"no split {split!r}"
-    raise ConfigError(f"{path} has {got}; choose split= one of {', '.join(names)}")
+    raise ConfigError(f"{path} has {got}; choose data.split= one of {', '.join(names)}")
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
@@ -369,7 +369,7 @@ def _pick_columns(
         maybe = [name for name, feature in features.items() if _is_bytes(feature) and kind != "text"]
         columns = (surely or maybe)[:1]
     if not columns:
-        raise ConfigError(f"{path} has no {kind} column; name it with column=... Its columns: {listing}")
+        raise ConfigError(f"{path} has no {kind} column; name it with data.column=... Its columns: {listing}")
     if label_column is not None:
         return columns, label_column or None
     classes = [name for name, feature in features.items() if _is_class_label(feature)]

@@ -310,7 +310,7 @@ def test_a_saved_data_set_and_class_names_are_read(tmp_path, hf, streaming):
     assert source.class_names == list("wxyz")
     assert contents(source[n] for n in range(len(source))) == EXPECTED
     assert len(hf(tmp_path / "saved", split="few")) == 3
-    with pytest.raises(ConfigError, match="no split 'test'; choose split= one of train, few"):
+    with pytest.raises(ConfigError, match="no split 'test'; choose data.split= one of train, few"):
         hf(tmp_path / "saved", split="test")
     stream = streaming(tmp_path / "saved")
     assert stream.class_names == list("wxyz")
@@ -324,7 +324,7 @@ def test_a_missing_split_names_those_that_exist(tmp_path, hf, streaming):
     for split in ("train", "test"):
         parquet(tmp_path / "data" / f"{split}-0.parquet")
     for make in (hf, streaming):
-        with pytest.raises(ConfigError, match="no split 'val'; choose split= one of train, test"):
+        with pytest.raises(ConfigError, match="no split 'val'; choose data.split= one of train, test"):
             make(tmp_path / "data", split="val")
         with pytest.raises(ConfigError, match="several splits"):
             make(tmp_path / "data", split=None)
@@ -343,7 +343,7 @@ def test_columns_are_found_named_or_listed(tmp_path, hf):
         with pytest.raises(ConfigError, match=r"its columns: image \(struct of bytes, path\), label \(int64\), number"):
             hf(path, **options)
     (tmp_path / "t.csv").write_text("text,label\nhello,1\n")
-    with pytest.raises(ConfigError, match=r"no image column; name it with column=... Its columns: text \(\w*string\)"):
+    with pytest.raises(ConfigError, match=r"no image column; name it with data.column=... Its columns: text \(\w*string\)"):
         hf(tmp_path / "t.csv")
 
 
