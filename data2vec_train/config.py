@@ -1,4 +1,4 @@
-"""From a command line to a running task: directories, plugins, `build`, `main`.
+"""From a command line to a running task: plugins, `build`, `main`.
 
 Imports only hydra and omegaconf: a wrong command is answered before torch and lightning load, which takes ten seconds
 and more on a busy machine.
@@ -22,9 +22,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data2vec_train.errors import CollapseError, ConfigError, DataError
+from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults, nodes_of, plugin_packages, preflight, target_fault
-
-_HERE = Path(__file__).resolve().parent
 
 # What a bug in one sweep member can raise; exits and interrupts still end the whole sweep.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError)
@@ -32,30 +31,7 @@ _BUGS += (OSError, RuntimeError, TypeError, ValueError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Places, plugins, resolvers
-
-
-def config_directory() -> Path:
-    """The directory with `train.yaml`: inside the package in a wheel, beside it in a checkout."""
-    return _inside_or_beside("configs")
-
-
-def recipes_parent() -> Path:
-    """The directory that contains `recipes/`, so that `recipes/vision/x` is found below it."""
-    return _inside_or_beside("recipes").parent
-
-
-def _inside_or_beside(name: str) -> Path:
-    for parent in (_HERE, _HERE.parent):
-        if (parent / name).is_dir():
-            return parent / name
-    raise ConfigError(f"there is no directory {name} in {_HERE} or {_HERE.parent}; install data2vec_train again")
-
-
-def expose_recipes() -> None:
-    """Sets DATA2VEC_RECIPES, which `hydra.searchpath` of the primary config reads, unless the user has set it."""
-    if not os.environ.get("DATA2VEC_RECIPES"):
-        os.environ["DATA2VEC_RECIPES"] = str(recipes_parent())
+# Plugins
 
 
 def load_plugins() -> None:
@@ -78,15 +54,6 @@ def load_plugins() -> None:
                 f"{Path.cwd()} or installed"
             ) from error
         plugin_packages.add(name.split(".")[0])
-
-
-def register_resolvers() -> None:
-    """Makes `${share:0.1,${trainer.max_steps}}` available: that share of a whole number, at least 1 unless it is 0."""
-    OmegaConf.register_new_resolver("share", _share, replace=True)
-
-
-def _share(fraction: float, total: int) -> int:
-    return max(1, round(fraction * total)) if fraction > 0 else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

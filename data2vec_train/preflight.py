@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
+from data2vec_train.places import config_directory, expose_recipes, register_resolvers
 from data2vec_train.signatures import Parameter, file_of, find, mismatch, public_names, show, signature
 
 # A config may come from anybody, and `_target_` runs what it names: only these prefixes and the plugins' packages.
@@ -62,12 +63,10 @@ def find_faults(
         multirun: Whether `-m` was given; None accepts several values either way.
         names_only: Look up only the choices of groups, which is what `--help` needs.
     """
-    from data2vec_train import config  # which imports this module
-
-    config.expose_recipes()
-    config.register_resolvers()
+    expose_recipes()
+    register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir or config.config_directory()), version_base="1.3"):
+    with initialize_config_dir(str(config_dir or config_directory()), version_base="1.3"):
         always = [line for line in overrides if line.startswith("hydra.searchpath=")]
         try:
             configs = _Configs(config_name, always, extra_config_dir)

@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from data2vec_train.config import config_directory, recipes_parent, register_resolvers
+from data2vec_train.places import config_directory, recipes_parent, register_resolvers
 
 CHECKOUT = Path(__file__).parents[1]
 

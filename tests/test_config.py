@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data2vec_train import config
+from data2vec_train import config, places
+from data2vec_train import preflight as preflight_module
 from data2vec_train.config import build
 from data2vec_train.errors import CollapseError, ConfigError, DataError
 from data2vec_train.preflight import find_faults, preflight
@@ -163,7 +164,8 @@ def toy(place, monkeypatch):
     monkeypatch.syspath_prepend(str(place / "plugins"))
     monkeypatch.setenv("DATA2VEC_PLUGINS", "toy")
     monkeypatch.setenv("DATA2VEC_RECIPES", str(place))
-    monkeypatch.setattr(config, "config_directory", lambda: place / "configs")
+    for module in (config, preflight_module):
+        monkeypatch.setattr(module, "config_directory", lambda: place / "configs")
     config.load_plugins()
     return sys.modules["toy"]
 
@@ -512,7 +514,7 @@ def test_build_hands_on_what_is_supplied_untouched(toy):
 
 
 def test_the_share_of_a_number_is_at_least_one():
-    config.register_resolvers()
+    places.register_resolvers()
     cfg = OmegaConf.create({"n": 7, "a": "${share:0.1,${n}}", "b": "${share:0.01,${n}}", "c": "${share:0,${n}}"})
     assert (cfg.a, cfg.b, cfg.c) == (1, 1, 0)
 
@@ -520,17 +522,17 @@ def test_the_share_of_a_number_is_at_least_one():
 def test_configs_are_found_beside_the_package_and_inside_it(tmp_path, monkeypatch):
     package = tmp_path / "package"
     for parent in (tmp_path, package):
-        monkeypatch.setattr(config, "_HERE", package)
+        monkeypatch.setattr(places, "_HERE", package)
         (parent / "configs").mkdir(parents=True)
         (parent / "recipes").mkdir()
-        assert config.config_directory() == parent / "configs"
-        assert config.recipes_parent() == parent
-    monkeypatch.setattr(config, "_HERE", tmp_path / "a" / "b")
+        assert places.config_directory() == parent / "configs"
+        assert places.recipes_parent() == parent
+    monkeypatch.setattr(places, "_HERE", tmp_path / "a" / "b")
     with pytest.raises(ConfigError, match="there is no directory configs"):
-        config.config_directory()
+        places.config_directory()
 
 
 def test_a_set_recipe_directory_is_respected(monkeypatch):
     monkeypatch.setenv("DATA2VEC_RECIPES", "mine")
-    config.expose_recipes()
+    places.expose_recipes()
     assert os.environ["DATA2VEC_RECIPES"] == "mine"

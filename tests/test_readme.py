@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data2vec_train.config import recipes_parent
+from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import find_faults
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data2vec_train.config import build, recipes_parent
+from data2vec_train.config import build
 from data2vec_train.optim import parameter_groups
+from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import preflight
 
 RECIPES = sorted(

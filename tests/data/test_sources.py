@@ -343,7 +343,7 @@ def test_columns_are_found_named_or_listed(tmp_path, hf):
         with pytest.raises(ConfigError, match=r"its columns: image \(struct of bytes, path\), label \(int64\), number"):
             hf(path, **options)
     (tmp_path / "t.csv").write_text("text,label\nhello,1\n")
-    with pytest.raises(ConfigError, match=r"no image column; name it with data.column=... Its columns: text \(\w*string\)"):
+    with pytest.raises(ConfigError, match=r"no image column; name it with data.column=.* text \(\w*string\)"):
         hf(tmp_path / "t.csv")
 
 
