@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.decoders import Decoder
-from data2vec_train.encoders.base import Batch, EncoderOutput, MaskMode, ModalityEncoder
+from data2vec_train.encoders.base import Batch, EncoderOutput, MaskMode, ModalityEncoder, repeat_views
 from data2vec_train.errors import ConfigError
 from data2vec_train.targets import TargetBuilder
 from data2vec_train.teacher import EMATeacher, tau_at
@@ -135,10 +135,11 @@ class Data2Vec(nn.Module):
         # The teacher's weights are float32; when the student's are not, autocast gives both the same arithmetic.
         dtype = next(self.student.parameters()).dtype
         low = torch.autocast(batch.inputs.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+        instead = batch.teacher_inputs is not None
         with low:
             output, token_mask = self.teacher(
-                batch.inputs,
-                batch.attention_mask,
+                batch.teacher_inputs if instead else batch.inputs,
+                batch.teacher_attention_mask if instead else batch.attention_mask,
                 student_tokens=embedded,
                 tap=self.targets.tap,
                 last=self.targets.top_k_layers,
@@ -150,8 +151,7 @@ class Data2Vec(nn.Module):
         tokens, token_mask = embedded
         num_tokens = batch.masks.masked.shape[2]
         if self.mask_mode == "corrupt":
-            mask = batch.attention_mask
-            mask = None if mask is None else mask.repeat_interleave(self.views, dim=0)
+            mask = repeat_views(batch.attention_mask, self.views)
             tokens, _ = self.student.embed(batch.corrupted.flatten(0, 1), mask)  # (N, T, D)
         student = self.student.contextualize(tokens, token_mask, masks=batch.masks, mode=self.mask_mode)
         predictions = self.decoder(
@@ -160,6 +160,7 @@ class Data2Vec(nn.Module):
             visible=batch.masks.visible if self.mask_mode == "drop" else None,
             num_tokens=num_tokens,
             grid=self.student.grid,
+            attention_mask=repeat_views(token_mask, self.views),
         )
         return predictions.float(), student
 

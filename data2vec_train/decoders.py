@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.layers.misc import init_beit
+from data2vec_train.layers.misc import init_beit, init_bert
 
 
 class Decoder(nn.Module, ABC):
@@ -20,7 +20,14 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
+        self,
+        tokens: Tensor,
+        *,
+        hidden: Tensor,
+        visible: Tensor | None,
+        num_tokens: int,
+        grid: tuple[int, int] | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         """Predictions (P, D).
 
@@ -30,6 +37,7 @@ class Decoder(nn.Module, ABC):
             visible: (N, V) int64 positions of the tokens that were kept, None when none were dropped.
             num_tokens: T.
             grid: rows and columns of the T positions, None for a sequence.
+            attention_mask: (N, T) bool, True = real, None without padding.
         """
 
 
@@ -50,30 +58,52 @@ class LinearDecoder(Decoder):
             init_beit(self, std=init_std)
 
     def forward(
-        self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
+        self,
+        tokens: Tensor,
+        *,
+        hidden: Tensor,
+        visible: Tensor | None,
+        num_tokens: int,
+        grid: tuple[int, int] | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         """See `Decoder.forward`."""
         return self.project(tokens.flatten(0, 1).index_select(0, hidden))
 
 
 class MLPDecoder(Decoder):
-    """Linear, GELU, linear with an inner width of `ratio` * D: the head of 1.0 text (ratio 2)."""
+    """Linear, GELU, linear with an inner width of `ratio` * D: the head of 1.0 text (ratio 2).
+
+    Args:
+        dim: D.
+        ratio: inner width over D.
+        init_std: width of the initial normal weights; None = torch's default.
+    """
 
     restores_dropped = False
 
-    def __init__(self, *, dim: int, ratio: int) -> None:
+    def __init__(self, *, dim: int, ratio: int, init_std: float | None) -> None:
         super().__init__()
         self.project = mlp(dim, ratio * dim, dim)
+        if init_std is not None:
+            init_bert(self, std=init_std)
 
     def forward(
-        self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
+        self,
+        tokens: Tensor,
+        *,
+        hidden: Tensor,
+        visible: Tensor | None,
+        num_tokens: int,
+        grid: tuple[int, int] | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         """See `Decoder.forward`."""
         return self.project(tokens.flatten(0, 1).index_select(0, hidden))
 
 
-class Conv2dDecoder(Decoder):
-    """Convolutions over the patch grid, then a linear layer: the decoder of 2.0 images.
+class ConvDecoder(Decoder):
+    """Convolutions over all T positions, then a linear layer: the decoder of 2.0.
 
     Each layer is a convolution, a layer norm over channels without parameters and a GELU, added to its input where the
     widths agree and `residual` is on.
@@ -82,15 +112,19 @@ class Conv2dDecoder(Decoder):
         dim: D.
         channels: width of the convolutions.
         depth: number of convolutions.
-        kernel: side of the kernels in patches.
+        kernel: (side of the) kernels in tokens.
         groups: of the convolutions.
         residual: whether layers add to their input.
         projection_layers: 1 = linear, 2 = linear, GELU, linear with inner width 2 * channels.
         input_dropout: on the visible tokens.
         noise_std: of the vectors at hidden positions; there is no learned mask token.
+        init_std: width of the initial normal weights of the linear layers; None = torch's default.
+        reference_padding: leave padding as it is, so that convolutions carry it into real positions, as the originals
+            do (spec section 7, row 15). False zeroes it before every layer.
     """
 
     restores_dropped = True
+    convolution: type[nn.Conv1d] | type[nn.Conv2d]
 
     def __init__(
         self,
@@ -104,34 +138,75 @@ class Conv2dDecoder(Decoder):
         projection_layers: int,
         input_dropout: float,
         noise_std: float,
+        init_std: float | None,
+        reference_padding: bool,
     ) -> None:
         super().__init__()
         self.residual = residual
         self.noise_std = noise_std
+        self.reference_padding = reference_padding
         self.input_dropout = nn.Dropout(input_dropout)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(dim if layer == 0 else channels, channels, kernel, padding=kernel // 2, groups=groups)
+            self.convolution(dim if layer == 0 else channels, channels, kernel, padding=kernel // 2, groups=groups)
             for layer in range(depth)
         )
         if projection_layers not in (1, 2):
             raise ValueError(f"projection_layers is 1 or 2, got {projection_layers}")
         self.project = nn.Linear(channels, dim) if projection_layers == 1 else mlp(channels, 2 * channels, dim)
+        if init_std is not None:
+            init_bert(self, std=init_std)
+
+    @abstractmethod
+    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+        """The axes that the convolutions run over; their product is T."""
 
     def forward(
-        self, tokens: Tensor, *, hidden: Tensor, visible: Tensor | None, num_tokens: int, grid: tuple[int, int] | None
+        self,
+        tokens: Tensor,
+        *,
+        hidden: Tensor,
+        visible: Tensor | None,
+        num_tokens: int,
+        grid: tuple[int, int] | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         """See `Decoder.forward`."""
-        if grid is None:
-            raise ValueError("Conv2dDecoder needs tokens on a grid; this is a sequence")
+        shape = self.shape(num_tokens, grid)
         x = self.input_dropout(tokens)
         if visible is not None:
             x = put_back(x, visible=visible, num_tokens=num_tokens, noise_std=self.noise_std)  # (N, T, D)
-        x = x.mT.unflatten(2, grid)  # (N, D, Hp, Wp)
+        x = x.mT.unflatten(2, shape)  # (N, D, *shape)
+        real = None
+        if attention_mask is not None and not self.reference_padding:
+            real = attention_mask[:, None].unflatten(2, shape)  # (N, 1, *shape)
         for convolution in self.convolutions:
-            y = convolution(x)[..., : grid[0], : grid[1]]  # an even kernel gives one row and column too many
+            x = x if real is None else x * real
+            y = convolution(x)[(..., *(slice(size) for size in shape))]  # an even kernel gives one position too many
             y = F.gelu(F.layer_norm(y.movedim(1, -1), y.shape[1:2])).movedim(-1, 1)
             x = x + y if self.residual and x.shape == y.shape else y
         return self.project(x.flatten(2).mT.flatten(0, 1).index_select(0, hidden))
+
+
+class Conv1dDecoder(ConvDecoder):
+    """The decoder of 2.0 speech and text, see `ConvDecoder`."""
+
+    convolution = nn.Conv1d
+
+    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+        """(T,)."""
+        return (num_tokens,)
+
+
+class Conv2dDecoder(ConvDecoder):
+    """The decoder of 2.0 images, see `ConvDecoder`."""
+
+    convolution = nn.Conv2d
+
+    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+        """(Hp, Wp)."""
+        if grid is None:
+            raise ValueError("Conv2dDecoder needs tokens on a grid; this is a sequence")
+        return grid
 
 
 def put_back(tokens: Tensor, *, visible: Tensor, num_tokens: int, noise_std: float) -> Tensor:

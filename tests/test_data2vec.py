@@ -73,7 +73,7 @@ class GivenPredictions(Decoder):
         super().__init__()
         self.answers = nn.Parameter(answers)
 
-    def forward(self, tokens, *, hidden, visible, num_tokens, grid):
+    def forward(self, tokens, *, hidden, visible, num_tokens, grid, attention_mask):
         return self.answers.flatten(0, 1)[hidden]
 
 
@@ -214,6 +214,8 @@ def vision(version: int, *, attention: str = "sdpa", **changes) -> Data2Vec:
             projection_layers=1,
             input_dropout=0.0,
             noise_std=0.01,
+            init_std=None,
+            reference_padding=False,
         )
         norms = {"top_k_layers": 3, "layer_norms": ["instance"], "mean_norms": ["layer"]}
         options = {"mask_mode": "drop", "views": 4, "class_token_weight": 0.1}

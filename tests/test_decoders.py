@@ -12,7 +12,7 @@ FLAT = (HIDDEN + 12 * torch.arange(2)[:, None]).flatten()
 
 def conv(*, dim=4, channels=4, depth=2, kernel=3, groups=2, residual=True, noise_std=0.0, **options) -> Conv2dDecoder:
     torch.manual_seed(0)
-    fixed = {"projection_layers": 1, "input_dropout": 0.0} | options
+    fixed = {"projection_layers": 1, "input_dropout": 0.0, "init_std": None, "reference_padding": False} | options
     return Conv2dDecoder(
         dim=dim,
         channels=channels,
@@ -26,7 +26,7 @@ def conv(*, dim=4, channels=4, depth=2, kernel=3, groups=2, residual=True, noise
 
 
 def run(decoder, tokens, *, visible=VISIBLE) -> torch.Tensor:
-    return decoder(tokens, hidden=FLAT, visible=visible, num_tokens=12, grid=GRID)
+    return decoder(tokens, hidden=FLAT, visible=visible, num_tokens=12, grid=GRID, attention_mask=None)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_noise_has_the_type_of_the_tokens(tokens):
 def test_linear_and_mlp_predict_hidden_rows_only():
     torch.manual_seed(0)
     tokens = torch.randn(2, 12, 4)
-    linear, mlp = LinearDecoder(dim=4, init_std=None), MLPDecoder(dim=4, ratio=2)
+    linear, mlp = LinearDecoder(dim=4, init_std=None), MLPDecoder(dim=4, ratio=2, init_std=None)
     rows = torch.cat([tokens[0][HIDDEN[0]], tokens[1][HIDDEN[1]]])
     weight, bias = linear.project.weight, linear.project.bias
     torch.testing.assert_close(run(linear, tokens, visible=None), rows @ weight.T + bias)

@@ -83,6 +83,7 @@ def objective(version: int, *, dropout: float = 0.0, noise_std: float = 0.0) -> 
         attention="eager",
     )
     convolutions = {"channels": 8, "depth": 2, "kernel": 3, "groups": 2, "residual": True, "projection_layers": 1}
+    convolutions |= {"reference_padding": False}
     targets = TargetBuilder(
         tap="block" if first else "ffn",
         top_k_layers=2,
@@ -94,7 +95,7 @@ def objective(version: int, *, dropout: float = 0.0, noise_std: float = 0.0) -> 
         encoder=encoder,
         decoder=LinearDecoder(dim=8, init_std=None)
         if first
-        else Conv2dDecoder(dim=8, input_dropout=dropout, noise_std=noise_std, **convolutions),
+        else Conv2dDecoder(dim=8, input_dropout=dropout, noise_std=noise_std, init_std=None, **convolutions),
         targets=targets,
         mask_mode="replace" if first else "drop",
         views=1 if first else 3,

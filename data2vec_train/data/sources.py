@@ -47,9 +47,14 @@ class Source(ABC):
 
     Attributes:
         class_names: What label 0, 1, ... mean; None if there are no labels.
+        lengths: How long each record is, (len,) int64 in the units of the model's input (samples, tokens); None when
+            all are alike, as images after cropping.
+        rejected: (key, reason) of records that were found unusable before anything was drawn; they have no index.
     """
 
     class_names: list[str] | None
+    lengths: np.ndarray | None = None
+    rejected: tuple[tuple[str, str], ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,6 +71,12 @@ class Source(ABC):
     @abstractmethod
     def labels(self) -> np.ndarray | None:
         """Labels of all records, (len,) int64, -1 where one is missing; None without labels. Reads no sample."""
+
+    def groups(self) -> np.ndarray | None:
+        """(len,) int64: records with the same number belong together (pieces of one recording, one document), and a
+        held-out part takes all of them or none; None when every record stands alone.
+        """
+        return None
 
 
 class StreamingSource(ABC):

@@ -11,6 +11,7 @@ layers, H heads, S = E + T.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -57,13 +58,22 @@ class Masks(_TensorRecord):
     visible: Tensor | None  # (N, V) int64: visible positions of each row, ascending; None when rows differ in V
 
     @classmethod
-    def from_masked(cls, masked: Tensor) -> Masks:
-        """Index tensors for `masked` (B, M, T). Call it on the host: it counts."""
-        rows = masked.flatten(0, 1)
-        num_visible = (~rows).sum(dim=1)
+    def from_masked(cls, masked: Tensor, attention_mask: Tensor | None = None) -> Masks:
+        """Index tensors for masks. Call it on the host: it counts.
+
+        Args:
+            masked: (B, M, T) bool; padding is not masked.
+            attention_mask: (B, T) bool at token rate, True = real, with the padding at the end. Shorter samples show
+                fewer tokens; padding fills up their rows of `visible`, and attention does not see it.
+        """
+        rows = masked.flatten(0, 1)  # (N, T)
+        shown = ~rows
+        real = shown if attention_mask is None else shown & attention_mask.repeat_interleave(masked.shape[1], dim=0)
+        num_visible = int(real.sum(dim=1).max())
         visible = None
-        if bool((num_visible == num_visible[0]).all()):
-            visible = (~rows).nonzero()[:, 1].view(rows.shape[0], -1)
+        # Without padding to fill up with, this says that all rows show equally many.
+        if bool((shown.sum(dim=1) >= num_visible).all()):
+            visible = shown.int().argsort(dim=1, descending=True, stable=True)[:, :num_visible].contiguous()
         return cls(masked=masked, hidden=rows.flatten().nonzero()[:, 0], visible=visible)
 
 
@@ -75,6 +85,8 @@ class Batch(_TensorRecord):
     attention_mask: Tensor | None = None  # (B, ...) bool at the rate of the inputs, True = real
     masks: Masks | None = None  # None outside pretraining
     corrupted: Tensor | None = None  # (B, M, ...) like inputs: what the student sees in mask mode "corrupt"
+    teacher_inputs: Tensor | None = None  # (B, ...) like inputs: what the teacher sees instead of them
+    teacher_attention_mask: Tensor | None = None  # of `teacher_inputs`
     ids: Tensor | None = None  # (B,) int64, sample ids
     labels: Tensor | None = None  # (B,)
     rejected: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be used
@@ -101,6 +113,8 @@ class ModalityEncoder(nn.Module, ABC):
     prenet_depth: int  # of these, the first ones that never serve as targets
     num_prefix_tokens: int
     grid: tuple[int, int] | None  # rows and columns of the token grid; None for sequences
+    # Length of an input's last axis -> T. Loader workers use it: it must not hold the encoder or its weights.
+    token_count: Callable[[int], int]
     no_decay: frozenset[str] = frozenset()  # parameter names exempt from weight decay, besides biases and 1-d tensors
 
     @abstractmethod
@@ -160,23 +174,35 @@ def hide(
     Raises:
         ValueError: mode "drop" with rows that differ in their number of visible tokens, or "replace" without a token.
     """
-    views, num_tokens = masks.masked.shape[1:]
-    if attention_mask is not None and views > 1:
-        attention_mask = attention_mask.repeat_interleave(views, dim=0)  # (N, T)
+    views = masks.masked.shape[1]
+    if mode == "drop":
+        return keep_visible(tokens, attention_mask, masks)
+    attention_mask = repeat_views(attention_mask, views)  # (N, T)
     if mode == "corrupt":
         return tokens, attention_mask
-    if mode == "replace":
-        if mask_token is None:
-            raise ValueError("mask mode 'replace' needs an encoder with a mask token (mask_token: true)")
-        if views > 1:
-            tokens = tokens.repeat_interleave(views, dim=0)
-        return torch.where(masks.masked.flatten(0, 1)[..., None], mask_token.to(tokens.dtype), tokens), attention_mask
+    if mask_token is None:
+        raise ValueError("mask mode 'replace' needs an encoder with a mask token (mask_token: true)")
+    tokens = repeat_views(tokens, views)
+    return torch.where(masks.masked.flatten(0, 1)[..., None], mask_token.to(tokens.dtype), tokens), attention_mask
+
+
+def keep_visible(tokens: Tensor, attention_mask: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None]:
+    """The visible tokens of every view, (N, V, D), from tokens (B, T, D) or (N, T, D); and their attention mask.
+
+    Raises:
+        ValueError: rows differ in their number of visible tokens.
+    """
     if masks.visible is None:
         raise ValueError("mask mode 'drop' needs masks that hide the same number of tokens in every row")
     num_rows, num_visible = masks.visible.shape
-    sample = torch.arange(num_rows, device=tokens.device)[:, None] // views
-    flat = (sample * num_tokens + masks.visible).flatten()  # (N * V,) into the flattened (B, T)
+    source = torch.arange(num_rows, device=tokens.device)[:, None] // (num_rows // tokens.shape[0])
+    flat = (source * tokens.shape[1] + masks.visible).flatten()  # (N * V,) into the flattened tokens
     tokens = tokens.flatten(0, 1).index_select(0, flat).view(num_rows, num_visible, -1)
     if attention_mask is not None:
-        attention_mask = attention_mask.gather(1, masks.visible)
+        attention_mask = repeat_views(attention_mask, num_rows // attention_mask.shape[0]).gather(1, masks.visible)
     return tokens, attention_mask
+
+
+def repeat_views(x: Tensor | None, views: int) -> Tensor | None:
+    """(B, ...) -> (N, ...), sample-major: every sample once per view."""
+    return x if x is None or views == 1 else x.repeat_interleave(views, dim=0)

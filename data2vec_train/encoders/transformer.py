@@ -119,7 +119,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. Drop path grows linearly from 0 at the first block to `drop_path` at the last."""
+    """A stack of blocks.
+
+    Drop path grows linearly from 0 at the first block to `drop_path` at the last. Layer drop skips whole blocks in
+    training, each with probability `layer_drop`, for all rows alike.
+    """
 
     def __init__(
         self,
@@ -136,12 +140,16 @@ class Transformer(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         drop_path: float,
+        layer_drop: float,
         activation_checkpointing: bool,
         backend: str,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"a transformer needs at least one block, got depth={depth}")
+        if not 0.0 <= layer_drop < 1.0:
+            raise ValueError(f"layer_drop is a probability in [0, 1), got {layer_drop}")
+        self.layer_drop = layer_drop
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
             Block(
@@ -180,11 +188,14 @@ class Transformer(nn.Module):
             last: how many of the last blocks to tap.
 
         Returns:
-            The last block's output (N, S, D) and the tapped tensors, each (N, S, D).
+            The last block's output (N, S, D) and the tapped tensors, each (N, S, D); a dropped block has none.
         """
         layers: list[Tensor] = []
         first_tapped = len(self.blocks) - last
         for layer, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
+            # Drawn on the host, so that no device has to be asked whether to run the block.
+            if self.training and self.layer_drop and float(torch.rand(())) < self.layer_drop:
+                continue
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x, ffn = checkpoint(block, x, key_mask, bias, use_reentrant=False)
             else:

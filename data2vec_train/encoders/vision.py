@@ -8,6 +8,7 @@ Which is which is said by the switches in `configs/preset/vision_*.yaml`. Letter
 (Hp, Wp) patch grid, T = Hp * Wp in row-major order.
 """
 
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Literal
 
@@ -18,6 +19,17 @@ from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, Modalit
 from data2vec_train.encoders.transformer import QKVBias, Transformer
 from data2vec_train.layers.misc import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.layers.positions import RelativePositionBias, bias_between, sincos_grid
+
+
+@dataclass(frozen=True)
+class FixedCount:
+    """The same number of tokens for every image."""
+
+    num_tokens: int
+
+    def __call__(self, length: int) -> int:
+        """T."""
+        return self.num_tokens
 
 
 class PatchEmbedding(nn.Module):
@@ -112,6 +124,7 @@ class VisionEncoder(ModalityEncoder):
         self.num_prefix_tokens = int(class_token)
         self.image_size = (height, width)
         self.grid = (height // patch_px, width // patch_px)
+        self.token_count = FixedCount(self.grid[0] * self.grid[1])
 
         self.embedder = PatchEmbedding(channels=channels, patch_px=patch_px, dim=dim)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
@@ -137,6 +150,7 @@ class VisionEncoder(ModalityEncoder):
             attention_dropout=attention_dropout,
             activation_dropout=activation_dropout,
             drop_path=drop_path,
+            layer_drop=0.0,
             activation_checkpointing=activation_checkpointing,
             backend=attention,
         )

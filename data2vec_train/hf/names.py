@@ -1,9 +1,15 @@
 """Parameter names of other programs against ours, one bijection per family, used in both directions.
 
 Each function returns {their name: our name} for a model of the given size. Ours are relative to `Data2Vec`, with
-`student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead.
+`student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead. Where they keep
+query, key and value apart, ours is `name#q`, `name#k`, `name#v`: rows of one tensor, see `to_ours`.
 Sources: spec section 5, `checkpoint_names.json`.
 """
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 
 def beit_vision(*, depth: int, relative_bias: str) -> dict[str, str]:
@@ -41,6 +47,115 @@ def fairseq_image(*, depth: int, prenet_depth: int, decoder_depth: int, projecti
         **_affine(f"{encoder}.local_encoder.proj", "student.embedder.project"),
         **_affine(f"{encoder}.context_encoder.norm", "student.input_norm"),
     }
+    return names | _fairseq_v2(encoder, depth, prenet_depth, decoder_depth, projection_layers)
+
+
+def fairseq_audio_v1(*, depth: int, conv_layers: int, position_depth: int) -> dict[str, str]:
+    """data2vec 1.0 speech, as saved by fairseq; the teacher's names lack the leading `encoder.`."""
+    names = {
+        "mask_emb": "student.mask_token",
+        **_affine("layer_norm", "student.embedder.norm"),
+        **_affine("post_extract_proj", "student.embedder.project"),
+        **_affine("encoder.layer_norm", "student.input_norm"),
+        **_affine("final_proj", "decoder.project"),
+        **_waveform_features("feature_extractor", conv_layers),
+    }
+    for layer in range(position_depth):
+        names |= _affine(f"encoder.pos_conv.{layer}.0", f"student.positions.convolutions.{layer}")
+    for layer in range(depth):
+        names |= _fairseq_block(f"encoder.layers.{layer}", f"student.transformer.blocks.{layer}")
+    return names
+
+
+def fairseq_text_v1(*, depth: int) -> dict[str, str]:
+    """data2vec 1.0 text, as saved by fairseq, without the leading `encoder.`.
+
+    The teacher's names lack `sentence_encoder.` too.
+    """
+    encoder = "sentence_encoder"
+    names = {
+        f"{encoder}.embed_tokens.weight": "student.embedder.tokens.weight",
+        f"{encoder}.embed_positions.weight": "student.embedder.positions.weight",
+        **_affine(f"{encoder}.layernorm_embedding", "student.embedder.norm"),
+        **_affine("regression_head.0", "decoder.project.0"),
+        **_affine("regression_head.2", "decoder.project.2"),
+    }
+    for layer in range(depth):
+        names |= _fairseq_block(f"{encoder}.layers.{layer}", f"student.transformer.blocks.{layer}")
+    return names
+
+
+def fairseq_audio_v2(
+    *, depth: int, prenet_depth: int, conv_layers: int, position_depth: int, decoder_depth: int, projection_layers: int
+) -> dict[str, str]:
+    """data2vec 2.0 speech, as saved by fairseq. `depth` counts the prenet blocks too."""
+    encoder = "modality_encoders.AUDIO"
+    names = {
+        f"{encoder}.alibi_scale": "student.alibi.scale",
+        **_affine(f"{encoder}.project_features.1", "student.embedder.norm"),
+        **_affine(f"{encoder}.project_features.2", "student.embedder.project"),
+        **_affine(f"{encoder}.context_encoder.norm", "student.input_norm"),
+        **_waveform_features(f"{encoder}.local_encoder", conv_layers),
+    }
+    for layer in range(position_depth):
+        theirs = f"{encoder}.relative_positional_encoder.{layer + 1}.0"
+        names |= _affine(theirs, f"student.positions.convolutions.{layer}")
+    return names | _fairseq_v2(encoder, depth, prenet_depth, decoder_depth, projection_layers)
+
+
+def fairseq_text_v2(*, depth: int, decoder_depth: int, projection_layers: int) -> dict[str, str]:
+    """data2vec 2.0 text, as saved by fairseq; the teacher's names lack the leading `blocks.`."""
+    encoder = "modality_encoders.TEXT"
+    return {
+        f"{encoder}.local_encoder.embed_tokens.weight": "student.embedder.tokens.weight",
+        f"{encoder}.local_encoder.embed_positions.weight": "student.embedder.positions.weight",
+        **_affine(f"{encoder}.local_encoder.layernorm_embedding", "student.embedder.norm"),
+        **_fairseq_v2(encoder, depth, 0, decoder_depth, projection_layers),
+    }
+
+
+def to_ours(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under our names; queries, keys and values that they keep apart are put together.
+
+    Raises:
+        KeyError: a tensor that has no name of ours, or part of a fused tensor is missing.
+    """
+    ours: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for theirs, tensor in tensors.items():
+        name, _, part = names[theirs].partition("#")
+        if part:
+            parts.setdefault(name, {})[part] = tensor
+        else:
+            ours[name] = tensor
+    return ours | {name: torch.cat([found[part] for part in "qkv"]) for name, found in parts.items()}
+
+
+def _waveform_features(theirs: str, conv_layers: int) -> dict[str, str]:
+    names = {}
+    for layer in range(conv_layers):
+        ours = f"student.embedder.features.{layer}"
+        names[f"{theirs}.conv_layers.{layer}.0.weight"] = f"{ours}.conv.weight"
+        names |= _affine(f"{theirs}.conv_layers.{layer}.2.1", f"{ours}.norm")
+    return names
+
+
+def _fairseq_block(theirs: str, ours: str) -> dict[str, str]:
+    """A block of fairseq 1.0: separate query, key and value, which are rows of ours: `name#q` and so on."""
+    pairs = [("self_attn.out_proj", "attention.out"), ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2")]
+    pairs += [("fc1", "ffn.fc1"), ("fc2", "ffn.fc2")]
+    names = {k: v for a, b in pairs for k, v in _affine(f"{theirs}.{a}", f"{ours}.{b}").items()}
+    for part in "qkv":
+        for kind in ("weight", "bias"):
+            names[f"{theirs}.self_attn.{part}_proj.{kind}"] = f"{ours}.attention.qkv.{kind}#{part}"
+    return names
+
+
+def _fairseq_v2(
+    encoder: str, depth: int, prenet_depth: int, decoder_depth: int, projection_layers: int
+) -> dict[str, str]:
+    """Blocks and decoder of any 2.0 model."""
+    names = {}
     for layer in range(depth):
         in_prenet = layer < prenet_depth
         theirs = f"{encoder}.context_encoder.blocks.{layer}" if in_prenet else f"blocks.{layer - prenet_depth}"

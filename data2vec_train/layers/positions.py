@@ -1,9 +1,13 @@
-"""What tells a transformer where a token is: fixed sine-cosine grids and learned relative biases.
+"""What tells a transformer where a token is.
 
-Letters: D width, H heads, E prefix tokens, (Hp, Wp) patch grid, T = Hp * Wp, S = E + T.
+Images: fixed sine-cosine grids and learned relative biases. Speech: stacked convolutions and ALiBi.
+Letters: N rows, T tokens, V visible tokens, D width, H heads, E prefix tokens, (Hp, Wp) patch grid, S = E + T.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -67,3 +71,74 @@ def bias_between(bias: Tensor, kept: Tensor) -> Tensor:
     num_rows, num_kept = kept.shape
     pairs = kept[:, :, None] * bias.shape[-1] + kept[:, None, :]  # (N, S', S') into the flattened (S, S)
     return bias[0].flatten(1)[:, pairs.flatten()].view(-1, num_rows, num_kept, num_kept).transpose(0, 1)
+
+
+class ConvPositions(nn.Module):
+    """Relative positions from a stack of grouped convolutions over time; the result is to be added to the tokens.
+
+    Each layer is a convolution, a layer norm over channels without parameters and a GELU.
+    Source: data2vec 1.0 and 2.0 speech (spec 2.1), five layers with kernel 19.
+
+    Args:
+        dim: D.
+        kernel: frames.
+        depth: number of layers; 0 adds nothing.
+        groups: of the convolutions.
+        reference_padding: the originals zero padded frames before the first layer only, and what later layers then put
+            there leaks into real frames (spec section 7, row 14). False zeroes them before every layer, so that a
+            padded sample gets the same result as a lone one.
+    """
+
+    def __init__(self, *, dim: int, kernel: int, depth: int, groups: int, reference_padding: bool) -> None:
+        super().__init__()
+        self.reference_padding = reference_padding
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
+        )
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Tokens (N, T, D), attention_mask (N, T) bool or None -> (N, T, D)."""
+        if not len(self.convolutions):
+            return torch.zeros_like(tokens)
+        x = tokens.mT  # (N, D, T)
+        for layer, convolution in enumerate(self.convolutions):
+            if attention_mask is not None and (layer == 0 or not self.reference_padding):
+                x = x * attention_mask[:, None]
+            x = convolution(x)[..., : tokens.shape[1]]  # an even kernel gives one frame too many
+            x = F.gelu(F.layer_norm(x.mT, x.shape[1:2])).mT
+        return x.mT
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(H,) float32: 2^(-8 i / H) for i = 1 ... H when H is a power of two.
+
+    Otherwise the slopes for the largest power of two below, then every second one of those for twice that number.
+    Source: ALiBi (arXiv:2108.12409), as in data2vec 2.0 (spec 3.3).
+    """
+    lower = 2 ** math.floor(math.log2(num_heads))
+    slopes = 2.0 ** (-8 / lower * torch.arange(1, lower + 1, dtype=torch.float64))
+    if lower < num_heads:
+        between = 2.0 ** (-4 / lower * torch.arange(1, 2 * lower + 1, 2, dtype=torch.float64))
+        slopes = torch.cat([slopes, between[: num_heads - lower]])
+    return slopes.float()
+
+
+class ALiBi(nn.Module):
+    """Symmetric linear bias -scale * slope * |i - j| on the attention logits, with a learned scale per head.
+
+    Scales start at 1 and act as 0 when they turn negative. Source: data2vec 2.0 speech (spec 3.3).
+
+    Args:
+        num_heads: H.
+        num_scales: 1 = all blocks share the scales, or one set for each block.
+    """
+
+    def __init__(self, *, num_heads: int, num_scales: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_scales, 1, num_heads, 1, 1))
+        self.register_buffer("slopes", alibi_slopes(num_heads)[:, None, None], persistent=False)  # (H, 1, 1)
+
+    def forward(self, positions: Tensor) -> list[Tensor]:
+        """Positions (N, S) of the tokens before any were dropped -> one bias (N, H, S, S) float32 for each scale."""
+        distance = (positions[:, :, None] - positions[:, None, :]).abs()[:, None]  # (N, 1, S, S)
+        return [-(self.slopes * scale.clamp(min=0)) * distance for scale in self.scale]

@@ -1,0 +1,156 @@
+"""Text encoders of both papers: token and position embeddings, a layer norm, post-norm blocks (RoBERTa's layout).
+
+1.0 corrupts the token ids, 2.0 drops hidden tokens; the encoder is the same. Letters: see `encoders.base`.
+"""
+
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.transformer import Transformer
+from data2vec_train.layers.misc import init_bert
+
+
+class TextEmbedding(nn.Module):
+    """Token plus position, layer norm, dropout; zero at padding.
+
+    Position numbers start behind the padding id: the first real token has `pad_id` + 1, and padding has `pad_id`
+    (spec 2.2), hence `max_tokens` + `pad_id` + 1 rows.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, max_tokens: int, pad_id: int, dim: int, norm_eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.pad_id = pad_id
+        self.tokens = nn.Embedding(vocab_size, dim, padding_idx=pad_id)
+        self.positions = nn.Embedding(max_tokens + pad_id + 1, dim, padding_idx=pad_id)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Ids (B, T) int64, attention_mask (B, T) bool or None -> (B, T, D)."""
+        if attention_mask is None:
+            numbers = torch.arange(self.pad_id + 1, self.pad_id + 1 + ids.shape[1], device=ids.device)[None]
+        else:
+            numbers = attention_mask.cumsum(dim=1) * attention_mask + self.pad_id
+        x = self.dropout(self.norm(self.tokens(ids) + self.positions(numbers)))
+        return x if attention_mask is None else x * attention_mask[..., None]
+
+
+def same_count(length: int) -> int:
+    """One token for each id."""
+    return length
+
+
+class TextEncoder(ModalityEncoder):
+    """Text encoder.
+
+    Args:
+        vocab_size: number of token ids.
+        max_tokens: longest input.
+        pad_id: id of padding, which also says where position numbers start.
+        dim: width D.
+        depth: number of blocks.
+        prenet_depth: first blocks that never serve as targets.
+        num_heads: attention heads.
+        ffn_dim: inner width of the feed-forward part.
+        norm_eps: of all layer norms.
+        dropout: on the embeddings and on both branches of a block.
+        attention_dropout: on the attention weights.
+        activation_dropout: inside the feed-forward part.
+        drop_path: stochastic depth of the last block.
+        layer_drop: probability that a block is skipped in training.
+        activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        attention: backend, see `layers.attention`.
+
+    Raises:
+        ValueError: sizes that cannot be built.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_tokens: int,
+        pad_id: int,
+        dim: int,
+        depth: int,
+        prenet_depth: int,
+        num_heads: int,
+        ffn_dim: int,
+        norm_eps: float,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        drop_path: float,
+        layer_drop: float,
+        activation_checkpointing: bool,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        if not 0 <= prenet_depth < depth:
+            raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
+        if not 0 <= pad_id < vocab_size:
+            raise ValueError(f"pad_id={pad_id} is not among the {vocab_size} token ids")
+        self.max_tokens = max_tokens
+        self.dim = dim
+        self.depth = depth
+        self.prenet_depth = prenet_depth
+        self.num_prefix_tokens = 0
+        self.grid = None
+        self.token_count = same_count
+        self.embedder = TextEmbedding(
+            vocab_size=vocab_size, max_tokens=max_tokens, pad_id=pad_id, dim=dim, norm_eps=norm_eps, dropout=dropout
+        )
+        self.transformer = Transformer(
+            depth=depth,
+            dim=dim,
+            num_heads=num_heads,
+            ffn_dim=ffn_dim,
+            norm_first=False,
+            norm_eps=norm_eps,
+            qkv_bias="qkv",
+            layer_scale=None,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            drop_path=drop_path,
+            layer_drop=layer_drop,
+            activation_checkpointing=activation_checkpointing,
+            backend=attention,
+        )
+        init_bert(self)
+        with torch.no_grad():
+            for embedding in (self.embedder.tokens, self.embedder.positions):
+                embedding.weight[pad_id] = 0.0
+
+    def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) int64 -> (B, T, D) and `attention_mask` (B, T) as it came.
+
+        Raises:
+            ValueError: more tokens than the encoder was built for.
+        """
+        if inputs.shape[1] > self.max_tokens:
+            raise ValueError(f"{inputs.shape[1]} tokens, and the encoder was built for at most {self.max_tokens}")
+        return self.embedder(inputs, attention_mask), attention_mask
+
+    def contextualize(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        masks: Masks | None = None,
+        mode: MaskMode = "replace",
+        tap: Tap | None = None,
+        last: int = 0,
+    ) -> EncoderOutput:
+        """See `ModalityEncoder.contextualize`."""
+        if masks is not None:
+            tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
+        x, layers = self.transformer(
+            tokens, key_mask=attention_mask, biases=repeat(None, self.depth), tap=tap, last=last
+        )
+        return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)
