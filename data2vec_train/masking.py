@@ -5,6 +5,8 @@ are True where the student may not look. Letters: T tokens, (Hp, Wp) grid with T
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +19,10 @@ class Masker(ABC):
     @abstractmethod
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden; at least one position is hidden and at least one visible."""
+
+    def equalise(self, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """The masks of one batch, (T_i,) each, adjusted to each other; as they are unless a masker says otherwise."""
+        return masks
 
 
 class BlockMasker(Masker):
@@ -120,6 +126,173 @@ class RandomMasker(Masker):
         return hidden
 
 
+class SpanMasker(Masker):
+    """Spans of fixed length around random starts, overlapping where they meet (data2vec 1.0 speech and text).
+
+    Of n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1), each hides
+    `span_tokens` positions. With starts "inside" (speech) they come from 0 ... T - span - 1, so that the last position
+    is never hidden (spec section 7, row 13); with "anywhere" (text) from all positions, and the last spans are cut off.
+
+    Source: fairseq's span masks as used by data2vec 1.0 (spec 2.1, 2.2): 0.65 and 10 for speech, of which about 49 %
+    end up hidden; 0.35 and 4 for text, about 31 %.
+
+    Args:
+        nominal_fraction: share of the positions that the spans would hide if none overlapped.
+        span_tokens: length of a span.
+        min_spans: at least so many.
+        starts: see above.
+        equalise_by: what the rows of a batch have in common after `equalise`. "count" = as many hidden positions as the
+            row with the fewest, as in the original: beside a short row a long one loses most of its mask. "fraction" =
+            the smallest share of hidden positions, the same thing for rows of equal length and safe with padding (spec
+            section 7, row 12). "none".
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    constant_count = False
+
+    def __init__(
+        self,
+        *,
+        nominal_fraction: float,
+        span_tokens: int,
+        min_spans: int,
+        starts: Literal["inside", "anywhere"],
+        equalise_by: Literal["fraction", "count", "none"],
+    ) -> None:
+        if nominal_fraction <= 0 or span_tokens < 1 or min_spans < 0:
+            raise ValueError(
+                f"nominal_fraction and span_tokens must be positive and min_spans not negative, got {nominal_fraction}, "
+                f"{span_tokens} and {min_spans}"
+            )
+        if starts not in ("inside", "anywhere"):
+            raise ValueError(f"starts is 'inside' or 'anywhere', got {starts!r}")
+        if equalise_by not in ("fraction", "count", "none"):
+            raise ValueError(f"equalise_by is 'fraction', 'count' or 'none', got {equalise_by!r}")
+        self.nominal_fraction = nominal_fraction
+        self.span_tokens = span_tokens
+        self.min_spans = min_spans
+        self.starts = starts
+        self.equalise_by = equalise_by
+
+    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+        """See `Masker`."""
+        _check_length(num_tokens)
+        wanted = int(self.nominal_fraction * num_tokens / self.span_tokens + rng.random())
+        num_spans = max(wanted, self.min_spans)
+        candidates = num_tokens
+        if self.starts == "inside":
+            candidates = num_tokens - self.span_tokens
+            if candidates <= num_spans:  # too short a row for so many starts; the original's way out
+                candidates = num_spans + 1
+        starts = rng.choice(candidates, min(num_spans, candidates), replace=False)
+        hidden = np.zeros(num_tokens, dtype=bool)
+        positions = (starts[:, None] + np.arange(self.span_tokens)).ravel()
+        hidden[positions[positions < num_tokens]] = True
+        return _neither_all_nor_nothing(hidden, rng)
+
+    def equalise(self, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """Show random single positions again in rows that hide more than the one that hides least."""
+        if self.equalise_by == "none":
+            return masks
+        counts = np.array([mask.sum() for mask in masks])
+        if self.equalise_by == "count":
+            wanted = np.full(len(masks), counts.min())
+        else:
+            lengths = np.array([len(mask) for mask in masks])
+            least = int((counts / lengths).argmin())
+            wanted = np.maximum(lengths * counts[least] // lengths[least], 1)
+        return [_with_count(mask.copy(), int(count), rng) for mask, count in zip(masks, wanted, strict=True)]
+
+
+class Block1dMasker(Masker):
+    """Short spans around uniform centres, then exactly int(T * hidden_fraction) positions (data2vec 2.0 speech).
+
+    int(T * (hidden_fraction + adjust_fraction) / span_tokens) centres are drawn with replacement, and each hides the
+    span around it, pushed in at the edges; random single positions are then hidden or shown again until the number is
+    exact.
+
+    Source: `compute_block_mask_1d` of data2vec 2.0 (spec 3.6).
+    """
+
+    constant_count = True
+
+    def __init__(self, *, hidden_fraction: float, adjust_fraction: float, span_tokens: int) -> None:
+        if span_tokens < 1:
+            raise ValueError(f"span_tokens must be positive, got {span_tokens}")
+        self.hidden_fraction = _checked_fraction(hidden_fraction)
+        self.adjust_fraction = adjust_fraction
+        self.span_tokens = span_tokens
+
+    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+        """See `Masker`."""
+        _check_length(num_tokens)
+        num_spans = int(num_tokens * (self.hidden_fraction + self.adjust_fraction) / self.span_tokens)
+        centres = rng.integers(0, num_tokens, size=max(num_spans, 1))
+        positions = centres[:, None] + np.arange(self.span_tokens) - self.span_tokens // 2
+        hidden = np.zeros(num_tokens, dtype=bool)
+        hidden[np.clip(positions, 0, num_tokens - 1)] = True
+        return _with_count(hidden, _count(int(num_tokens * self.hidden_fraction), num_tokens), rng)
+
+
+class TokenCorruption:
+    """What the student reads at hidden positions: mostly the mask token (data2vec 1.0 text).
+
+    Of the hidden positions a share gets a random token and a share keeps its own; on these the original has no loss
+    (spec 2.2), so they are no longer counted as hidden. BERT's 80/10/10 is 0.1 and 0.1; data2vec itself uses 0 and 0.
+
+    Args:
+        mask_id: the mask token.
+        vocab_size: number of token ids.
+        special_ids: tokens that no random draw gives; `mask_id` is one of them anyway.
+        random_fraction: share of hidden positions that get a random token.
+        keep_fraction: share that keep their own.
+
+    Raises:
+        ValueError: shares that are negative or leave nothing to the mask token, or ids outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_id: int,
+        vocab_size: int,
+        special_ids: Sequence[int],
+        random_fraction: float,
+        keep_fraction: float,
+    ) -> None:
+        if random_fraction < 0 or keep_fraction < 0 or random_fraction + keep_fraction >= 1:
+            raise ValueError(
+                "random_fraction and keep_fraction are shares that leave something to the mask token, got "
+                f"{random_fraction} and {keep_fraction}"
+            )
+        special = {mask_id, *special_ids}
+        if not all(0 <= one < vocab_size for one in special):
+            raise ValueError(f"the special ids {sorted(special)} do not lie in a vocabulary of {vocab_size}")
+        self.mask_id = mask_id
+        self.ordinary = np.setdiff1d(np.arange(vocab_size), sorted(special))
+        self.random_fraction = random_fraction
+        self.keep_fraction = keep_fraction
+
+    def __call__(
+        self, ids: np.ndarray, hidden: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (T,) int and hidden (T,) bool -> ids as the student reads them, and where they are `mask_id` now."""
+        positions = np.flatnonzero(hidden)
+        chance = rng.random(len(positions))
+        if self.random_fraction + self.keep_fraction and not (chance >= self.random_fraction + self.keep_fraction).any():
+            chance[rng.integers(len(positions))] = 1.0  # something has to be predicted
+        swapped = positions[chance < self.random_fraction]
+        masked = positions[chance >= self.random_fraction + self.keep_fraction]
+        corrupted = ids.copy()
+        corrupted[masked] = self.mask_id
+        corrupted[swapped] = rng.choice(self.ordinary, len(swapped))
+        still_hidden = np.zeros(len(ids), dtype=bool)
+        still_hidden[masked] = True
+        return corrupted, still_hidden
+
+
 def _with_count(chosen: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """`chosen` (T,) bool with random positions removed or added until exactly `count` are True."""
     surplus = int(chosen.sum()) - count
@@ -131,6 +304,16 @@ def _with_count(chosen: np.ndarray, count: int, rng: np.random.Generator) -> np.
 
 def _count(wanted: float, num_tokens: int) -> int:
     return min(max(round(wanted), 1), num_tokens - 1)
+
+
+def _neither_all_nor_nothing(hidden: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    count = int(hidden.sum())
+    return _with_count(hidden, _count(count, len(hidden)), rng)
+
+
+def _check_length(num_tokens: int) -> None:
+    if num_tokens < 2:
+        raise ValueError(f"a mask needs a token to hide and one to show, got {num_tokens} in all")
 
 
 def _checked_fraction(fraction: float) -> float:

@@ -34,9 +34,24 @@ def expose_recipes() -> None:
 
 
 def register_resolvers() -> None:
-    """Makes `${share:0.1,${trainer.max_steps}}` available: that share of a whole number, at least 1 unless it is 0."""
+    """Makes four functions available in configs.
+
+    `${share:0.1,${trainer.max_steps}}`: that share of a whole number, at least 1 unless it is 0.
+    `${product:60,16000}`: the product, rounded to a whole number.
+    `${sample:FILE}`: path of a data set inside the package.
+    `${vocabulary:PATH,TRAIN_VOCAB_SIZE,NAME}`: a fact about a tokenizer, see `tokenizer_facts`.
+    """
     OmegaConf.register_new_resolver("share", _share, replace=True)
+    OmegaConf.register_new_resolver("product", lambda a, b: round(a * b), replace=True)
+    OmegaConf.register_new_resolver("sample", lambda file: str(_HERE / "samples" / file), replace=True)
+    OmegaConf.register_new_resolver("vocabulary", _vocabulary, replace=True)
 
 
 def _share(fraction: float, total: int) -> int:
     return max(1, round(fraction * total)) if fraction > 0 else 0
+
+
+def _vocabulary(path: str | None, train_vocab_size: int | None, name: str) -> int:
+    from data2vec_train.data.tokenizer import tokenizer_facts
+
+    return tokenizer_facts(path, train_vocab_size)[name]

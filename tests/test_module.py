@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.sources import RawSample, Source
 from data2vec_train.data2vec import Data2Vec
@@ -119,6 +120,10 @@ def module_of(model: Data2Vec, *, optimizer=None, seed: int = 0) -> Data2VecModu
     )
 
 
+def tokens_on_grid(length: int) -> int:
+    return GRID[0] * GRID[1]
+
+
 def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, seed: int = 0) -> DataModule:
     if version == 1:
         masker = BlockMasker(hidden_fraction=0.6, min_block_fraction=0.2, min_aspect=0.3)
@@ -131,12 +136,12 @@ def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, see
         max_probe_samples=0,
         decode=untouched,
         transform=Jitter(),
-        masker=masker,
-        views=1 if version == 1 else 3,
-        grid=GRID,
+        batching=None,
+        collator=Collator(masker=masker, views=1 if version == 1 else 3, grid=GRID, token_count=tokens_on_grid, seed=seed),
         batch_size_per_device=batch,
         num_workers=num_workers,
         max_bad_fraction=0.0,
+        tolerated_bad_samples=0,
         quarantine_path=folder / "quarantine.jsonl",
         seed=seed,
     )

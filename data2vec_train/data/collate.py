@@ -1,31 +1,61 @@
 """Stacks samples into a `Batch` and draws their masks, in the loader's worker."""
 
+import copy
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data.seeding import generator
 from data2vec_train.encoders.base import Batch, Masks
-from data2vec_train.masking import Masker
+from data2vec_train.masking import Masker, TokenCorruption
 
 
 class Collator:
     """Samples -> Batch.
 
-    A mask is a pure function of (run seed, epoch, sample id, view).
+    A mask is a pure function of (run seed, epoch, sample id, view), before the masks of a batch are equalised.
 
     Args:
         masker: draws one mask; None makes batches without masks, for evaluation.
         views: M, masks per sample.
-        grid: rows and columns of tokens.
+        grid: rows and columns of tokens; None for sequences.
+        token_count: length of an input's last axis -> number of tokens.
         seed: of the run.
+        pad_value: what shorter samples are filled up with at their end.
+        corruption: changes token ids where they are hidden; None where the encoder does the hiding.
+        legacy_teacher_input: show the teacher the hidden tokens only, all others being padding, as the released code
+            of 1.0 text does by mistake (spec section 7, row 1).
     """
 
-    def __init__(self, *, masker: Masker | None, views: int, grid: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        masker: Masker | None,
+        views: int,
+        grid: tuple[int, int] | None,
+        token_count: Callable[[int], int],
+        seed: int,
+        pad_value: int = 0,
+        corruption: TokenCorruption | None = None,
+        legacy_teacher_input: bool = False,
+    ) -> None:
         self.masker = masker
         self.views = views
         self.grid = grid
+        self.token_count = token_count
         self.seed = seed
+        self.pad_value = pad_value
+        self.corruption = corruption
+        self.legacy_teacher_input = legacy_teacher_input
+
+    def without_masks(self) -> "Collator":
+        """The same collator, but its batches hide nothing."""
+        plain = copy.copy(self)
+        plain.masker = None
+        return plain
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Samples without inputs are left out; `rejected` names everything that was broken."""
@@ -33,21 +63,72 @@ class Collator:
         good = [sample for sample in samples if sample.inputs is not None]
         if not good:
             return Batch(inputs=torch.empty(0), rejected=rejected)
-        masks = None
-        if self.masker is not None:
-            masked = np.stack([[self._mask(sample, view) for view in range(self.views)] for sample in good])
-            masks = Masks.from_masked(torch.from_numpy(masked))  # (B, M, T)
+        lengths = torch.tensor([sample.inputs.shape[-1] for sample in good])
+        inputs = self._stack([sample.inputs for sample in good])
         labels = None
         if all(sample.label is not None for sample in good):
             labels = torch.tensor([sample.label for sample in good])
         return Batch(
-            inputs=torch.stack([sample.inputs for sample in good]),
-            masks=masks,
+            inputs=inputs,
+            attention_mask=_real(lengths),
             ids=torch.tensor([sample.id for sample in good]),
             labels=labels,
             rejected=rejected,
+            **self._hide(good, lengths),
         )
 
-    def _mask(self, sample: Sample, view: int) -> np.ndarray:
-        rng = generator(self.seed, "mask", sample.epoch, sample.id, view)
-        return self.masker(self.grid[0] * self.grid[1], self.grid, rng)
+    def _hide(self, good: list[Sample], lengths: Tensor) -> dict[str, Masks | Tensor | None]:
+        """Masks, and for token ids what the student sees in their place."""
+        if self.masker is None:
+            return {}
+        rows = self.draw(good)  # N of (T_i,)
+        rows = self.masker.equalise(rows, generator(self.seed, "equalise", good[0].epoch, good[0].id))
+        fields: dict[str, Masks | Tensor | None] = {}
+        if self.legacy_teacher_input:
+            selected = [torch.from_numpy(row) for row in rows]
+            seen = [sample.inputs.where(row, self.pad_value) for sample, row in zip(good, selected, strict=True)]
+            fields["teacher_inputs"] = self._stack(seen)
+            fields["teacher_attention_mask"] = _stack_rows(selected, int(lengths.max()), False)
+        if self.corruption is not None:
+            changed = []
+            for number, row in enumerate(rows):
+                sample, view = good[number // self.views], number % self.views
+                rng = generator(self.seed, "corrupt", sample.epoch, sample.id, view)
+                ids, rows[number] = self.corruption(sample.inputs.numpy(), row, rng)
+                changed.append(torch.from_numpy(ids))
+            fields["corrupted"] = self._stack(changed).unflatten(0, (len(good), self.views))  # (B, M, T)
+        num_tokens = torch.tensor([len(row) for row in rows[:: self.views]])
+        masked = _stack_rows([torch.from_numpy(row) for row in rows], int(num_tokens.max()), False)
+        masked = masked.unflatten(0, (len(good), self.views))  # (B, M, T)
+        return fields | {"masks": Masks.from_masked(masked, _real(num_tokens))}
+
+    def draw(self, samples: list[Sample]) -> list[np.ndarray]:
+        """One mask (T_i,) for each view of each sample, before they are equalised; sample-major."""
+        return [
+            self.masker(
+                self.token_count(sample.inputs.shape[-1]),
+                self.grid,
+                generator(self.seed, "mask", sample.epoch, sample.id, view),
+            )
+            for sample in samples
+            for view in range(self.views)
+        ]
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        return _stack_rows(tensors, max(tensor.shape[-1] for tensor in tensors), self.pad_value)
+
+
+def _stack_rows(tensors: list[Tensor], length: int, value: int | bool) -> Tensor:
+    """Tensors that may differ in their last axis, filled up to `length`."""
+    if all(tensor.shape[-1] == length for tensor in tensors):
+        return torch.stack(tensors)
+    stacked = tensors[0].new_full((len(tensors), *tensors[0].shape[:-1], length), value)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row[..., : tensor.shape[-1]] = tensor
+    return stacked
+
+
+def _real(lengths: Tensor) -> Tensor | None:
+    """(B, max length) bool, True where a sample has not ended; None when all are equally long."""
+    longest = int(lengths.max())
+    return None if bool((lengths == longest).all()) else torch.arange(longest) < lengths[:, None]

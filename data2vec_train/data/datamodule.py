@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
-from data2vec_train.data.sampler import EndlessBatchSampler
+from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
 from data2vec_train.data.seeding import generator
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError, DataError
-from data2vec_train.masking import Masker
+
+EVALUATION_BATCH = 64
+UNLABELLED_HELD_OUT = 512
 
 
 class TimedLoader:
@@ -44,24 +46,26 @@ class TimedLoader:
 
 
 class DataModule(L.LightningDataModule):
-    """Batches for pretraining, and labelled images for the probes.
+    """Batches for pretraining, and samples that never train the encoder, to measure it on.
 
-    Labels never reach the objective. Where the source has labels and there is no `probe_source`, a stratified share of
-    it is held out from training and serves as test set; the probes are fitted on samples that train the encoder too.
+    Labels never reach the objective. Without a `probe_source` a share of the source is held out from training, a
+    stratified one where there are labels; records that belong together (`Source.groups`) stay together. The probes are
+    fitted on samples that train the encoder too, and tested on those held out.
 
     Args:
         source: where training samples come from.
         probe_source: labelled test samples of another source, or None.
-        held_out_fraction: share of a labelled source that is kept out of training; ignored with a `probe_source`.
+        held_out_fraction: share of a source that is kept out of training, without labels at most
+            `UNLABELLED_HELD_OUT` samples; ignored with a `probe_source`.
         max_probe_samples: at most so many samples to fit the probes on, and to test them on.
         decode: encoded value -> decoded.
         transform: has `train` and `evaluate`, decoded -> tensor.
-        masker: draws the masks.
-        views: masks per sample.
-        grid: token grid of the encoder.
-        batch_size_per_device: samples per batch and process.
+        batching: how samples of different lengths share batches; None where all are alike.
+        collator: makes batches with masks.
+        batch_size_per_device: samples per batch and process; with `batching` the most, None = as its budget allows.
         num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
-        max_bad_fraction: share of broken samples that stops the run.
+        max_bad_fraction: share of broken samples above which the run stops.
+        tolerated_bad_samples: so few broken samples never stop it.
         quarantine_path: where broken samples are listed.
         seed: of the run.
 
@@ -78,12 +82,12 @@ class DataModule(L.LightningDataModule):
         max_probe_samples: int,
         decode: Callable[[Any], Any],
         transform: Any,
-        masker: Masker,
-        views: int,
-        grid: tuple[int, int],
-        batch_size_per_device: int,
+        batching: LengthBatching | None,
+        collator: Collator,
+        batch_size_per_device: int | None,
         num_workers: int | Literal["auto"],
         max_bad_fraction: float,
+        tolerated_bad_samples: int,
         quarantine_path: Path,
         seed: int,
     ) -> None:
@@ -93,39 +97,52 @@ class DataModule(L.LightningDataModule):
         self.source = source
         self.decode = decode
         self.transform = transform
+        self.batching = batching
         self.seed = seed
         self.batch_size = batch_size_per_device
         self.num_workers = _available_workers() if num_workers == "auto" else num_workers
-        self.collate = Collator(masker=masker, views=views, grid=grid, seed=seed)
-        self.collate_plain = Collator(masker=None, views=views, grid=grid, seed=seed)
+        self.collate = collator
         self.loader: TimedLoader | None = None
 
         streaming = isinstance(source, StreamingSource)
+        if not streaming:
+            _check_lengths(source, collator.token_count, batching)
         self.indices = np.arange(0 if streaming else len(source))
-        self.fit_set, self.test_set = None, None
+        # Three parts of the evaluation: to fit probes, to test them, to solve the pretext task on.
+        self.fit_set, self.test_set, self.held_out_set = None, None, None
         self.probe_note = "no labels: probes off, RankMe on"
         if streaming:
             self.probe_note = "a stream: probes and RankMe off"
         labels = None if streaming else source.labels()
         if probe_source is not None:
             _check_same_classes(source, probe_source)
+        held_out = np.empty(0, dtype=np.int64)
+        if not streaming and probe_source is None:
+            held_out = _held_out(labels, source.groups(), len(source), held_out_fraction)
+            self.indices = np.setdiff1d(self.indices, held_out)
         if labels is not None:
-            held_out = np.empty(0, dtype=np.int64)
-            if probe_source is None:
-                held_out = _stratified(labels, held_out_fraction)
-                self.indices = np.setdiff1d(self.indices, held_out)
-            test = _labelled(probe_source) if probe_source else held_out
+            test = _labelled(probe_source) if probe_source else held_out[labels[held_out] >= 0]
             self.probe_note = "too few samples of each class to hold any out: probes off, RankMe on"
             if len(test):
                 self.probe_note = f"probes on {min(len(test), max_probe_samples)} held-out samples"
                 fit = np.intersect1d(self.indices, _labelled(source))
                 self.fit_set = self._evaluation(source, _spread(fit, max_probe_samples))
                 self.test_set = self._evaluation(probe_source or source, _spread(test, max_probe_samples))
+        if probe_source is not None or len(held_out):
+            rows = np.arange(len(probe_source)) if probe_source else held_out
+            self.held_out_set = self._evaluation(probe_source or source, _spread(rows, UNLABELLED_HELD_OUT))
         if not streaming and not len(self.indices):
             raise DataError("no samples are left to train on")
         self.num_samples = None if streaming else len(self.indices)
-        read = None if streaming else len(source) + (len(probe_source) if probe_source else 0)
-        self.quarantine = Quarantine(path=quarantine_path, num_samples=read, max_bad_fraction=max_bad_fraction)
+        sources = [one for one in (source, probe_source) if isinstance(one, Source)]
+        rejected = tuple(pair for one in sources for pair in one.rejected)
+        self.quarantine = Quarantine(
+            path=quarantine_path,
+            num_samples=None if streaming else sum(map(len, sources)) + len(rejected),
+            max_bad_fraction=max_bad_fraction,
+            tolerated=tolerated_bad_samples,
+        )
+        self.quarantine.add(rejected, num_good=0)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -140,19 +157,21 @@ class DataModule(L.LightningDataModule):
             "transform": self.transform.train,
             "seed": self.seed,
         }
+        place = {"rank": rank, "world_size": world_size}
         if isinstance(self.source, StreamingSource):
-            dataset = StreamingDataset(source=self.source, rank=rank, world_size=world_size, **common)
-            batching: dict[str, Any] = {"batch_size": self.batch_size}
+            dataset = StreamingDataset(
+                source=self.source, batching=self.batching, batch_size=self.batch_size, **place, **common
+            )
+            batches: dict[str, Any] = {"batch_size": self.batch_size if self.batching is None else None}
         else:
             dataset = TrainingDataset(source=self.source, indices=self.indices, **common)
-            sampler = EndlessBatchSampler(
-                num_samples=len(dataset),
-                batch_size=self.batch_size,
-                seed=self.seed,
-                rank=rank,
-                world_size=world_size,
-            )
-            batching = {"batch_sampler": sampler}
+            order = {"batch_size": self.batch_size, "seed": self.seed, **place}
+            if self.batching is None:
+                sampler = EndlessBatchSampler(num_samples=len(dataset), **order)
+            else:
+                lengths = self.source.lengths[self.indices]
+                sampler = LengthBatchSampler(lengths=lengths, batching=self.batching, **order)
+            batches = {"batch_sampler": sampler}
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         loader = DataLoader(
             dataset,
@@ -161,7 +180,7 @@ class DataModule(L.LightningDataModule):
             pin_memory=on_gpu,
             prefetch_factor=4 if self.num_workers else None,
             worker_init_fn=_ignore_interrupts,
-            **batching,
+            **batches,
         )
         self.loader = TimedLoader(loader)
         return self.loader
@@ -181,8 +200,12 @@ class DataModule(L.LightningDataModule):
         """Lightning would wait for the copy of anything that is not a plain tensor."""
         return batch.to(device, non_blocking=True)
 
-    def evaluation_batches(self, dataset: EvaluationDataset) -> Iterator[Batch]:
-        """Unmasked, unaugmented batches of `dataset`, in order; broken samples are noted and left out.
+    def evaluation_batches(self, dataset: EvaluationDataset, *, masked: bool = False) -> Iterator[Batch]:
+        """Unaugmented batches of `dataset`; broken samples are noted and left out.
+
+        Args:
+            dataset: a part of the evaluation.
+            masked: with the masks of epoch 0, the same every time.
 
         Raises:
             DataError: too many are broken, or all.
@@ -190,8 +213,8 @@ class DataModule(L.LightningDataModule):
         usable = 0
         loader = DataLoader(
             dataset,
-            batch_size=max(self.batch_size, 64),
-            collate_fn=self.collate_plain,
+            batch_sampler=self._evaluation_order(dataset),
+            collate_fn=self.collate if masked else self.collate.without_masks(),
             num_workers=self.num_workers,
         )
         for batch in loader:
@@ -201,6 +224,21 @@ class DataModule(L.LightningDataModule):
                 yield batch
         if not usable:
             self.quarantine.stop("nothing usable was found")
+
+    def _evaluation_order(self, dataset: EvaluationDataset) -> list[list[int]]:
+        """Batches in file order or, where lengths differ, from short to long, so that little is padding."""
+        count = max(self.batch_size or 0, EVALUATION_BATCH)
+        lengths = dataset.lengths
+        if self.batching is None or lengths is None:
+            rows = range(len(dataset))
+            return [list(rows[start : start + count]) for start in range(0, len(dataset), count)]
+        batches: list[list[int]] = [[]]
+        for row in np.argsort(lengths, kind="stable"):
+            length = min(int(lengths[row]), self.batching.max_length)
+            if len(batches[-1]) == count or (len(batches[-1]) + 1) * length > 2 * self.batching.budget:
+                batches.append([])
+            batches[-1].append(int(row))
+        return [batch for batch in batches if batch]
 
     def training_subset(self, count: int) -> EvaluationDataset | None:
         """Up to `count` training samples without augmentation; None for a stream."""
@@ -240,6 +278,31 @@ def _check_same_classes(source: Source | StreamingSource, probe_source: Source) 
     if source.class_names != probe_source.class_names:
         theirs, ours = source.class_names[:10], probe_source.class_names[:10]
         raise ConfigError(f"data.source has the classes {theirs}, data.probe_source {ours}; they must be the same")
+
+
+def _check_lengths(source: Source, token_count: Callable[[int], int], batching: LengthBatching | None) -> None:
+    """Every sample has to give at least two tokens, one to hide and one to see."""
+    if source.lengths is None or not len(source.lengths):
+        return
+    shortest = int(source.lengths.min())
+    shortest = shortest if batching is None else min(shortest, batching.max_length)
+    if token_count(shortest) < 2:
+        raise ConfigError(
+            f"the shortest sample has a length of {shortest} and gives {token_count(shortest)} tokens, expected at "
+            "least 2; raise the smallest accepted length of the modality, or change the encoder's strides"
+        )
+
+
+def _held_out(labels: np.ndarray | None, groups: np.ndarray | None, count: int, fraction: float) -> np.ndarray:
+    """Indices to keep out of training, whole groups of them; ascending."""
+    groups = np.arange(count) if groups is None else groups
+    unique, first = np.unique(groups, return_index=True)
+    if labels is None:
+        fraction = min(fraction, UNLABELLED_HELD_OUT / max(len(unique), 1))
+        group_labels = np.zeros(len(unique), dtype=np.int64)
+    else:
+        group_labels = labels[first]
+    return np.flatnonzero(np.isin(groups, unique[_stratified(group_labels, fraction)]))
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:

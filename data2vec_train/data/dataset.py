@@ -9,12 +9,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from data2vec_train.data.sampler import Key
+from data2vec_train.data.sampler import Key, LengthBatching
 from data2vec_train.data.seeding import generator, torch_seeded
 from data2vec_train.data.sources import RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample
 
 MAX_REPLACEMENTS = 20
+POOLED_BATCHES = 16  # of a stream whose samples are sorted by length
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sample:
 
 
 class TrainingDataset(Dataset[Sample]):
-    """Random access by (epoch, index); the same key gives the same sample, bit for bit, in any process.
+    """Random access by `Key`; the same key gives the same sample, bit for bit, in any process.
 
     Args:
         source: raw records.
@@ -58,30 +59,49 @@ class TrainingDataset(Dataset[Sample]):
         return len(self.indices)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
+        epoch, index, length = key
         rejected: list[tuple[str, str]] = []
         candidate = index
         for attempt in range(MAX_REPLACEMENTS + 1):
-            result = self._try(int(self.indices[candidate]), epoch)
+            result = self._try(int(self.indices[candidate]), epoch, length)
             if isinstance(result, Sample):
                 return replace(result, rejected=tuple(rejected))
             rejected.append(result)
-            candidate = self._replacement(epoch, index, attempt)
+            candidate = self._replacement(epoch, index, attempt, length)
         return Sample(None, epoch, int(self.indices[index]), None, tuple(rejected))
 
-    def _replacement(self, epoch: int, index: int, attempt: int) -> int:
-        return int(generator(self.seed, "replace", epoch, index, attempt).integers(len(self.indices)))
+    def _replacement(self, epoch: int, index: int, attempt: int, length: int | None) -> int:
+        rng = generator(self.seed, "replace", epoch, index, attempt)
+        if length is None:
+            return int(rng.integers(len(self.indices)))
+        return int(rng.choice(np.flatnonzero(self.source.lengths[self.indices] >= length)))
 
-    def _try(self, record_id: int, epoch: int) -> Sample | tuple[str, str]:
+    def _try(self, record_id: int, epoch: int, length: int | None) -> Sample | tuple[str, str]:
         key = f"#{record_id}"
         try:
             raw: RawSample = self.source[record_id]
             key = raw.key
             decoded = self.decode(raw.value)
             with torch_seeded(self.seed, "augment", epoch, record_id):
-                return Sample(self.transform(decoded), epoch, record_id, raw.label, ())
+                inputs = self.transform(decoded)
+            if length is not None:
+                inputs = random_crop(inputs, length, generator(self.seed, "crop", epoch, record_id))
+            return Sample(inputs, epoch, record_id, raw.label, ())
         except BadSample as error:
             return key, str(error)
+
+
+def random_crop(inputs: Tensor, length: int, rng: np.random.Generator) -> Tensor:
+    """`length` consecutive places of the last axis, a copy.
+
+    Raises:
+        BadSample: there are fewer.
+    """
+    surplus = inputs.shape[-1] - length
+    if surplus < 0:
+        raise BadSample(f"shorter than its header says: {inputs.shape[-1]} samples, expected at least {length}")
+    start = int(rng.integers(surplus, endpoint=True))
+    return inputs[..., start : start + length].clone()
 
 
 class EvaluationDataset(Dataset[Sample]):
@@ -94,6 +114,11 @@ class EvaluationDataset(Dataset[Sample]):
         self.indices = indices
         self.decode = decode
         self.transform = transform
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """(len,) in units of the input, see `Source`."""
+        return None if self.source.lengths is None else self.source.lengths[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -109,11 +134,22 @@ class EvaluationDataset(Dataset[Sample]):
             return Sample(None, 0, record_id, None, ((key, str(error)),))
 
 
-class StreamingDataset(IterableDataset[Sample]):
+class StreamingDataset(IterableDataset[Sample | list[Sample]]):
     """A stream, epoch after epoch.
 
     A sample's identity is a checksum of its key, so that masks and augmentation do not depend on which worker reads
     it; its place in the order does.
+
+    Args:
+        source: raw records.
+        decode: encoded value -> decoded; raises BadSample.
+        transform: decoded -> tensor, drawing from torch's global generator; raises BadSample.
+        seed: of the run.
+        batching: None gives single samples. Otherwise whole batches of samples of about the same length: each worker
+            collects samples until a bin has enough for one, at most `POOLED_BATCHES` batches in all.
+        batch_size: the most samples in such a batch; None = as the budget allows.
+        rank: of this process.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -123,6 +159,8 @@ class StreamingDataset(IterableDataset[Sample]):
         decode: Callable[[Any], Any],
         transform: Callable[[Any], Tensor],
         seed: int,
+        batching: LengthBatching | None = None,
+        batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -130,10 +168,37 @@ class StreamingDataset(IterableDataset[Sample]):
         self.decode = decode
         self.transform = transform
         self.seed = seed
+        self.batching = batching
+        self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | list[Sample]]:
+        return self._samples() if self.batching is None else self._batches(self.batching)
+
+    def _batches(self, batching: LengthBatching) -> Iterator[list[Sample]]:
+        pool: dict[int, list[Sample]] = {}
+        pooled = 0  # length of all samples in the pool
+        for sample in self._samples():
+            if sample.inputs is None:
+                yield [sample]
+                continue
+            bin_ = int(batching.bin(sample.inputs.shape[-1]))
+            if batching.crop:
+                rng = generator(self.seed, "crop", sample.epoch, sample.id)
+                sample = replace(sample, inputs=random_crop(sample.inputs, int(batching.edges[bin_]), rng))
+            pool.setdefault(bin_, []).append(sample)
+            pooled += sample.inputs.shape[-1]
+            full = min(batching.batch_size(bin_), self.batch_size or batching.budget)
+            if len(pool[bin_]) < full:
+                if pooled <= POOLED_BATCHES * batching.budget:
+                    continue
+                bin_ = max(pool, key=lambda one: sum(kept.inputs.shape[-1] for kept in pool[one]))
+            batch = pool.pop(bin_)
+            pooled -= sum(kept.inputs.shape[-1] for kept in batch)
+            yield batch
+
+    def _samples(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         rejected: list[tuple[str, str]] = []

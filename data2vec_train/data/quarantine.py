@@ -14,13 +14,15 @@ class Quarantine:
         path: the JSON-lines file; it appears with the first broken sample.
         num_samples: of the data set; None for a stream, where the samples drawn so far count instead.
         max_bad_fraction: share of broken samples above which the run stops.
+        tolerated: so few broken samples never stop it: a handful says little about a small folder.
     """
 
-    def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float) -> None:
+    def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float, tolerated: int) -> None:
         self.path = path
         path.unlink(missing_ok=True)  # of an earlier start that failed
         self.num_samples = num_samples
         self.max_bad_fraction = max_bad_fraction
+        self.tolerated = tolerated
         self.reasons: dict[str, str] = {}
         self.drawn = 0
 
@@ -50,4 +52,4 @@ class Quarantine:
     def _too_many(self) -> bool:
         # A stream has no size: judge it by what was drawn, once that says something.
         total = self.num_samples or max(self.drawn, 1000)
-        return len(self.reasons) > self.max_bad_fraction * total
+        return len(self.reasons) > max(self.max_bad_fraction * total, self.tolerated)

@@ -1,25 +1,27 @@
 """Probes during training: is the encoder better than it was before training, and better than no encoder at all?
 
 Three rows are measured in the same run with the same code on the same samples: the untrained encoder, the raw input,
-and the encoder as it is now. Features are the mean over the patch tokens of the last block's output.
+and the encoder as it is now. Features are pooled over the tokens of the last block's output.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.encoders.base import Batch, ModalityEncoder
-from data2vec_train.errors import CollapseError
+from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.probes.explained import explained_variance
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy, rankme
 
-RAW_INPUT_PX = 32
+Pooling = Literal["mean", "mean_std"]
+RawFeatures = Callable[[Tensor, Tensor | None], np.ndarray]  # (inputs, attention_mask) -> (B, F)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Labelled:
 
 
 class ProbeCallback(L.Callback):
-    """Measures kNN, linear probe and RankMe before training, every n steps and at the end.
+    """Measures kNN, linear probe, RankMe and the pretext task before training, every n steps and at the end.
 
     Results land in `metrics` (the latest, by metric name) and `summary` (for summary.json).
 
@@ -40,9 +42,33 @@ class ProbeCallback(L.Callback):
         neighbours: of the kNN probe.
         l2: penalty of the linear probe.
         rank_samples: how many samples RankMe looks at.
+        pooling: "mean" of a sample's tokens, or "mean_std", the mean and the standard deviation (2 D features).
+        raw: features of the input itself, the baseline of the probes.
+        raw_name: what to call it.
+        note: what should be known about the probe of this data; None = nothing.
+
+    Raises:
+        ConfigError: an unknown pooling.
     """
 
-    def __init__(self, *, every_n_steps: int, neighbours: int, l2: float, rank_samples: int) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        neighbours: int,
+        l2: float,
+        rank_samples: int,
+        pooling: Pooling,
+        raw: RawFeatures,
+        raw_name: str,
+        note: str | None,
+    ) -> None:
+        if pooling not in ("mean", "mean_std"):
+            raise ConfigError(f"pooling is mean or mean_std, got {pooling!r}")
+        self.pooling: Pooling = pooling
+        self.raw = raw
+        self.raw_name = raw_name
+        self.note = note
         self.every_n_steps = every_n_steps
         self.neighbours = neighbours
         self.l2 = l2
@@ -50,6 +76,7 @@ class ProbeCallback(L.Callback):
         self.metrics: dict[str, float] = {}
         self.accuracies: dict[str, dict[str, float]] = {"knn": {}, "linear": {}}
         self.ranks: dict[str, float] = {}
+        self.explained: dict[str, float | int] = {}
         self.measured_at = -1
         self.seconds = 0.0  # spent here, which is not training time
 
@@ -61,9 +88,10 @@ class ProbeCallback(L.Callback):
         start = time.perf_counter()
         data: DataModule = trainer.datamodule
         if data.test_set is not None:
-            raw = [raw_input(data.evaluation_batches(dataset)) for dataset in (data.fit_set, data.test_set)]
+            raw = [raw_input(self.raw, data.evaluation_batches(one)) for one in (data.fit_set, data.test_set)]
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
+        self._explain(trainer, pl_module, "untrained")
         self.seconds += time.perf_counter() - start
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
@@ -74,6 +102,7 @@ class ProbeCallback(L.Callback):
             self.measured_at = step
             start = time.perf_counter()
             self._measure(trainer, pl_module.objective.student, "trained")
+            self._explain(trainer, pl_module, "trained")
             if step == trainer.max_steps:
                 self._measure(trainer, pl_module.objective.teacher.encoder, "teacher")
             self.seconds += time.perf_counter() - start
@@ -84,17 +113,27 @@ class ProbeCallback(L.Callback):
         data: DataModule = trainer.datamodule
         with trainer.precision_plugin.forward_context():
             if data.test_set is not None:
-                fit = encode(encoder, data.evaluation_batches(data.fit_set))
-                test = encode(encoder, data.evaluation_batches(data.test_set))
+                fit = encode(encoder, data.evaluation_batches(data.fit_set), self.pooling)
+                test = encode(encoder, data.evaluation_batches(data.test_set), self.pooling)
                 self._score(which, fit, test)
                 self.ranks[which] = rankme(test.features[: self.rank_samples])
             else:
                 subset = data.training_subset(self.rank_samples)
                 if subset is None:
                     return
-                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset)).features)
+                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset), self.pooling).features)
         if which != "teacher":
             self.metrics["probe/rankme"] = self.ranks[which]
+
+    def _explain(self, trainer: L.Trainer, pl_module: L.LightningModule, which: str) -> None:
+        data: DataModule = trainer.datamodule
+        if data.held_out_set is None:
+            return
+        with trainer.precision_plugin.forward_context():
+            batches = data.evaluation_batches(data.held_out_set, masked=True)
+            share, tokens = explained_variance(pl_module.objective, batches, device=pl_module.device)
+        self.explained |= {which: share, "samples": len(data.held_out_set), "tokens": tokens}
+        self.metrics["heldout/explained"] = share
 
     def _score(self, which: str, fit: Labelled, test: Labelled) -> None:
         arrays = (fit.features, fit.labels, test.features, test.labels)
@@ -110,41 +149,46 @@ class ProbeCallback(L.Callback):
         probe = None
         if self.accuracies["knn"]:
             probe = {name: dict(values) for name, values in self.accuracies.items()}
-            probe["weights"] = "student"
-        return {"rankme": rank, "rankme_untrained": self.ranks.get("untrained"), "probe": probe}
+            pooling = {"mean": "mean over tokens", "mean_std": "mean and deviation over tokens"}[self.pooling]
+            probe |= {"weights": "student", "pooling": pooling, "raw_input_name": self.raw_name, "note": self.note}
+        return {
+            "rankme": rank,
+            "rankme_untrained": self.ranks.get("untrained"),
+            "explained": dict(self.explained) or None,
+            "probe": probe,
+        }
 
     def state_dict(self) -> dict:
         """Baselines and latest results, so that a resumed run keeps its own baselines."""
-        return {"accuracies": self.accuracies, "ranks": self.ranks, "metrics": self.metrics}
+        return {
+            "accuracies": self.accuracies,
+            "ranks": self.ranks,
+            "explained": self.explained,
+            "metrics": self.metrics,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """See `state_dict`."""
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
-        self.metrics = state_dict["metrics"]
+        self.explained, self.metrics = state_dict["explained"], state_dict["metrics"]
 
 
-def raw_input(batches: Iterable[Batch]) -> Labelled:
-    """The input itself as features, see `raw_pixels`."""
-    pairs = [(raw_pixels(batch.inputs), batch.labels.numpy()) for batch in batches]
+def raw_input(raw: RawFeatures, batches: Iterable[Batch]) -> Labelled:
+    """The input itself as features."""
+    pairs = [(raw(batch.inputs, batch.attention_mask), batch.labels.numpy()) for batch in batches]
     return Labelled(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
 
 
-def raw_pixels(images: Tensor) -> np.ndarray:
-    """Images (B, C, H, W) as rows of pixels; sides above 32 px are averaged down, distances would only get noisier."""
-    size = [min(side, RAW_INPUT_PX) for side in images.shape[-2:]]
-    return F.adaptive_avg_pool2d(images, size).flatten(1).numpy()
-
-
 @torch.no_grad()
-def encode(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Labelled:
-    """Mean patch feature of every sample, in evaluation mode, float32.
+def encode(encoder: ModalityEncoder, batches: Iterable[Batch], pooling: Pooling) -> Labelled:
+    """Pooled features of every sample, in evaluation mode, float32.
 
     Raises:
         CollapseError: features that are not finite.
     """
     features, labels = [], []
-    for tokens, batch in patch_features(encoder, batches):
-        features.append(tokens.mean(dim=1).cpu().numpy())
+    for tokens, token_mask, batch in token_features(encoder, batches):
+        features.append(pool(tokens, token_mask, pooling).cpu().numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
     if not all(np.isfinite(part).all() for part in features):
         raise CollapseError("the encoder's features are not finite: training diverged. Try a lower optimizer.lr")
@@ -152,14 +196,29 @@ def encode(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Labelled:
     return Labelled(np.concatenate(features), np.concatenate(labels) if with_labels else None)
 
 
+def pool(tokens: Tensor, token_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """Tokens (B, T, D), token_mask (B, T) bool or None -> (B, D), or (B, 2 D) with the deviation; padding is left out."""
+    real = tokens.new_ones(tokens.shape[:2]) if token_mask is None else token_mask.to(tokens.dtype)
+    weight = (real / real.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
+    mean = (tokens * weight).sum(dim=1)
+    if pooling == "mean":
+        return mean
+    deviation = ((tokens - mean[:, None]).square() * weight).sum(dim=1).sqrt()
+    return torch.cat([mean, deviation], dim=1)
+
+
 @torch.no_grad()
-def patch_features(encoder: ModalityEncoder, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield (patch tokens (B, T, D) float32, batch) for each batch; the encoder's mode is restored afterwards."""
+def token_features(
+    encoder: ModalityEncoder, batches: Iterable[Batch]
+) -> Iterator[tuple[Tensor, Tensor | None, Batch]]:
+    """Yield (tokens (B, T, D) float32, their mask (B, T) or None, batch); the encoder's mode is restored afterwards."""
     device = next(encoder.parameters()).device
     was_training = encoder.training
     encoder.eval()
     try:
         for batch in batches:
-            yield encoder(batch.inputs.to(device)).tokens.float(), batch
+            moved = batch.to(device)
+            tokens, token_mask = encoder.embed(moved.inputs, moved.attention_mask)
+            yield encoder.contextualize(tokens, token_mask).tokens.float(), token_mask, batch
     finally:
         encoder.train(was_training)

@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
+from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
+from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
@@ -48,22 +50,39 @@ def build_objective(cfg: DictConfig) -> Data2Vec:
     return build(cfg.objective)
 
 
-def build_data(cfg: DictConfig, *, grid: tuple[int, int], run_dir: Path) -> DataModule:
-    """The DataModule of a composed config; its masks cover `grid` tokens."""
-    data = cfg.data
+def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> DataModule:
+    """The DataModule of a composed config, for an encoder that says how many tokens an input gives."""
+    data, modality = cfg.data, cfg.modality
+    source = build(data.source)
+    probe_source = build(OmegaConf.merge(data.source, data.probe_source)) if data.probe_source else None
+    prepare = build(modality.prepare)
+    if prepare is not None:
+        source = prepare(source)
+        shared = {"tokenizer": source.tokenizer} if hasattr(source, "tokenizer") else {}
+        probe_source = None if probe_source is None else prepare(probe_source, **shared)
+    collator = Collator(
+        masker=build(modality.masker),
+        views=cfg.objective.views,
+        grid=encoder.grid,
+        token_count=encoder.token_count,
+        seed=cfg.seed,
+        pad_value=modality.pad_value,
+        corruption=build(modality.corruption),
+        legacy_teacher_input=modality.legacy_teacher_input,
+    )
     return DataModule(
-        source=build(data.source),
-        probe_source=build(OmegaConf.merge(data.source, data.probe_source)) if data.probe_source else None,
+        source=source,
+        probe_source=probe_source,
         held_out_fraction=data.held_out_fraction,
         max_probe_samples=data.max_probe_samples,
-        decode=build(cfg.modality.decode),
-        transform=build(cfg.modality.transform),
-        masker=build(cfg.modality.masker),
-        views=cfg.objective.views,
-        grid=grid,
+        decode=build(modality.decode),
+        transform=build(modality.transform),
+        batching=build(modality.batching),
+        collator=collator,
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
+        tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / "quarantine.jsonl",
         seed=cfg.seed,
     )
@@ -87,7 +106,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     torch.manual_seed(cfg.seed)
 
     objective = build_objective(cfg)
-    data = build_data(cfg, grid=objective.student.grid, run_dir=run_dir)
+    data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
     module = Data2VecModule(
         objective=objective,
         optimizer=build(cfg.optimizer),

@@ -14,7 +14,7 @@ from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
-from data2vec_train.data.sampler import EndlessBatchSampler
+from data2vec_train.data.sampler import EndlessBatchSampler, Key
 from data2vec_train.data.seeding import torch_seeded
 from data2vec_train.data.sources import RawSample, Source, StreamingSource
 from data2vec_train.encoders.base import Batch
@@ -23,6 +23,10 @@ from data2vec_train.masking import InverseBlockMasker, RandomMasker
 
 GRID = (3, 4)
 MASKER = RandomMasker(hidden_fraction=0.5)
+
+
+def twelve(length: int) -> int:
+    return 12
 
 
 class Numbers(Source):
@@ -82,14 +86,14 @@ def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes
         "probe_source": None,
         "held_out_fraction": 0.2,
         "max_probe_samples": 1000,
-        "masker": MASKER,
-        "views": 2,
-        "grid": GRID,
+        "batching": None,
         "batch_size_per_device": 4,
         "num_workers": 0,
         "max_bad_fraction": 0.5,
+        "tolerated_bad_samples": 0,
         "seed": 0,
     }
+    changes.setdefault("collator", collator(views=2))
     fixed = {"decode": stages.decode, "transform": stages, "quarantine_path": folder / "quarantine.jsonl"}
     return DataModule(source=source, **fixed | options | changes)
 
@@ -118,13 +122,13 @@ def test_every_epoch_has_each_sample_once_and_no_batch_is_short(count, batch_siz
     assert len(keys) == 9 * batch_size * world_size
     for epoch in range(len(keys) // count):
         part = keys[epoch * count : (epoch + 1) * count]
-        assert {number for number, _ in part} == {epoch}
-        assert sorted(index for _, index in part) == list(range(count))
+        assert {key.epoch for key in part} == {epoch}
+        assert sorted(key.index for key in part) == list(range(count))
 
 
 def test_order_changes_with_epoch_and_seed_and_with_nothing_else():
     def order(epoch, **options):
-        return [i for e, i in keys_of(20, batches=10, batch_size=4, **{"seed": 0} | options) if e == epoch]
+        return [key.index for key in keys_of(20, batches=10, batch_size=4, **{"seed": 0} | options) if key.epoch == epoch]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
@@ -145,7 +149,7 @@ def test_first_batch_continues_exactly(start):
 
 
 def collator(views: int = 3, seed: int = 0, masker=MASKER) -> Collator:
-    return Collator(masker=masker, views=views, grid=GRID, seed=seed)
+    return Collator(masker=masker, views=views, grid=GRID, token_count=twelve, seed=seed)
 
 
 def sample(number: int, epoch: int = 0) -> Sample:
@@ -189,13 +193,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
 def test_augmentation_is_new_in_every_epoch_and_leaves_the_global_generator_alone():
     data = training_set()
     before = torch.get_rng_state()
-    data[0, 3]
+    data[Key(0, 3)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(data[0, 3].inputs, data[0, 3].inputs)
-    assert data[0, 3].inputs[0] == data[1, 3].inputs[0] == 3
-    assert data[0, 3].inputs[1] != data[1, 3].inputs[1]
+    assert torch.equal(data[Key(0, 3)].inputs, data[Key(0, 3)].inputs)
+    assert data[Key(0, 3)].inputs[0] == data[Key(1, 3)].inputs[0] == 3
+    assert data[Key(0, 3)].inputs[1] != data[Key(1, 3)].inputs[1]
     with torch_seeded(0, "augment", 0, 3):
-        assert data[0, 3].inputs[1] == torch.rand(())
+        assert data[Key(0, 3)].inputs[1] == torch.rand(())
 
 
 def test_labels_and_ids_travel_with_their_samples():
@@ -203,7 +207,7 @@ def test_labels_and_ids_travel_with_their_samples():
     batch = collator()(samples)
     assert (batch.ids.tolist(), batch.labels.tolist()) == ([4, 7], [0, 1])
     assert collator()([*samples, sample(3)]).labels is None
-    assert Collator(masker=None, views=1, grid=GRID, seed=0)(samples).masks is None
+    assert collator(masker=None)(samples).masks is None
 
 
 # ---------------------------------------------------------------------------------------------------- broken samples
@@ -214,7 +218,7 @@ def test_broken_samples_are_replaced_deterministically_and_reported():
     data, again = training_set(10, broken), training_set(10, broken)
     reasons = {"#3": "cannot be read", "file4": "cannot be decoded", "file5": "cannot be transformed"}
     for epoch, index in itertools.product(range(3), range(10)):
-        got, repeated = data[epoch, index], again[epoch, index]
+        got, repeated = data[Key(epoch, index)], again[Key(epoch, index)]
         assert got.id not in broken
         assert got.inputs[0] == got.id
         assert torch.equal(got.inputs, repeated.inputs)
@@ -223,16 +227,16 @@ def test_broken_samples_are_replaced_deterministically_and_reported():
         assert (got.id == index and not got.rejected) == (index not in broken)
         if index in broken:
             assert got.rejected[0][1] == reasons["#3" if index == 3 else f"file{index}"]
-    assert len({data[epoch, 3].id for epoch in range(20)}) > 3  # not always the same stand-in
+    assert len({data[Key(epoch, 3)].id for epoch in range(20)}) > 3  # not always the same stand-in
 
 
 def test_replacements_come_from_the_training_indices():
     data = training_set(10, broken=(3,), indices=[1, 3, 8])
-    assert {data[epoch, 1].id for epoch in range(30)} == {1, 8}
+    assert {data[Key(epoch, 1)].id for epoch in range(30)} == {1, 8}
 
 
 def test_a_sample_without_usable_replacement_is_left_out_of_its_batch():
-    hopeless = training_set(3, broken=(0, 1, 2))[0, 1]
+    hopeless = training_set(3, broken=(0, 1, 2))[Key(0, 1)]
     assert hopeless.inputs is None
     assert len(hopeless.rejected) == MAX_REPLACEMENTS + 1
     batch = collator()([sample(4), hopeless, sample(6)])
@@ -250,7 +254,7 @@ def test_evaluation_goes_through_all_records_in_order_and_skips_broken_ones():
         decode=stages.decode,
         transform=stages.evaluate,
     )
-    loader = DataLoader(data, batch_size=4, collate_fn=Collator(masker=None, views=1, grid=GRID, seed=0))
+    loader = DataLoader(data, batch_size=4, collate_fn=collator(masker=None))
     (batch,) = loader
     assert batch.ids.tolist() == [5, 0]
     assert batch.labels.tolist() == [1, 0]
@@ -261,7 +265,7 @@ def test_evaluation_goes_through_all_records_in_order_and_skips_broken_ones():
 
 
 def quarantine(folder: Path, *, num_samples: int | None = 10, max_bad_fraction: float = 0.2) -> Quarantine:
-    return Quarantine(path=folder / "q.jsonl", num_samples=num_samples, max_bad_fraction=max_bad_fraction)
+    return Quarantine(path=folder / "q.jsonl", num_samples=num_samples, max_bad_fraction=max_bad_fraction, tolerated=0)
 
 
 def test_quarantine_lists_each_broken_sample_once(tmp_path):
