@@ -54,7 +54,7 @@ class DataModule(L.LightningDataModule):
 
     Args:
         source: where training samples come from.
-        probe_source: labelled test samples of another source, or None.
+        probe_source: test samples of another source, with labels where the source has them; or None.
         held_out_fraction: share of a source that is kept out of training, without labels at most
             `UNLABELLED_HELD_OUT` samples; ignored with a `probe_source`.
         max_probe_samples: at most so many samples to fit the probes on, and to test them on.
@@ -272,6 +272,8 @@ def _check_same_classes(source: Source | StreamingSource, probe_source: Source) 
     """The probes are fitted on the one and tested on the other: labels must mean the same."""
     if isinstance(source, StreamingSource):
         raise ConfigError("data.probe_source: a stream cannot fit probes; set it to null, or read with data=hf")
+    if source.labels() is None and probe_source.labels() is None:  # then it serves the pretext task only
+        return
     for name, one in (("source", source), ("probe_source", probe_source)):
         if one.labels() is None:
             raise ConfigError(f"data.{name} has no labels, and the probes need them; set data.probe_source to null")

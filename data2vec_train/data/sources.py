@@ -224,6 +224,51 @@ class FolderSource(Source):
         return self._labels
 
 
+class ManifestSource(Source):
+    """Files listed in a manifest of fairseq: the root directory, then one "relative/path<TAB>frames" on each line.
+
+    Args:
+        path: The .tsv file.
+
+    Raises:
+        DataError: the manifest is missing, is not one, is empty, or its root directory does not exist.
+    """
+
+    class_names = None
+
+    def __init__(self, *, path: str):
+        manifest = Path(path).expanduser()
+        try:
+            lines = manifest.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError as error:
+            raise DataError(missing(manifest)) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{manifest} cannot be read as a manifest ({reason(error)})") from error
+        if len(lines) < 2:
+            raise DataError(f"{manifest} lists no files: expected a directory, then lines of path<TAB>frames")
+        self._root = Path(lines[0].strip()).expanduser()
+        if not self._root.is_dir():
+            raise DataError(f"{manifest}, line 1: {missing(self._root)}")
+        files = []
+        for number, line in enumerate(lines[1:], start=2):
+            file, tab, frames = line.rpartition("\t")
+            if not tab or not file or not frames.strip().isdigit():
+                raise DataError(f"{manifest}, line {number}: expected path<TAB>frames, got {line[:80]!r}")
+            files.append(os.fsencode(file))
+        self._files = np.array(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> RawSample:
+        relative = os.fsdecode(self._files[index])
+        return RawSample(relative, self._root / relative)
+
+    def labels(self) -> None:
+        """A manifest has no labels."""
+        return
+
+
 def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]) -> Iterator[str]:
     """Relative "/" paths of the accepted files below `root`; the extensions of the others are counted in `ignored`."""
     unreadable: list[OSError] = []

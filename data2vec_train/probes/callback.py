@@ -104,24 +104,29 @@ class ProbeCallback(L.Callback):
             self._measure(trainer, pl_module.objective.student, "trained")
             self._explain(trainer, pl_module, "trained")
             if step == trainer.max_steps:
-                self._measure(trainer, pl_module.objective.teacher.encoder, "teacher")
+                teacher = pl_module.objective.teacher
+                embedder = pl_module.objective.student if teacher.share_embeddings else None
+                self._measure(trainer, teacher.encoder, "teacher", embedder=embedder)
             self.seconds += time.perf_counter() - start
             # For the checkpoint callback; the loggers get their row from the monitor.
             pl_module.log_dict(self.metrics, logger=False)
 
-    def _measure(self, trainer: L.Trainer, encoder: ModalityEncoder, which: str) -> None:
+    def _measure(
+        self, trainer: L.Trainer, encoder: ModalityEncoder, which: str, *, embedder: ModalityEncoder | None = None
+    ) -> None:
         data: DataModule = trainer.datamodule
+        how = {"pooling": self.pooling, "embedder": embedder}
         with trainer.precision_plugin.forward_context():
             if data.test_set is not None:
-                fit = encode(encoder, data.evaluation_batches(data.fit_set), self.pooling)
-                test = encode(encoder, data.evaluation_batches(data.test_set), self.pooling)
+                fit = encode(encoder, data.evaluation_batches(data.fit_set), **how)
+                test = encode(encoder, data.evaluation_batches(data.test_set), **how)
                 self._score(which, fit, test)
                 self.ranks[which] = rankme(test.features[: self.rank_samples])
             else:
                 subset = data.training_subset(self.rank_samples)
                 if subset is None:
                     return
-                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset), self.pooling).features)
+                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset), **how).features)
         if which != "teacher":
             self.metrics["probe/rankme"] = self.ranks[which]
 
@@ -180,14 +185,16 @@ def raw_input(raw: RawFeatures, batches: Iterable[Batch]) -> Labelled:
 
 
 @torch.no_grad()
-def encode(encoder: ModalityEncoder, batches: Iterable[Batch], pooling: Pooling) -> Labelled:
-    """Pooled features of every sample, in evaluation mode, float32.
+def encode(
+    encoder: ModalityEncoder, batches: Iterable[Batch], *, pooling: Pooling, embedder: ModalityEncoder | None = None
+) -> Labelled:
+    """Pooled features of every sample, in evaluation mode, float32; for `embedder` see `token_features`.
 
     Raises:
         CollapseError: features that are not finite.
     """
     features, labels = [], []
-    for tokens, token_mask, batch in token_features(encoder, batches):
+    for tokens, token_mask, batch in token_features(encoder, batches, embedder):
         features.append(pool(tokens, token_mask, pooling).cpu().numpy())
         labels.append(None if batch.labels is None else batch.labels.numpy())
     if not all(np.isfinite(part).all() for part in features):
@@ -209,16 +216,22 @@ def pool(tokens: Tensor, token_mask: Tensor | None, pooling: Pooling) -> Tensor:
 
 @torch.no_grad()
 def token_features(
-    encoder: ModalityEncoder, batches: Iterable[Batch]
+    encoder: ModalityEncoder, batches: Iterable[Batch], embedder: ModalityEncoder | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, Batch]]:
-    """Yield (tokens (B, T, D) float32, their mask (B, T) or None, batch); the encoder's mode is restored afterwards."""
+    """Yield (tokens (B, T, D) float32, their mask (B, T) or None, batch) in evaluation mode.
+
+    A teacher without embeddings of its own needs the student as `embedder`. Modes are restored afterwards.
+    """
     device = next(encoder.parameters()).device
-    was_training = encoder.training
-    encoder.eval()
+    embedder = embedder or encoder
+    modes = [(one, one.training) for one in (encoder, embedder)]
     try:
         for batch in batches:
+            encoder.eval()
+            embedder.eval()
             moved = batch.to(device)
-            tokens, token_mask = encoder.embed(moved.inputs, moved.attention_mask)
+            tokens, token_mask = embedder.embed(moved.inputs, moved.attention_mask)
             yield encoder.contextualize(tokens, token_mask).tokens.float(), token_mask, batch
     finally:
-        encoder.train(was_training)
+        for one, was_training in modes:
+            one.train(was_training)

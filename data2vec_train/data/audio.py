@@ -1,0 +1,445 @@
+"""Speech and other recordings: from files or bytes to normalised waveforms, without reading more than is needed.
+
+soundfile decodes (its wheels bring libsndfile: wav, flac, ogg, opus, mp3 and more), torchaudio resamples. A recording
+that is too long to be one utterance is cut into segments, each an utterance of its own. Letters: S samples, C channels.
+"""
+
+import functools
+import hashlib
+import io
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.errors import BadSample, ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+MAX_RATE_HZ = 1_000_000
+HEADER_THREADS = 8
+WINDOW_SECONDS, HOP_SECONDS, NUM_MELS = 0.025, 0.010, 80  # of log-mel spectrograms
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a recording."""
+
+    value: bytes | Path | np.ndarray
+    start_seconds: float
+    seconds: float | None  # None = to the end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One recording
+
+
+def decode_audio(
+    value: Segment | bytes | Path | np.ndarray, *, sample_rate_hz: int, channels: int, min_seconds: float
+) -> np.ndarray:
+    """A waveform, float32, (S,) for one channel or (C, S).
+
+    Args:
+        value: file content, a file, or part of one; of a file only that part is read. An array (S,) or (C, S) of
+            floats or 16-bit integers counts as already being at `sample_rate_hz`.
+        sample_rate_hz: of the result.
+        channels: C. One mixes whatever there is; more must be what the file has.
+        min_seconds: shorter waveforms are refused.
+
+    Raises:
+        BadSample: not a usable recording; the text is a short reason.
+    """
+    segment = value if isinstance(value, Segment) else Segment(value, 0.0, None)
+    if isinstance(segment.value, np.ndarray):
+        waveform, rate = _from_array(segment, sample_rate_hz), sample_rate_hz  # (S, C)
+    else:
+        waveform, rate = _read_segment(segment)
+    if not np.isfinite(waveform).all():
+        raise BadSample("values that are not finite")
+    if channels == 1:
+        waveform = waveform.mean(axis=1, keepdims=True)
+    elif waveform.shape[1] != channels:
+        raise BadSample(f"{waveform.shape[1]} channels, expected modality.channels={channels}")
+    if len(waveform) < min_seconds * rate - 1:
+        raise BadSample(f"{len(waveform) / rate:.3f} s, shorter than modality.min_seconds={min_seconds:g}")
+    if not (waveform != waveform[0]).any():
+        raise BadSample("silence: all samples are equal")
+    waveform = np.ascontiguousarray(waveform.T)  # (C, S)
+    if rate != sample_rate_hz:
+        waveform = _resampler(rate, sample_rate_hz)(torch.from_numpy(waveform)).numpy()
+    return waveform[0] if channels == 1 else waveform
+
+
+def _read_segment(segment: Segment) -> tuple[np.ndarray, int]:
+    """Frames of a segment, (S, C) float32, and their rate."""
+    with _opened(segment.value) as file:
+        rate = file.samplerate
+        start = min(round(segment.start_seconds * rate), file.frames)
+        wanted = file.frames - start if segment.seconds is None else round(segment.seconds * rate)
+        wanted = min(wanted, file.frames - start)
+        try:
+            if start:
+                file.seek(start)
+            waveform = file.read(wanted, dtype="float32", always_2d=True)
+        except RuntimeError as error:  # soundfile.LibsndfileError is one
+            raise BadSample(f"broken audio file: {_first_line(error)}") from error
+    # Some encoders write a length that is off by a frame or two of theirs.
+    if len(waveform) < wanted - max(0.1 * rate, 0.02 * wanted):
+        raise BadSample(f"truncated: {len(waveform)} frames of {wanted} that its header promises")
+    return waveform, rate
+
+
+def _opened(value: bytes | Path) -> Any:
+    """An open `soundfile.SoundFile`."""
+    import soundfile
+
+    try:
+        if isinstance(value, Path):
+            if value.stat().st_size == 0:
+                raise BadSample("empty file")
+            file = soundfile.SoundFile(value)
+        else:
+            if not value:
+                raise BadSample("empty file")
+            file = soundfile.SoundFile(io.BytesIO(value))
+    except FileNotFoundError as error:
+        raise BadSample("file is missing") from error
+    except PermissionError as error:
+        raise BadSample("not readable: permission denied") from error
+    except OSError as error:
+        raise BadSample(f"not readable: {error.strerror or error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: raw formats, which have no header
+        raise BadSample(f"not an audio file: {_first_line(error)}") from error
+    if not 0 < file.samplerate <= MAX_RATE_HZ:
+        raise BadSample(f"a sample rate of {file.samplerate} Hz")
+    if file.frames < 1:
+        raise BadSample("no samples")
+    return file
+
+
+def _from_array(segment: Segment, rate: int) -> np.ndarray:
+    array = np.atleast_2d(segment.value)
+    if array.ndim != 2:
+        raise BadSample(f"an array of shape {segment.value.shape}; expected (samples,) or (channels, samples)")
+    if array.dtype == np.int16:
+        array = array / np.float32(2**15)
+    if array.dtype.kind != "f":
+        raise BadSample(f"{array.dtype} array; expected floats or int16")
+    start = round(segment.start_seconds * rate)
+    stop = array.shape[1] if segment.seconds is None else start + round(segment.seconds * rate)
+    return array.T[start:stop].astype(np.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(source_hz: int, target_hz: int) -> Any:
+    from torchaudio.transforms import Resample
+
+    return Resample(source_hz, target_hz)  # keeps its filter: computing it takes longer than applying it
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class AudioTransform:
+    """From a decoded waveform to the tensor a model takes.
+
+    Cropping to the length of a batch happens afterwards, so that an utterance is normalised as a whole, as in the
+    originals (spec 2.1).
+
+    Args:
+        normalise: every channel to mean 0 and variance 1 over the utterance (eps 1e-5).
+        sample_rate_hz: of the waveforms.
+        max_seconds: evaluation uses no more than the first so many seconds.
+    """
+
+    def __init__(self, *, normalise: bool, sample_rate_hz: int, max_seconds: float) -> None:
+        self.normalise = normalise
+        self.max_samples = round(max_seconds * sample_rate_hz)
+
+    def train(self, waveform: np.ndarray) -> Tensor:
+        """Waveform (S,) or (C, S) float32 -> the same shape."""
+        tensor = torch.from_numpy(waveform)
+        return F.layer_norm(tensor, tensor.shape[-1:]) if self.normalise else tensor
+
+    def evaluate(self, waveform: np.ndarray) -> Tensor:
+        """See `train`; at most `max_seconds` of it."""
+        return self.train(waveform)[..., : self.max_samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many recordings
+
+
+def prepare_audio(
+    source: Source | StreamingSource,
+    *,
+    sample_rate_hz: int,
+    min_seconds: float,
+    segment_seconds: float,
+    cache_dir: str | None,
+) -> Source | StreamingSource:
+    """Recordings cut into utterances whose lengths are known; see `AudioSegments`, `StreamedSegments`."""
+    if not 0 <= min_seconds <= segment_seconds:
+        raise ConfigError(
+            f"min_seconds={min_seconds} and segment_seconds={segment_seconds}; expected 0 <= min <= segment"
+        )
+    options = {"sample_rate_hz": sample_rate_hz, "min_seconds": min_seconds, "segment_seconds": segment_seconds}
+    if isinstance(source, StreamingSource):
+        return StreamedSegments(source, **options)
+    return AudioSegments(source, cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(), **options)
+
+
+class AudioSegments(Source):
+    """Utterances of another source.
+
+    Durations come from file headers, read once by a few threads and, for files, kept in `cache_dir`. Recordings longer
+    than `segment_seconds` are cut into equal parts of at most that length: an epoch visits all of a long recording, and
+    no more than one part of it is ever in memory. What is shorter than `min_seconds` is left out.
+
+    Attributes:
+        too_short: (key, reason) of recordings that are sound but shorter than `min_seconds`.
+
+    Args:
+        source: recordings as bytes, files or arrays.
+        sample_rate_hz: the rate at which lengths count.
+        min_seconds: see above.
+        segment_seconds: see above.
+        cache_dir: where durations of files are kept; None = nowhere.
+
+    Raises:
+        DataError: nothing usable is left.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        sample_rate_hz: int,
+        min_seconds: float,
+        segment_seconds: float,
+        cache_dir: Path | None,
+    ) -> None:
+        self.source = source
+        self.class_names = source.class_names
+        seconds, rejected = _durations(source, sample_rate_hz, cache_dir)
+        self.rejected = (*source.rejected, *rejected)
+        short = np.flatnonzero(seconds < min_seconds - 1e-9)  # NaN, a broken one, is not
+        self.too_short = tuple(
+            (source[int(row)].key, f"{seconds[row]:.3f} s, shorter than modality.min_seconds={min_seconds:g}")
+            for row in short
+        )
+        usable = np.flatnonzero(seconds >= min_seconds - 1e-9)
+        if not len(usable):
+            first = next(iter(self.rejected + self.too_short), ("", "no recordings"))
+            raise DataError(
+                f"none of {len(source)} recordings can be used; the first is {first[0]}: {first[1]}. Give other data, "
+                "or lower modality.min_seconds"
+            )
+        parts = np.maximum(np.ceil(seconds[usable] / segment_seconds), 1).astype(np.int64)
+        self._records = np.repeat(usable, parts)  # of each segment
+        self._seconds = np.repeat(seconds[usable] / parts, parts)
+        first = np.repeat(np.cumsum(parts) - parts, parts)
+        self._part = np.arange(len(first)) - first
+        self._cut = np.repeat(parts > 1, parts)
+        self.lengths = np.floor(self._seconds * sample_rate_hz + 1e-6).astype(np.int64)
+        log.info(
+            "%d recordings, %.1f hours, as %d utterances; %d are shorter than modality.min_seconds=%g%s, %d broken",
+            len(usable),
+            seconds[usable].sum() / 3600,
+            len(self),
+            len(short),
+            min_seconds,
+            f" (such as {self.too_short[0][0]})" if self.too_short else "",
+            len(self.rejected),
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> RawSample:
+        raw = self.source[int(self._records[index])]
+        if not self._cut[index]:
+            return RawSample(raw.key, Segment(raw.value, 0.0, None), raw.label)
+        return _segment(raw, float(self._part[index] * self._seconds[index]), float(self._seconds[index]))
+
+    def labels(self) -> np.ndarray | None:
+        """Labels of the recordings, one for each utterance."""
+        labels = self.source.labels()
+        return None if labels is None else labels[self._records]
+
+    def groups(self) -> np.ndarray:
+        """Number of the recording, or of the group it belongs to."""
+        groups = self.source.groups()
+        return self._records if groups is None else groups[self._records]
+
+
+class StreamedSegments(StreamingSource):
+    """The same for a stream: durations are found on the way. Options as in `AudioSegments`."""
+
+    def __init__(
+        self, source: StreamingSource, *, sample_rate_hz: int, min_seconds: float, segment_seconds: float
+    ) -> None:
+        self.source = source
+        self.class_names = source.class_names
+        self.sample_rate_hz = sample_rate_hz
+        self.min_seconds = min_seconds
+        self.segment_seconds = segment_seconds
+
+    def stream(self, **place: int) -> Iterator[RawSample]:
+        """See `StreamingSource.stream`; broken recordings come through, for whoever decodes them to report."""
+        short = 0
+        for raw in self.source.stream(**place):
+            try:
+                seconds = _seconds(raw.value, self.sample_rate_hz)
+            except BadSample:
+                yield raw
+                continue
+            if seconds < self.min_seconds:
+                short += 1
+                continue
+            parts = max(1, int(np.ceil(seconds / self.segment_seconds)))
+            for part in range(parts):
+                yield raw if parts == 1 else _segment(raw, part * seconds / parts, seconds / parts)
+        if short:
+            log.info("%d recordings are shorter than modality.min_seconds=%g", short, self.min_seconds)
+
+
+def _segment(raw: RawSample, start: float, seconds: float) -> RawSample:
+    return RawSample(f"{raw.key}@{start:.0f}s", Segment(raw.value, start, seconds), raw.label)
+
+
+def _seconds(value: bytes | Path | np.ndarray | str, sample_rate_hz: int) -> float:
+    """Duration by the header, without decoding."""
+    if isinstance(value, np.ndarray):
+        return value.shape[-1] / sample_rate_hz
+    if isinstance(value, str):
+        raise BadSample("a text, not a recording")
+    with _opened(value) as file:
+        return file.frames / file.samplerate
+
+
+def _durations(
+    source: Source, sample_rate_hz: int, cache_dir: Path | None
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Seconds of every record, (n,) float64, NaN for those that cannot be opened, and (key, reason) of these."""
+    cached = _cache_file(source, cache_dir)
+    if cached is not None and cached.exists():
+        with np.load(cached, allow_pickle=False) as archive:
+            pairs = zip(archive["keys"].tolist(), archive["reasons"].tolist(), strict=True)
+            return archive["seconds"], list(pairs)
+    started = reported = time.monotonic()
+    seconds = np.full(len(source), np.nan)
+    rejected: list[tuple[str, str]] = []
+
+    def measure(row: int) -> float | tuple[str, str]:
+        key = f"#{row}"
+        try:
+            raw = source[row]
+            key = raw.key
+            return _seconds(raw.value, sample_rate_hz)
+        except BadSample as error:
+            return key, str(error)
+
+    # In portions: an executor hands out all its work at once, and keeps the results of what nobody has read yet.
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        for start in range(0, len(source), 1024):
+            rows = range(start, min(start + 1024, len(source)))
+            for row, found in zip(rows, pool.map(measure, rows), strict=True):
+                if isinstance(found, tuple):
+                    rejected.append(found)
+                else:
+                    seconds[row] = found
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                log.info("read the headers of %d of %d recordings", rows.stop, len(source))
+    if cached is not None and time.monotonic() - started > 1:
+        _save(cached, seconds, rejected)
+    return seconds, rejected
+
+
+def _cache_file(source: Source, cache_dir: Path | None) -> Path | None:
+    """Where the durations of these very files are kept; None unless all records are files."""
+    if cache_dir is None or not len(source):
+        return None
+    identity = hashlib.sha256()
+    try:
+        for row in range(len(source)):
+            value = source[row].value
+            if not isinstance(value, Path):
+                return None
+            stat = value.stat() if value.exists() else None
+            identity.update(f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "replace"))
+    except BadSample:
+        return None
+    return cache_dir / "durations" / f"{identity.hexdigest()[:32]}.npz"
+
+
+def _save(path: Path, seconds: np.ndarray, rejected: list[tuple[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    keys, reasons = (np.array([pair[part] for pair in rejected], dtype=str) for part in (0, 1))
+    with unfinished.open("wb") as file:
+        np.savez(file, seconds=seconds, keys=keys, reasons=reasons)
+    os.replace(unfinished, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectrograms: the baseline of the probes, and pictures
+
+
+def log_mel(waveform: Tensor | np.ndarray, *, sample_rate_hz: int) -> np.ndarray:
+    """Log-mel spectrogram of one waveform (S,): (mels, frames), a frame every 10 ms, natural logarithm of power."""
+    return _log_mel(torch.as_tensor(waveform)[None], sample_rate_hz)[0].numpy()
+
+
+def log_mel_statistics(waveforms: Tensor, lengths: Tensor, *, sample_rate_hz: int) -> np.ndarray:
+    """Mean and standard deviation over time of each log-mel channel, (B, 2 * mels).
+
+    Args:
+        waveforms: (B, S), or (B, C, S), of which the channels are averaged.
+        lengths: (B,) real samples of each; frames that reach beyond are left out, but for the first.
+        sample_rate_hz: their rate.
+    """
+    if waveforms.dim() == 3:
+        waveforms = waveforms.mean(dim=1)
+    mels = _log_mel(waveforms.float(), sample_rate_hz)  # (B, mels, frames)
+    hop = round(HOP_SECONDS * sample_rate_hz)
+    real = torch.arange(mels.shape[-1]) < (lengths[:, None] // hop).clamp(min=1)  # (B, frames)
+    weight = (real / real.sum(dim=1, keepdim=True))[:, None]  # (B, 1, frames)
+    mean = (mels * weight).sum(dim=-1)
+    deviation = ((mels - mean[..., None]).square() * weight).sum(dim=-1).sqrt()
+    return torch.cat([mean, deviation], dim=1).numpy()
+
+
+def _log_mel(waveforms: Tensor, sample_rate_hz: int) -> Tensor:
+    return (_mel_spectrogram(sample_rate_hz)(waveforms) + 1e-6).log()
+
+
+@functools.lru_cache(maxsize=4)
+def _mel_spectrogram(sample_rate_hz: int) -> Any:
+    from torchaudio.transforms import MelSpectrogram
+
+    window = max(round(WINDOW_SECONDS * sample_rate_hz), 16)
+    size = 1 << (window - 1).bit_length()
+    # Low mel channels are narrower than a bin of a short transform, and would stay empty: a longer one, or fewer mels.
+    mels = min(NUM_MELS, size // 4)
+    return MelSpectrogram(
+        sample_rate=sample_rate_hz,
+        n_fft=4 * size,
+        win_length=window,
+        hop_length=max(round(HOP_SECONDS * sample_rate_hz), 1),
+        n_mels=mels,
+        center=True,
+        pad_mode="constant",
+    )

@@ -1,0 +1,507 @@
+"""Text: from files and rows to blocks of token ids, tokenized once and kept memory-mapped.
+
+A *document* is a text file, a line of a .jsonl file, a row of a table. It becomes one sequence of ids, which is cut
+into blocks: the token that starts a text, then as many ids as fit. Whole sentences are not kept together.
+"""
+
+import bz2
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
+from data2vec_train.data.tokenizer import Tokenizer, batched
+from data2vec_train.errors import BadSample, DataError
+
+log = logging.getLogger(__name__)
+
+BATCH_CHARACTERS = 4_000_000  # tokenized at once
+TRAINING_CHARACTERS = 200_000_000  # of a stream or a corpus, to train a tokenizer on
+MAX_BAG = 8192
+OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+BOMS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+# Of the control characters, texts have tabs, line ends, form feeds and vertical tabs.
+CONTROL = {chr(code): None for code in (*range(9), *range(14, 32), 127)}
+
+Document = tuple[str, int | None, str | BadSample]  # key, label, text or why there is none
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
+    """The text of a file.
+
+    Args:
+        raw: its content.
+        encodings: tried in this order; a byte order mark of UTF-16 or UTF-32 goes first.
+
+    Raises:
+        BadSample: no text in any of them.
+    """
+    if not raw.strip():
+        raise BadSample("empty file")
+    marked = [name for mark, name in BOMS if raw.startswith(mark)][:1]
+    if not marked and b"\x00" in raw:
+        raise BadSample("a binary file")
+    for encoding in [*marked, *encodings]:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if len(text) != len(text.translate(CONTROL)):
+            raise BadSample("a binary file: control characters")
+        return text
+    raise BadSample(f"not a text in {' or '.join(encodings)}")
+
+
+def documents(
+    sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None
+) -> Iterator[Document]:
+    """The documents of one record, broken ones with a `BadSample` for a text.
+
+    Args:
+        sample: a text, or a file: .jsonl (also .gz, .xz, .bz2) and .parquet have one document per row, anything else
+            is a text file.
+        encodings: see `decode_text`.
+        column: where tables have the text.
+        separator: of documents in a text file; None = a file is one document.
+    """
+    value = sample.value
+    if isinstance(value, str):
+        yield sample.key, sample.label, value if value.strip() else BadSample("empty text")
+        return
+    name = value.name.lower() if isinstance(value, Path) else ""
+    try:
+        if name.endswith(".parquet"):
+            yield from _table_rows(sample, column)
+        elif name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2").endswith((".jsonl", ".ndjson")):
+            yield from _json_lines(sample, column)
+        else:
+            text = decode_text(value.read_bytes() if isinstance(value, Path) else bytes(value), encodings)
+            parts = [text] if separator is None else [part for part in text.split(separator) if part.strip()]
+            for number, part in enumerate(parts):
+                yield (sample.key if len(parts) == 1 else f"{sample.key}#{number}"), sample.label, part
+    except BadSample as error:
+        yield sample.key, None, error
+    except FileNotFoundError:
+        yield sample.key, None, BadSample("file is missing")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        yield sample.key, None, BadSample(f"not readable: {reason(error)}")
+
+
+def _json_lines(sample: RawSample, column: str) -> Iterator[Document]:
+    path = sample.value
+    with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            key = f"{sample.key}:{number}"
+            try:
+                text = json.loads(line)[column]
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"no field {column!r}" if isinstance(error, (KeyError, TypeError)) else "not a line of JSON"
+                yield key, None, BadSample(what)
+                continue
+            yield key, sample.label, _checked(text)
+
+
+def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(sample.value) as table:
+            if column not in table.schema_arrow.names:
+                raise BadSample(f"no column {column!r}; there are {', '.join(table.schema_arrow.names)}")
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    yield f"{sample.key}:{number}", sample.label, _checked(text)
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise BadSample(f"not a parquet file: {reason(error)}") from error
+
+
+def _checked(text: object) -> str | BadSample:
+    if not isinstance(text, str):
+        return BadSample(f"{type(text).__name__} instead of a text")
+    return text if text.strip() else BadSample("empty text")
+
+
+def _documents_of(source: Source, **how: Any) -> Iterator[Document]:
+    for row in range(len(source)):
+        try:
+            sample = source[row]
+        except BadSample as error:
+            yield f"#{row}", None, error
+            continue
+        yield from documents(sample, **how)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def prepare_text(
+    source: Source | StreamingSource,
+    *,
+    tokenizer_path: str | None,
+    train_vocab_size: int | None,
+    block_tokens: int,
+    cross_documents: bool,
+    min_tokens: int,
+    encodings: Sequence[str],
+    column: str,
+    separator: str | None,
+    cache_dir: str | None,
+    tokenizer: Tokenizer | None = None,
+) -> Source | StreamingSource:
+    """Blocks of token ids, see `TextBlocks` and `StreamedBlocks`; the tokenizer is their attribute `tokenizer`.
+
+    Args:
+        source: texts or files of texts.
+        tokenizer_path: see `tokenizer_facts`.
+        train_vocab_size: train a tokenizer of this size on `source` instead, on its first 200 million characters.
+        block_tokens: longest block, with the token that starts it.
+        cross_documents: let blocks run from one document into the next, with the token that ends a text between.
+        min_tokens: shorter documents and rests of documents are left out.
+        encodings: of files, tried in this order.
+        column: where .jsonl and .parquet files have the text.
+        separator: of documents in a text file.
+        cache_dir: where ids and trained tokenizers are kept; None = nowhere beyond this process.
+        tokenizer: use this one, whatever the other arguments say.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
+        DataError: nothing usable was found.
+    """
+    how = {"encodings": list(encodings), "column": column, "separator": separator}
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    if tokenizer is None and train_vocab_size is not None:
+        tokenizer = _trained(source, train_vocab_size, how, cache)
+    elif tokenizer is None:
+        tokenizer = Tokenizer.load(tokenizer_path)
+    options = {
+        "tokenizer": tokenizer,
+        "block_tokens": block_tokens,
+        "cross_documents": cross_documents,
+        "min_tokens": min_tokens,
+    }
+    if isinstance(source, StreamingSource):
+        return StreamedBlocks(source, **options, **how)
+    return TextBlocks(source, cache_dir=cache, **options, **how)
+
+
+def _trained(
+    source: Source | StreamingSource, vocab_size: int, how: dict[str, Any], cache: Path | None
+) -> Tokenizer:
+    identity = None if isinstance(source, StreamingSource) else _identity(source, how)
+    kept = None if cache is None or identity is None else cache / "tokenizers" / f"{identity[:24]}-{vocab_size}"
+    if kept is not None and (kept / "tokenizer.json").exists():
+        log.info("tokenizer of %d entries, from %s", vocab_size, kept)
+        return Tokenizer.load(str(kept))
+    started = time.monotonic()
+
+    def texts() -> Iterator[str]:
+        characters = 0
+        if isinstance(source, StreamingSource):
+            place = {"epoch": 0, "seed": 0, "worker": 0, "num_workers": 1, "rank": 0, "world_size": 1}
+            found = (one for sample in source.stream(**place) for one in documents(sample, **how))
+        else:
+            found = _documents_of(source, **how)
+        for _, _, text in found:
+            if isinstance(text, str):
+                yield text
+                characters += len(text)
+                if characters > TRAINING_CHARACTERS:
+                    return
+
+    tokenizer = Tokenizer.train(texts(), vocab_size=vocab_size)
+    log.info("trained a tokenizer of %d entries in %.0f s", vocab_size, time.monotonic() - started)
+    if kept is not None:
+        tokenizer.save(kept)
+    return tokenizer
+
+
+class TextBlocks(Source):
+    """Blocks of token ids of another source's documents.
+
+    All documents are tokenized at the start, in bounded memory, into one flat file of ids with an index, and mapped
+    into memory from there; a later run with the same data, tokenizer and settings finds the file in `cache_dir`.
+
+    Options as in `prepare_text`.
+
+    Raises:
+        DataError: no document can be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tokenizer: Tokenizer,
+        block_tokens: int,
+        cross_documents: bool,
+        min_tokens: int,
+        encodings: Sequence[str],
+        column: str,
+        separator: str | None,
+        cache_dir: Path | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.cross_documents = cross_documents
+        self.class_names = None if cross_documents else source.class_names
+        how = {"encodings": list(encodings), "column": column, "separator": separator}
+        self._folder = self._tokenized(source, how, cache_dir)
+        facts = json.loads((self._folder / "facts.json").read_text())
+        self.rejected = (*source.rejected, *(tuple(pair) for pair in facts["rejected"]))
+        self._ends = np.load(self._folder / "ends.npy", mmap_mode="r")  # of each document in the ids
+        self._labels = np.load(self._folder / "labels.npy", mmap_mode="r")
+        self._keys = np.load(self._folder / "keys.npy", mmap_mode="r")
+        self._ids: np.ndarray | None = None
+        self._content = block_tokens - 1
+        self._cut(min_tokens)
+        if not len(self):
+            first = next(iter(self.rejected), None)
+            why = f"the first is {first[0]}: {first[1]}" if first else f"all are shorter than {min_tokens} tokens"
+            raise DataError(f"no document of {len(source)} records can be used; {why}. Give other data")
+        log.info(
+            "%d documents, %.2f M tokens, as %d blocks; %d documents are shorter than modality.min_tokens=%d, %d broken",
+            len(self._ends),
+            (self._ends[-1] if len(self._ends) else 0) / 1e6,
+            len(self),
+            self.num_short,
+            min_tokens,
+            len(self.rejected),
+        )
+
+    def _tokenized(self, source: Source, how: dict[str, Any], cache_dir: Path | None) -> Path:
+        """The folder with the ids, made now unless it is there."""
+        identity = _identity(source, how, self.tokenizer.fingerprint)
+        if cache_dir is None:
+            folder = Path(tempfile.mkdtemp(prefix="data2vec_tokens_"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            _tokenize(source, self.tokenizer, how, folder)
+            return folder
+        kept = cache_dir / "tokens" / identity[:32]
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{kept.name}.", dir=kept.parent))
+            try:
+                _tokenize(source, self.tokenizer, how, folder)
+                if not kept.exists():  # another process may have been quicker
+                    os.replace(folder, kept)
+            except OSError:
+                if not kept.exists():
+                    raise
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return kept
+
+    def _cut(self, min_tokens: int) -> None:
+        """The index: first id, number of ids and document of each block."""
+        ends = np.asarray(self._ends, dtype=np.int64)
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        if self.cross_documents:
+            total = int(ends[-1]) if len(ends) else 0
+            self._first = np.arange(0, total - self._content + 1, self._content, dtype=np.int64)
+            self._count = np.full(len(self._first), self._content, dtype=np.int64)
+            self._document = np.searchsorted(ends, self._first, side="right")
+            self.num_short = 0
+        else:
+            sizes = ends - starts - 1  # without the id that ends a document
+            blocks = -(-sizes // self._content)
+            self._document = np.repeat(np.arange(len(ends)), blocks)
+            number = np.arange(len(self._document)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+            self._first = starts[self._document] + number * self._content
+            self._count = np.minimum(self._content, ends[self._document] - 1 - self._first)
+            enough = self._count >= min_tokens
+            self._document, self._first, self._count = (
+                one[enough] for one in (self._document, self._first, self._count)
+            )
+            self.num_short = int((sizes < min_tokens).sum())
+        self.lengths = self._count + 1
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: int) -> RawSample:
+        if self._ids is None:  # in every process of its own
+            width = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
+            self._ids = np.memmap(self._folder / "ids.bin", dtype=width, mode="r")
+        first, count, document = int(self._first[index]), int(self._count[index]), int(self._document[index])
+        block = np.empty(count + 1, dtype=np.int32)
+        block[0] = self.tokenizer.bos_id
+        block[1:] = self._ids[first : first + count]
+        key = f"{bytes(self._keys[document]).decode('utf-8', 'replace')}@{first - self._start(document)}"
+        label = None if self.cross_documents or self._labels[document] < 0 else int(self._labels[document])
+        return RawSample(key, block, label)
+
+    def _start(self, document: int) -> int:
+        return int(self._ends[document - 1]) if document else 0
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_ids": None}
+
+    def labels(self) -> np.ndarray | None:
+        """Labels of the documents, one for each block; None when blocks cross documents."""
+        return None if self.class_names is None else np.asarray(self._labels)[self._document]
+
+    def groups(self) -> np.ndarray | None:
+        """Number of the document; None when blocks cross documents."""
+        return None if self.cross_documents else self._document
+
+
+def _identity(source: Source, how: dict[str, Any], *more: str) -> str:
+    """A hash of all that the ids depend on: files by name, size and time, other records by content."""
+    digest = hashlib.sha256(json.dumps([how, *more], sort_keys=True).encode())
+    for row in range(len(source)):
+        try:
+            sample = source[row]
+        except BadSample as error:
+            digest.update(f"{row}:{error}\n".encode("utf-8", "replace"))
+            continue
+        value = sample.value
+        if isinstance(value, Path):
+            stat = value.stat() if value.exists() else None
+            value = f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}"
+        digest.update(f"{sample.key}|{sample.label}|".encode("utf-8", "replace"))
+        digest.update(value.encode("utf-8", "replace") if isinstance(value, str) else value)
+    return digest.hexdigest()
+
+
+def _tokenize(source: Source, tokenizer: Tokenizer, how: dict[str, Any], folder: Path) -> None:
+    """Write ids.bin, ends.npy, labels.npy, keys.npy and facts.json into `folder`."""
+    width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    rejected: list[tuple[str, str]] = []
+    ends, labels, keys = [], [], []
+    total, reported = 0, time.monotonic()
+
+    def good(found: Iterable[Document]) -> Iterator[Document]:
+        for key, label, text in found:
+            if isinstance(text, BadSample):
+                rejected.append((key, str(text)))
+            else:
+                yield key, label, text
+
+    with (folder / "ids.bin").open("wb") as file:
+        for batch in batched(good(_documents_of(source, **how)), characters=BATCH_CHARACTERS):
+            for (key, label, _), ids in zip(batch, tokenizer.encode_batch([one[2] for one in batch]), strict=True):
+                file.write(np.append(ids, tokenizer.eos_id).astype(width).tobytes())
+                total += len(ids) + 1
+                ends.append(total)
+                labels.append(-1 if label is None else label)
+                keys.append(key.encode("utf-8", "replace")[-200:])
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                log.info("tokenized %d documents, %.1f M tokens", len(ends), total / 1e6)
+    np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
+    np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
+    np.save(folder / "keys.npy", np.array(keys or [b""], dtype=bytes))
+    (folder / "facts.json").write_text(json.dumps({"rejected": rejected}))
+
+
+class StreamedBlocks(StreamingSource):
+    """The same for a stream: documents are tokenized on the way. Options as in `prepare_text`."""
+
+    def __init__(
+        self,
+        source: StreamingSource,
+        *,
+        tokenizer: Tokenizer,
+        block_tokens: int,
+        cross_documents: bool,
+        min_tokens: int,
+        encodings: Sequence[str],
+        column: str,
+        separator: str | None,
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.class_names = None if cross_documents else source.class_names
+        self.cross_documents = cross_documents
+        self.min_tokens = min_tokens
+        self._content = block_tokens - 1
+        self._how = {"encodings": list(encodings), "column": column, "separator": separator}
+
+    def stream(self, **place: int) -> Iterator[RawSample]:
+        """See `StreamingSource.stream`; a broken document comes as its `BadSample`, for `decode_tokens` to raise."""
+        rest, rest_key = np.empty(0, dtype=np.int32), ""
+        found = (one for sample in self.source.stream(**place) for one in documents(sample, **self._how))
+        for batch in batched(self._with_texts(found), characters=BATCH_CHARACTERS // 16):
+            texts = self.tokenizer.encode_batch([text for _, _, _, text in batch])
+            for (key, label, broken, _), ids in zip(batch, texts, strict=True):
+                if broken is not None:
+                    yield RawSample(key, broken, None)
+                elif self.cross_documents:
+                    rest = np.concatenate([rest, ids, [self.tokenizer.eos_id]]).astype(np.int32)
+                    rest_key = rest_key or key
+                    while len(rest) >= self._content:
+                        yield RawSample(f"{rest_key}+{len(rest)}", self._block(rest[: self._content]), None)
+                        rest, rest_key = rest[self._content :], key
+                else:
+                    for first in range(0, len(ids), self._content):
+                        part = ids[first : first + self._content]
+                        if len(part) >= self.min_tokens:
+                            yield RawSample(f"{key}@{first}", self._block(part), label)
+
+    @staticmethod
+    def _with_texts(found: Iterable[Document]) -> Iterator[tuple[str, int | None, BadSample | None, str]]:
+        for key, label, text in found:
+            yield (key, label, text, "") if isinstance(text, BadSample) else (key, label, None, text)
+
+    def _block(self, ids: np.ndarray) -> np.ndarray:
+        return np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)
+
+
+def decode_tokens(value: np.ndarray | BadSample) -> np.ndarray:
+    """The ids as they are.
+
+    Raises:
+        BadSample: the document could not be read.
+    """
+    if isinstance(value, BadSample):
+        raise value
+    return value
+
+
+class TokenTransform:
+    """Ids (T,) to an int64 tensor; there is nothing to augment."""
+
+    def train(self, ids: np.ndarray) -> Tensor:
+        """(T,) int64."""
+        return torch.from_numpy(ids.astype(np.int64))
+
+    def evaluate(self, ids: np.ndarray) -> Tensor:
+        """(T,) int64."""
+        return self.train(ids)
+
+
+def bag_of_tokens(ids: Tensor, attention_mask: Tensor | None, *, vocab_size: int) -> np.ndarray:
+    """log(1 + count) of each token id, (B, min(vocab_size, 8192)) float32; higher ids are rarer and left out.
+
+    Args:
+        ids: (B, T) int64.
+        attention_mask: (B, T) bool, True = real, or None.
+        vocab_size: number of ids.
+    """
+    size = min(vocab_size, MAX_BAG)
+    counted = ids < size if attention_mask is None else (ids < size) & attention_mask
+    counts = torch.zeros(len(ids), size).scatter_add_(1, ids.clamp(max=size - 1), counted.float())
+    return counts.log1p().numpy()
