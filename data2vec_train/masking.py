@@ -129,9 +129,10 @@ class RandomMasker(Masker):
 class SpanMasker(Masker):
     """Spans of fixed length around random starts, overlapping where they meet (data2vec 1.0 speech and text).
 
-    Of n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1), each hides
-    `span_tokens` positions. With starts "inside" (speech) they come from 0 ... T - span - 1, so that the last position
-    is never hidden (spec section 7, row 13); with "anywhere" (text) from all positions, and the last spans are cut off.
+    Of n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1), each
+    hides `span_tokens` positions. With starts "inside" (speech) they come from 0 ... T - span - 1, so that the last
+    position is never hidden (spec section 7, row 13); with "anywhere" (text) from all positions, and the last spans are
+    cut off.
 
     Source: fairseq's span masks as used by data2vec 1.0 (spec 2.1, 2.2): 0.65 and 10 for speech, of which about 49 %
     end up hidden; 0.35 and 4 for text, about 31 %.
@@ -163,8 +164,8 @@ class SpanMasker(Masker):
     ) -> None:
         if nominal_fraction <= 0 or span_tokens < 1 or min_spans < 0:
             raise ValueError(
-                f"nominal_fraction and span_tokens must be positive and min_spans not negative, got {nominal_fraction}, "
-                f"{span_tokens} and {min_spans}"
+                "nominal_fraction and span_tokens must be positive and min_spans not negative, got "
+                f"{nominal_fraction}, {span_tokens} and {min_spans}"
             )
         if starts not in ("inside", "anywhere"):
             raise ValueError(f"starts is 'inside' or 'anywhere', got {starts!r}")
@@ -275,13 +276,14 @@ class TokenCorruption:
         self.random_fraction = random_fraction
         self.keep_fraction = keep_fraction
 
-    def __call__(
-        self, ids: np.ndarray, hidden: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ids: np.ndarray, hidden: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Ids (T,) int and hidden (T,) bool -> ids as the student reads them, and where they are `mask_id` now."""
         positions = np.flatnonzero(hidden)
         chance = rng.random(len(positions))
-        if self.random_fraction + self.keep_fraction and not (chance >= self.random_fraction + self.keep_fraction).any():
+        if (
+            self.random_fraction + self.keep_fraction
+            and not (chance >= self.random_fraction + self.keep_fraction).any()
+        ):
             chance[rng.integers(len(positions))] = 1.0  # something has to be predicted
         swapped = positions[chance < self.random_fraction]
         masked = positions[chance >= self.random_fraction + self.keep_fraction]

@@ -28,6 +28,7 @@ HIDDEN_COLOUR = np.array([79, 91, 213], np.float32)  # neither black nor white n
 PANELS = {  # title: {label: column of metrics.csv}
     "Loss": {"": "train/loss"},
     "Spread (std) of the features": {"targets": "train/target_std", "predictions": "train/prediction_std"},
+    "Target variance explained, held out": {"": "heldout/explained"},
     "k-NN probe accuracy": {"pretrained": "probe/knn"},
     "Linear probe accuracy": {"pretrained": "probe/linear"},
     "RankMe: directions the features use": {"": "probe/rankme"},
@@ -88,12 +89,14 @@ def curves_section(metrics: Metrics, *, baselines: dict) -> Section:
         png = _curve_png(
             lines,
             levels=baselines.get(levels) or {},
-            fraction="accuracy" in title or "Share" in title,
+            fraction=any(word in title for word in ("accuracy", "Share", "variance")),
             from_zero=any(word in title for word in ("accuracy", "Share", "std")),
         )
         broken = sum(int((~np.isfinite(values)).sum()) for _, values in lines.values())
         note = f' <span class="bad">{broken} values are not finite</span>' if broken else ""
-        shown.append(f"<figure><figcaption>{title}{note}</figcaption>{_img(png, alt=title + ' over steps')}</figure>")
+        shown.append(
+            f"<figure><figcaption>{title}{note}</figcaption>{image_tag(png, alt=title + ' over steps')}</figure>"
+        )
     return Section(
         "Training curves",
         "In data2vec the loss often falls, then rises and levels off as the targets get richer, so a low loss is not a "
@@ -117,6 +120,7 @@ def probe_section(summary: dict) -> Section:
             rank_line,
         )
     rows, verdicts = [], []
+    raw_name = probe.get("raw_input_name", "raw input")
     for key, name in (("knn", "k-NN"), ("linear", "linear")):
         raw, untrained, trained = ((probe.get(key) or {}).get(kind) for kind in ("raw_input", "untrained", "trained"))
         gain = "–"
@@ -126,18 +130,42 @@ def probe_section(summary: dict) -> Section:
             verdict = f"{name}: pretraining {'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
             if raw is not None:
                 above = "above" if trained > raw else "below"
-                verdict += f"; the result is {100 * abs(trained - raw):.1f} points {above} the raw input"
+                verdict += f"; the result is {100 * abs(trained - raw):.1f} points {above} the {raw_name}"
             verdicts.append(f"{verdict}.")
         if probe.get(key):
             rows.append([f"<th>{name}</th>", *(_share_cell(share) for share in (raw, untrained, trained)), _td(gain)])
     details = {"fit_samples": "samples to fit", "test_samples": "to test", "classes": "classes", "weights": "weights"}
+    details["pooling"] = "as features"
     known = [f"{_value(probe[key])} {what}" for key, what in details.items() if key in probe]
+    note = f"<p>{escape(probe['note'])}</p>" if probe.get("note") else ""
     return Section(
         "What the features know",
         "A simple classifier on frozen features: k-NN has nothing to train, linear trains one layer. Trained should be "
         "clearly above untrained; above raw input as well means that the features beat the plain input values.",
-        _table(["probe", "raw input", "untrained", "trained", "gain over untrained, points"], rows)
-        + f'<p>{"<br>".join(verdicts)}</p>{"" if rankme is None else rank_line}<p class="quiet">{", ".join(known)}</p>',
+        table(["probe", escape(raw_name), "untrained", "trained", "gain over untrained, points"], rows)
+        + f"<p>{'<br>'.join(verdicts)}</p>{note}{'' if rankme is None else rank_line}"
+        + f'<p class="quiet">{", ".join(known)}</p>',
+    )
+
+
+def explained_section(summary: dict) -> Section | None:
+    """How well the pretext task is solved on held-out samples, from `summary["explained"]`; None if not measured."""
+    explained = summary.get("explained")
+    if not explained or "trained" not in explained:
+        return None
+    rows = [
+        [f"<th>{which}</th>", _td(f"{100 * explained[which]:.1f} %")]
+        for which in ("untrained", "trained")
+        if which in explained
+    ]
+    return Section(
+        "The task on held-out samples",
+        "Share of the variance of the teacher's features at hidden positions that the student predicts, on samples "
+        "that never trained it. 100 % is a perfect prediction, 0 % is no better than always answering with the mean, "
+        "below 0 is worse. The targets change with the teacher: the share may fall while the features get richer, so it "
+        "says that the task is being learnt, not how useful the features are.",
+        f"{table([], rows)}<p class='quiet'>{_value(explained['samples'])} held-out samples, "
+        f"{_value(explained['tokens'])} hidden positions</p>",
     )
 
 
@@ -153,7 +181,7 @@ def facts_section(summary: dict, *, command: str) -> Section:
     return Section(
         "The run",
         "What was run, and the numbers at its end. The command repeats it.",
-        f"{_table([], rows)}<pre>{escape(command)}</pre>",
+        f"{table([], rows)}<pre>{escape(command)}</pre>",
     )
 
 
@@ -171,10 +199,10 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
     for image, masks in zip(images, masked, strict=True):
         tile = _tile(image, side=TILE_PX)
         views = [
-            _img(_png(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
+            image_tag(_png(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
             for hidden in masks[:SHOWN_MASKS]
         ]
-        rows.append([_td(cell) for cell in (_img(_png(tile), alt="image"), *views)])
+        rows.append([_td(cell) for cell in (image_tag(_png(tile), alt="image"), *views)])
     lowest, highest = masked.mean(-1).min(), masked.mean(-1).max()
     between = f" (between {lowest:.1%} and {highest:.1%})" if highest - lowest > 5e-4 else ""
     return Section(
@@ -182,7 +210,7 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
         f"Blue patches are hidden from the student, which has to predict the teacher's features there; it sees only "
         f"the others. {masked.mean():.1%} of the {grid[0]} x {grid[1]} patches are hidden{between}. "
         f"Masks are drawn as: {drawn_as}.{_channel_note(images)}",
-        _table(["image", *(f"mask {view + 1}" for view in range(len(rows[0]) - 1))], rows, css="pictures"),
+        table(["image", *(f"mask {view + 1}" for view in range(len(rows[0]) - 1))], rows, css="pictures"),
     )
 
 
@@ -197,22 +225,22 @@ def pca_section(
         patches_trained: (n, T, D) float.
         grid: (h, w).
     """
-    untrained, untrained_share = _pca_colours(patches_untrained)
-    trained, trained_share = _pca_colours(patches_trained)
+    untrained, untrained_share = pca_colours(patches_untrained)
+    trained, trained_share = pca_colours(patches_trained)
     rows = []
     for image, *maps in zip(images, untrained, trained, strict=True):
         tile = _tile(image, side=TILE_PX)
         squares = [Image.fromarray(np.uint8(255 * colours.reshape(*grid, 3))) for colours in maps]
         pictures = [tile, *(map_.resize(tile.shape[1::-1], Image.Resampling.NEAREST) for map_ in squares)]
         names = ("input", "untrained", "trained")
-        rows.append([_td(_img(_png(np.asarray(p)), alt=name)) for p, name in zip(pictures, names, strict=True)])
+        rows.append([_td(image_tag(_png(np.asarray(p)), alt=name)) for p, name in zip(pictures, names, strict=True)])
     return Section(
         "Patch features as colours",
         "Patches of like colour have like features. Good features give the parts of an object their own colour, the "
         "same in every image; noise, a pattern that only follows the position, or one flat colour mean that little was "
         "learnt. Compare colours within a column, not between columns. The three components shown hold "
         f"{untrained_share:.0%} of the variance untrained and {trained_share:.0%} trained.{_channel_note(images)}",
-        _table(["input", "untrained", "trained"], rows, css="pictures"),
+        table(["input", "untrained", "trained"], rows, css="pictures"),
     )
 
 
@@ -236,7 +264,7 @@ def neighbours_section(
 
     def cell(image: np.ndarray, label: int | None, *, frame: str) -> str:
         name = "" if label is None else escape(str(label if class_names is None else class_names[int(label)]))
-        picture = _img(_png(_tile(image, side=NEIGHBOUR_TILE_PX)), alt=f"{frame} {name}", css=frame)
+        picture = image_tag(_png(_tile(image, side=NEIGHBOUR_TILE_PX)), alt=f"{frame} {name}", css=frame)
         return _td(f'{picture}<span class="name">{name}</span>')
 
     labelled = query_labels is not None and found_labels is not None
@@ -249,7 +277,7 @@ def neighbours_section(
             frames = ["neighbour" if label is None else "right" if label == wanted else "wrong" for label in labels]
             cells = [cell(*each, frame=frame) for *each, frame in zip(neighbours[query], labels, frames, strict=True)]
             rows.append([f"<th>{escape(feature)}</th>", *cells])
-        cards.append(_table([], rows))
+        cards.append(table([], rows))
     explanation = "Each image above the images whose features are most like its own, nearest first. "
     if labelled:
         same = {name: np.mean(found_labels[name] == np.asarray(query_labels)[:, None]) for name in found}
@@ -322,7 +350,7 @@ def _curve_png(lines: Metrics, *, levels: dict, fraction: bool, from_zero: bool)
     return png.getvalue()
 
 
-def _pca_colours(patches: np.ndarray) -> tuple[np.ndarray, float]:
+def pca_colours(patches: np.ndarray) -> tuple[np.ndarray, float]:
     """(n, T, D) features -> (n, T, 3) colours in [0, 1], and the share of the variance they hold.
 
     Grey (0.5) where there is nothing to show: a component without variance, a patch with a feature that is not finite.
@@ -375,12 +403,14 @@ def _png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _img(png: bytes, *, alt: str, css: str = "") -> str:
+def image_tag(png: bytes, *, alt: str, css: str = "") -> str:
+    """An <img> that holds the picture itself."""
     source = base64.b64encode(png).decode("ascii")
     return f'<img class="{css}" alt="{alt}" src="data:image/png;base64,{source}">'
 
 
-def _table(heads: list[str], rows: list[list[str]], *, css: str = "") -> str:
+def table(heads: list[str], rows: list[list[str]], *, css: str = "") -> str:
+    """A table of HTML cells, scrollable where it is too wide."""
     lines = [[f"<th>{head}</th>" for head in heads], *rows] if heads else rows
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
     return f'<div class="wide"><table class="{css}">{body}</table></div>'
@@ -412,11 +442,11 @@ def _value(value: object) -> str:
 
 CSS = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #1d2127; --quiet: #626a75; --line: #e2e5ea;
-  --accent: #3355cc; --bar: #dfe6fb; }
+  --accent: #3355cc; --bar: #dfe6fb; --mark: #b9c1fb; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14161a; --card: #1c1f25; --text: #e6e8eb; --quiet: #9aa2ad; --line: #30353d; --accent: #8ea6ff;
-    --bar: #2b3557; }
-  .charts img { filter: invert(0.88) hue-rotate(180deg); } }
+    --bar: #2b3557; --mark: #4149a8; }
+  .charts img, .wave { filter: invert(0.88) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
 body { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; background: var(--page); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -441,6 +471,15 @@ td, th { padding: 7px 20px 7px 0; border-bottom: 1px solid var(--line); }
 .charts img { width: 100%; height: auto; }
 figure { margin: 0; }
 figcaption { font-size: 14px; font-weight: 600; margin-bottom: 4px; }
+.clips figure { margin-bottom: 20px; }
+.wave { width: 100%; height: auto; }
+.tokens { font-size: 14.5px; line-height: 1.75; margin: 0 0 12px; overflow-wrap: anywhere; white-space: pre-wrap; }
+.tokens span { border-radius: 3px; }
+mark { background: var(--mark); color: inherit; border-radius: 3px; }
+.words { margin-bottom: 16px; font-size: 14.5px; }
+.words td { padding: 4px 20px 4px 0; }
+.label { max-width: 220px; overflow-wrap: anywhere; vertical-align: top; }
+.good { color: #1a9850; }
 .cards { display: flex; flex-wrap: wrap; gap: 24px 32px; overflow-x: auto; }
 .cards td, .cards th { border: 0; padding: 0 4px 4px 0; vertical-align: top; }
 .cards th { width: 72px; font-size: 13px; padding-top: 20px; }

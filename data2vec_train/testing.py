@@ -141,9 +141,7 @@ def _check_hiding(encoder: ModalityEncoder, tokens: Tensor, masks: Masks, mode: 
 
 def _check_padding(encoder: ModalityEncoder, inputs: Tensor, mode: MaskMode, atol: float) -> None:
     full = inputs.shape[-1]
-    short = next(
-        (n for n in range(full - 1, 1, -1) if encoder.token_count(n) <= 0.7 * encoder.token_count(full)), None
-    )
+    short = next((n for n in range(full - 1, 1, -1) if encoder.token_count(n) <= 0.7 * encoder.token_count(full)), None)
     assert short is not None, "token_count does not grow with the length, so lengths cannot vary"
     attention_mask = torch.ones(len(inputs), full, dtype=torch.bool, device=inputs.device)
     attention_mask[0, short:] = False

@@ -137,7 +137,9 @@ def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, see
         decode=untouched,
         transform=Jitter(),
         batching=None,
-        collator=Collator(masker=masker, views=1 if version == 1 else 3, grid=GRID, token_count=tokens_on_grid, seed=seed),
+        collator=Collator(
+            masker=masker, views=1 if version == 1 else 3, grid=GRID, token_count=tokens_on_grid, seed=seed
+        ),
         batch_size_per_device=batch,
         num_workers=num_workers,
         max_bad_fraction=0.0,

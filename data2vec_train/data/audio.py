@@ -329,9 +329,7 @@ def _seconds(value: bytes | Path | np.ndarray | str, sample_rate_hz: int) -> flo
         return file.frames / file.samplerate
 
 
-def _durations(
-    source: Source, sample_rate_hz: int, cache_dir: Path | None
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Seconds of every record, (n,) float64, NaN for those that cannot be opened, and (key, reason) of these."""
     cached = _cache_file(source, cache_dir)
     if cached is not None and cached.exists():
@@ -379,7 +377,9 @@ def _cache_file(source: Source, cache_dir: Path | None) -> Path | None:
             if not isinstance(value, Path):
                 return None
             stat = value.stat() if value.exists() else None
-            identity.update(f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "replace"))
+            identity.update(
+                f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "replace")
+            )
     except BadSample:
         return None
     return cache_dir / "durations" / f"{identity.hexdigest()[:32]}.npz"

@@ -33,7 +33,12 @@ BATCH_CHARACTERS = 4_000_000  # tokenized at once
 TRAINING_CHARACTERS = 200_000_000  # of a stream or a corpus, to train a tokenizer on
 MAX_BAG = 8192
 OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-BOMS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+BOMS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 # Of the control characters, texts have tabs, line ends, form feeds and vertical tabs.
 CONTROL = {chr(code): None for code in (*range(9), *range(14, 32), 127)}
 
@@ -70,9 +75,7 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
     raise BadSample(f"not a text in {' or '.join(encodings)}")
 
 
-def documents(
-    sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None
-) -> Iterator[Document]:
+def documents(sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None) -> Iterator[Document]:
     """The documents of one record, broken ones with a `BadSample` for a text.
 
     Args:
@@ -208,9 +211,7 @@ def prepare_text(
     return TextBlocks(source, cache_dir=cache, **options, **how)
 
 
-def _trained(
-    source: Source | StreamingSource, vocab_size: int, how: dict[str, Any], cache: Path | None
-) -> Tokenizer:
+def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, Any], cache: Path | None) -> Tokenizer:
     identity = None if isinstance(source, StreamingSource) else _identity(source, how)
     kept = None if cache is None or identity is None else cache / "tokenizers" / f"{identity[:24]}-{vocab_size}"
     if kept is not None and (kept / "tokenizer.json").exists():
@@ -282,7 +283,7 @@ class TextBlocks(Source):
             why = f"the first is {first[0]}: {first[1]}" if first else f"all are shorter than {min_tokens} tokens"
             raise DataError(f"no document of {len(source)} records can be used; {why}. Give other data")
         log.info(
-            "%d documents, %.2f M tokens, as %d blocks; %d documents are shorter than modality.min_tokens=%d, %d broken",
+            "%d documents, %.2f M tokens, as %d blocks; %d documents shorter than modality.min_tokens=%d, %d broken",
             len(self._ends),
             (self._ends[-1] if len(self._ends) else 0) / 1e6,
             len(self),

@@ -8,12 +8,8 @@ from data2vec_train.data.dataset import Sample
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.pictures.shared import features_of, good_samples, masks_of, neighbours, shown_set
 from data2vec_train.probes.raw import log_mel
-from data2vec_train.report import (
-    Section,
-    audio_masks_section,
-    sequence_features_section,
-    text_neighbours_section,
-)
+from data2vec_train.report import Section
+from data2vec_train.report_sequences import audio_masks_section, sequence_features_section, text_neighbours_section
 
 NUM_CLIPS = 4
 NUM_QUERIES = 6
@@ -43,7 +39,6 @@ def pictures(
             names[:NUM_CLIPS],
             features_of(untrained, clips),
             features_of(student, clips),
-            axis_label="seconds",
             seconds_per_token=float(np.prod(student.token_count.strides)) / sample_rate_hz,
         ),
     ]

@@ -7,16 +7,15 @@ from data2vec_train.data.dataset import EvaluationDataset, Sample
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.pictures.shared import features_of, good_samples, masks_of, neighbours, shown_set
 from data2vec_train.probes.raw import token_counts
-from data2vec_train.report import Section, text_neighbours_section, token_features_section, tokens_section
+from data2vec_train.report import Section
+from data2vec_train.report_sequences import text_neighbours_section, token_features_section, tokens_section
 
 NUM_DOCUMENTS = 4
 NUM_NEIGHBOURS = 3
 FIRST_WORDS = 24
 
 
-def pictures(
-    *, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str
-) -> list[Section]:
+def pictures(*, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str) -> list[Section]:
     """Sections for the report; see `pictures.vision.pictures`."""
     shown = shown_set(data)
     if shown is None:

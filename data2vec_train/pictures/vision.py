@@ -12,9 +12,7 @@ NUM_IMAGES = 6
 NUM_NEIGHBOURS = 6
 
 
-def pictures(
-    *, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str
-) -> list[Section]:
+def pictures(*, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str) -> list[Section]:
     """Sections for the report.
 
     Args:

@@ -204,7 +204,7 @@ def encode(
 
 
 def pool(tokens: Tensor, token_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Tokens (B, T, D), token_mask (B, T) bool or None -> (B, D), or (B, 2 D) with the deviation; padding is left out."""
+    """Tokens (B, T, D), mask (B, T) bool or None -> (B, D), or (B, 2 D) with the deviation; padding is left out."""
     real = tokens.new_ones(tokens.shape[:2]) if token_mask is None else token_mask.to(tokens.dtype)
     weight = (real / real.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
     mean = (tokens * weight).sum(dim=1)

@@ -19,9 +19,9 @@ from data2vec_train.report import (
     facts_section,
     probe_section,
     read_metrics,
-    sequence_masks_section,
     write_report,
 )
+from data2vec_train.report_sequences import sequence_masks_section
 
 # How the masks of each masker look, in one phrase.
 DRAWN_AS = {

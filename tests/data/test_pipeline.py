@@ -128,7 +128,9 @@ def test_every_epoch_has_each_sample_once_and_no_batch_is_short(count, batch_siz
 
 def test_order_changes_with_epoch_and_seed_and_with_nothing_else():
     def order(epoch, **options):
-        return [key.index for key in keys_of(20, batches=10, batch_size=4, **{"seed": 0} | options) if key.epoch == epoch]
+        return [
+            key.index for key in keys_of(20, batches=10, batch_size=4, **{"seed": 0} | options) if key.epoch == epoch
+        ]
 
     assert order(0) == order(0)
     assert order(0) != order(1)
