@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 import data2vec_train.masking as masking
-from data2vec_train.masking import BlockMasker, InverseBlockMasker, RandomMasker
+from data2vec_train.masking import (
+    Block1dMasker,
+    BlockMasker,
+    InverseBlockMasker,
+    RandomMasker,
+    SpanMasker,
+    TokenCorruption,
+)
 
 RECORDED = json.loads((Path(__file__).parent / "statistics.json").read_text())
 DRAWS = 2000
@@ -222,3 +229,213 @@ def test_hiding_nothing_or_everything_is_refused(make, fraction):
 def test_block_maskers_refuse_sequences(masker):
     with pytest.raises(ValueError, match=f"{type(masker).__name__} needs a grid of 10 tokens"):
         masker(10, None, np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------------------------------- 1.0 speech and text, spans
+
+
+def spans(**changes) -> SpanMasker:
+    options = {"nominal_fraction": 0.65, "span_tokens": 10, "min_spans": 1, "starts": "inside", "equalise_by": "count"}
+    return SpanMasker(**options | changes)
+
+
+TEXT = spans(nominal_fraction=0.35, span_tokens=4, min_spans=0, starts="anywhere", equalise_by="none")
+
+
+def batches(masker, lengths: list[int], count: int, seed: int = 0) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [masker.equalise([masker(length, None, rng) for length in lengths], rng) for _ in range(count)]
+
+
+def number_of_runs(hidden: np.ndarray) -> np.ndarray:
+    return (np.diff(hidden.astype(int), axis=1, prepend=0) == 1).sum(axis=1)
+
+
+def assert_same_spans(hidden: np.ndarray, recorded: dict, independent: int) -> None:
+    """`independent` rows or batches: equalised rows of a batch hide equally many, and count once."""
+    scale = np.sqrt(DRAWS / independent)
+    assert_same_mean(hidden.mean(), recorded["frac_mean"], recorded["frac_std"] * scale)
+    assert_same_mean(
+        number_of_runs(hidden).mean(), recorded["runs_per_sample_mean"], recorded["runs_per_sample_std"] * scale
+    )
+    length, std = ratio_and_std(hidden.sum(axis=1), number_of_runs(hidden))
+    assert_same_mean(length, recorded["run_len_mean"], std * scale)
+    for position, share in [*enumerate(recorded["p_first5"]), *enumerate(recorded["p_last5"], start=-5)]:
+        # The same position of different rows is drawn independently, but for the common count.
+        assert_same_mean(hidden[:, position].mean(), share, np.sqrt(share * (1 - share)) * (1 if share else 0) + 1e-12)
+
+
+@pytest.mark.parametrize("case", RECORDED["v1_audio_span"]["cases"])
+def test_speech_spans_are_the_originals(case):
+    recorded = RECORDED["v1_audio_span"]["cases"][case]
+    rows = int(case.partition("_B")[2])
+    hidden = np.array([mask for batch in batches(spans(), [recorded["T"]] * rows, DRAWS // rows) for mask in batch])
+    assert_same_spans(hidden, recorded, DRAWS // rows)
+    if rows == 1:
+        assert min(run_lengths(hidden)) == recorded["run_len_min"] == 10
+    assert not hidden[:, -1].any()  # spec section 7, row 13
+
+
+def run_lengths(hidden: np.ndarray) -> np.ndarray:
+    edges = np.diff(np.pad(hidden.astype(int), ((0, 0), (1, 1))), axis=1)
+    return np.nonzero(edges == -1)[1] - np.nonzero(edges == 1)[1]
+
+
+def test_rows_of_a_padded_batch_hide_equally_many_with_the_originals_rule():
+    recorded = RECORDED["v1_audio_span_padded"]
+    counts = np.array(
+        [[mask.sum() for mask in batch] for batch in batches(spans(), recorded["config"]["lengths"], 500)]
+    )
+    assert (counts == counts[:, :1]).all()
+    # Four standard errors of 500 batches; the recording has no deviation of its own, so ours stands in.
+    assert abs(counts.mean() - recorded["count_mean"][0]) < 4 * counts[:, 0].std() / np.sqrt(500)
+
+
+def test_rows_of_a_padded_batch_without_a_rule_are_as_recorded():
+    recorded = RECORDED["v1_audio_span_padded_no_same"]
+    lengths = recorded["config"]["lengths"]
+    drawn = batches(spans(equalise_by="none"), lengths, 500)
+    counts = np.array([[mask.sum() for mask in batch] for batch in drawn])
+    for row, wanted in enumerate(recorded["count_mean"]):
+        assert abs(counts[:, row].mean() - wanted) < 4 * counts[:, row].std() / np.sqrt(500)
+
+
+def test_equalising_by_fraction_is_the_same_without_padding_and_starves_no_long_row():
+    assert all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(
+            batches(spans(equalise_by="fraction"), [499] * 8, 1)[0], batches(spans(), [499] * 8, 1)[0], strict=True
+        )
+    )
+    lengths = [499, 400, 300, 250]
+    for batch in batches(spans(equalise_by="fraction"), lengths, 50):
+        shares = [mask.mean() for mask in batch]
+        assert max(shares) - min(shares) < 1 / 250
+    shares = np.array([[m.mean() for m in batch] for batch in batches(spans(equalise_by="fraction"), lengths, 500)])
+    assert shares[:, 0].mean() > 0.42  # the original leaves this row 0.246
+
+
+@pytest.mark.parametrize("case", RECORDED["v1_text_span"]["cases"])
+def test_text_spans_are_the_originals(case):
+    recorded = RECORDED["v1_text_span"]["cases"][case]
+    hidden = draw(TEXT, (1, recorded["T"]))[:, 0]
+    assert_same_spans(hidden, recorded, DRAWS)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 10, 11, 12, 25])
+@pytest.mark.parametrize("masker", [spans(), spans(equalise_by="fraction"), TEXT], ids=["count", "fraction", "text"])
+def test_short_rows_hide_something_and_show_something(masker, length):
+    for batch in batches(masker, [length, 2 * length], 50):
+        for mask in batch:
+            assert 0 < mask.sum() < len(mask)
+
+
+# ------------------------------------------------------------------------------------------------------ 2.0 speech
+
+BLOCKS_1D = {name: case for name, case in RECORDED["v2_audio_block1d"]["cases"].items() if "T" in case}
+
+
+def block1d(size: str) -> Block1dMasker:
+    config = RECORDED["v2_audio_block1d"]["config"][size]
+    return Block1dMasker(
+        hidden_fraction=config["mask_prob"],
+        adjust_fraction=config["mask_prob_adjust"],
+        span_tokens=config["mask_length"],
+    )
+
+
+@pytest.mark.parametrize("case", BLOCKS_1D)
+def test_speech_blocks_are_the_originals(case, monkeypatch):
+    recorded = BLOCKS_1D[case]
+    before, original = [], masking._with_count
+    monkeypatch.setattr(
+        masking, "_with_count", lambda chosen, *rest: before.append(chosen.mean()) or original(chosen, *rest)
+    )
+    # More draws than were recorded: the tolerance then is for the recording's error alone.
+    hidden = draw(block1d(case.partition("_")[0]), (1, recorded["T"]), count=4 * DRAWS)[:, 0]
+    assert np.unique(hidden.sum(axis=1)).tolist() == [recorded["target_count"]]
+    coverage = recorded["before_count_fix"]
+    assert_same_mean(np.mean(before), coverage["frac_mean"], coverage["frac_std"])
+    assert_same_mean(number_of_runs(hidden).mean(), recorded["runs_per_sample_mean"], recorded["runs_per_sample_std"])
+    for position, share in [*enumerate(recorded["p_first5"]), *enumerate(recorded["p_last5"], start=-5)]:
+        assert_same_mean(hidden[:, position].mean(), share, np.sqrt(share * (1 - share)))
+
+
+@pytest.mark.parametrize("case", RECORDED["v2_text_random"]["cases"])
+def test_text_positions_are_as_many_as_the_originals(case):
+    recorded = RECORDED["v2_text_random"]["cases"][case]
+    hidden = draw(RandomMasker(hidden_fraction=recorded["mask_ratio"]), (1, recorded["L"]))[:, 0]
+    assert np.unique(hidden.sum(axis=1)).tolist() == [recorded["masked"]]
+    share = recorded["masked"] / recorded["L"]
+    for position in (0, 1, 255, -1):
+        assert_same_probability(hidden[:, position], share)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.48, 0.5, 0.55, 0.8])
+def test_longer_rows_never_hide_fewer_so_that_padding_can_fill_up_shorter_ones(fraction):
+    rng = np.random.default_rng(0)
+    for masker in (
+        RandomMasker(hidden_fraction=fraction),
+        Block1dMasker(hidden_fraction=fraction, adjust_fraction=0.05, span_tokens=5),
+    ):
+        counts = [int(masker(length, None, rng).sum()) for length in range(2, 600)]
+        assert counts == sorted(counts)
+        visible = [length - count for length, count in enumerate(counts, start=2)]
+        assert visible == sorted(visible)
+
+
+@pytest.mark.parametrize("masker", [spans(), TEXT, block1d("base"), RANDOM], ids=["speech", "text", "block", "random"])
+def test_a_sequence_mask_is_a_pure_function_of_its_generator_and_needs_two_tokens(masker):
+    first, second = (masker(50, None, np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first, second)
+    if masker is not RANDOM:
+        with pytest.raises(ValueError, match="a token to hide and one to show"):
+            masker(1, None, np.random.default_rng(0))
+
+
+# ------------------------------------------------------------------------------------------------------ corruption
+
+
+def corruption(random_fraction: float = 0.1, keep_fraction: float = 0.1) -> TokenCorruption:
+    return TokenCorruption(
+        mask_id=99,
+        vocab_size=100,
+        special_ids=[0, 1, 2, 3],
+        random_fraction=random_fraction,
+        keep_fraction=keep_fraction,
+    )
+
+
+def test_80_10_10_and_only_masked_positions_count_as_hidden():
+    ids = np.full(20_000, 50)
+    chosen = np.arange(20_000) % 2 == 0
+    corrupted, hidden = corruption()(ids, chosen, np.random.default_rng(0))
+    assert np.array_equal(hidden, corrupted == 99)
+    assert np.array_equal(corrupted[~chosen], ids[~chosen])
+    assert hidden.sum() / chosen.sum() == pytest.approx(0.8, abs=0.016)  # 4 standard errors of 10,000
+    kept = (corrupted == 50) & chosen
+    assert kept.sum() / chosen.sum() == pytest.approx(0.1, abs=0.012)
+    others = corrupted[chosen & ~hidden & ~kept]
+    assert set(others) <= set(range(4, 99)) - {50}
+    assert len(set(others)) > 80
+
+
+def test_without_diversions_every_hidden_token_becomes_the_mask_token():
+    ids, chosen = np.arange(10, 30), np.arange(20) < 7
+    corrupted, hidden = corruption(0.0, 0.0)(ids, chosen, np.random.default_rng(0))
+    assert np.array_equal(hidden, chosen)
+    assert (corrupted[:7] == 99).all()
+    assert np.array_equal(corrupted[7:], ids[7:])
+    assert np.array_equal(ids, np.arange(10, 30))  # the caller's array is not touched
+
+
+def test_something_is_left_to_predict():
+    for seed in range(50):
+        _, hidden = corruption(0.45, 0.5)(np.full(5, 50), np.array([1, 0, 0, 0, 0], bool), np.random.default_rng(seed))
+        assert hidden.sum() == 1
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (-0.1, 0.0), (0.0, 1.2)])
+def test_impossible_shares_are_refused(shares):
+    with pytest.raises(ValueError, match="shares that leave something"):
+        corruption(*shares)

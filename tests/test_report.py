@@ -6,12 +6,12 @@ import pytest
 from data2vec_train.report import (
     Section,
     _covered,
-    _pca_colours,
     _tile,
     curves_section,
     facts_section,
     masks_section,
     neighbours_section,
+    pca_colours,
     pca_section,
     probe_section,
     read_metrics,
@@ -110,16 +110,16 @@ def test_masks_tell_the_hidden_share_and_cover_exactly_the_hidden_patches(images
 @pytest.mark.parametrize("value", [0.0, 3.7, np.nan])
 def test_pca_of_a_constant_feature_is_grey(images, value):
     features = np.full((3, 49, 8), value, np.float32)
-    colours, share = _pca_colours(features)
+    colours, share = pca_colours(features)
     assert (colours == 0.5).all()
     assert share == 0
     assert "nan" not in pca_section(images, features, features, (7, 7)).explanation
 
 
-def test_pca_colours_tell_two_kinds_of_patches_apart():
+def testpca_colours_tell_two_kinds_of_patches_apart():
     rng = np.random.default_rng(0)
     kind = rng.integers(0, 2, (2, 16))
-    colours, share = _pca_colours(
+    colours, share = pca_colours(
         (kind[..., None] * rng.normal(size=12) + rng.normal(size=(2, 16, 12)) * 1e-3).astype("f")
     )
     assert abs(colours[kind == 0, 0].mean() - colours[kind == 1, 0].mean()) > 0.9

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data2vec_train.data.collate import Collator
-from data2vec_train.data.datamodule import DataModule
+from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, Key
@@ -136,7 +136,9 @@ def test_order_changes_with_epoch_and_seed_and_with_nothing_else():
     assert order(0) != order(1)
     assert order(0) != order(0, seed=1)
     # Ranks share one order: more ranks with smaller batches see the same sequence.
-    assert order(0) == [i for e, i in keys_of(20, batches=10, batch_size=2, world_size=2, seed=0) if e == 0]
+    assert order(0) == [
+        key.index for key in keys_of(20, batches=10, batch_size=2, world_size=2, seed=0) if key.epoch == 0
+    ]
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 8])
@@ -304,7 +306,7 @@ def test_a_stream_is_judged_as_if_it_had_a_thousand_samples_at_least(tmp_path):
 
 def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
     broken = (3, 4, 5)
-    data = data_module(tmp_path, Numbers(11, broken), broken=broken)
+    data = data_module(tmp_path, Numbers(11, broken), broken=broken, held_out_fraction=0.0)
     batches = first(data.train_dataloader(), 6)
     for batch in batches:
         assert data.on_before_batch_transfer(batch, 0) is batch
@@ -317,7 +319,9 @@ def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_broken_samples_end_in_an_error_that_names_one(tmp_path, workers):
     broken = tuple(range(5))
-    data = data_module(tmp_path, Numbers(5, broken), broken=broken, max_bad_fraction=1.0, num_workers=workers)
+    data = data_module(
+        tmp_path, Numbers(5, broken), broken=broken, max_bad_fraction=1.0, num_workers=workers, held_out_fraction=0.0
+    )
     (batch,) = first(data.train_dataloader(), 1)
     assert len(batch) == 0
     with pytest.raises(DataError, match="5 of 5 .*nothing usable was found.*cannot be"):
@@ -366,14 +370,20 @@ def test_a_probe_source_leaves_the_whole_source_for_training(tmp_path):
     assert data.test_set.source is not data.fit_set.source
 
 
-def test_without_labels_everything_trains_and_there_are_no_probes(tmp_path):
+def test_without_labels_there_are_no_probes_and_a_part_is_held_out_for_the_pretext_task(tmp_path):
     data = data_module(tmp_path, Numbers(20))
-    assert data.num_samples == 20
+    assert data.num_samples == 16
+    held_out = data.held_out_set.indices
+    assert sorted([*held_out, *data.indices]) == list(range(20))
     assert data.test_set is None
     assert data.class_names is None
     subset = data.training_subset(5)
     assert len(subset) == 5
-    assert len(data.training_subset(100)) == 20
+    assert len(data.training_subset(100)) == 16
+    everything = data_module(tmp_path, Numbers(20), held_out_fraction=0.0)
+    assert (everything.num_samples, everything.held_out_set) == (20, None)
+    many = data_module(tmp_path, Numbers(10_000))
+    assert many.num_samples == 10_000 - UNLABELLED_HELD_OUT
 
 
 def test_evaluation_batches_are_plain_and_in_order(tmp_path):
@@ -478,8 +488,8 @@ def test_a_worker_without_a_share_of_the_stream_ends():
 
 
 def test_a_stream_trains_without_length_and_without_probes(tmp_path):
-    data = data_module(tmp_path, Stream(6), num_workers=2, masker=InverseBlockMasker(
-        hidden_fraction=0.5, adjust_fraction=0.1, block_patches=2))  # fmt: skip
+    data = data_module(tmp_path, Stream(6), num_workers=2, collator=collator(views=2, masker=InverseBlockMasker(
+        hidden_fraction=0.5, adjust_fraction=0.1, block_patches=2)))  # fmt: skip
     batches = first(data.train_dataloader(), 7)
     assert [len(batch) for batch in batches] == [4] * 7
     assert data.num_samples is None

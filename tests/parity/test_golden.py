@@ -281,6 +281,7 @@ def relative_error(measured: Tensor | float, recorded: Tensor | float) -> float:
 
 FILES = sorted(FOLDER.glob("*.safetensors"))
 
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "path" in metafunc.fixturenames:
         metafunc.parametrize("path", FILES, ids=[file.stem for file in FILES])
