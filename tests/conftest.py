@@ -35,8 +35,11 @@ def composed() -> Callable[..., DictConfig]:
 def run_program() -> Callable[..., subprocess.CompletedProcess]:
     """Run `python -m data2vec_train ...` as a user would; stdout and stderr come back as text."""
 
-    def _run(*arguments: str, cwd: Path = CHECKOUT, timeout: float = 300) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+    def _run(
+        *arguments: str, cwd: Path = CHECKOUT, timeout: float = 300, python_path: Path = CHECKOUT
+    ) -> subprocess.CompletedProcess:
+        paths = os.pathsep.join(map(str, (CHECKOUT, python_path)))
+        environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
         return subprocess.run(
             [sys.executable, "-m", "data2vec_train", *arguments],
             cwd=cwd,

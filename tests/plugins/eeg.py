@@ -1,8 +1,6 @@
-"""EEG in one file: DATA2VEC_PLUGINS=eeg python -m data2vec_train modality=eeg data=folder data.path=DIR
+"""EEG, .npy files (19, samples): DATA2VEC_PLUGINS=eeg python -m data2vec_train modality=eeg data=folder data.path=DIR"""
 
-DIR holds .npy files of shape (19, samples).
-"""
-
+from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
@@ -19,9 +17,9 @@ BLOCK = {"norm_first": False, "norm_eps": 1e-5, "qkv_bias": "qkv", "layer_scale"
 BLOCK |= {"attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, "layer_drop": 0.0}
 
 
+@dataclass(frozen=True)
 class Windows:
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    samples: int
 
     def __call__(self, length: int) -> int:
         return length // self.samples
@@ -52,8 +50,8 @@ class EEGEncoder(ModalityEncoder):
             tokens, attention_mask = hide(tokens, mask, masks=masks, mode="drop", mask_token=None)
         else:
             tokens = tokens + self.positions(tokens, attention_mask)
-        biases = repeat(None, self.depth)
-        x, layers = self.transformer(tokens, key_mask=attention_mask, biases=biases, tap=tap, last=last)
+        none = repeat(None, self.depth)
+        x, layers = self.transformer(tokens, key_mask=attention_mask, biases=none, tap=tap, last=last)
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)
 
 
@@ -71,11 +69,11 @@ class Standardise:
     evaluate = train
 
 
-NODE, RAW = "${modality.encoder.window}", {"_target_": "data2vec_train.probes.raw.time_statistics", "_partial_": True}
+RAW = {"_target_": "data2vec_train.probes.raw.time_statistics", "_partial_": True}
 SIZE = {name: "${size." + name + "}" for name in ("dim", "depth", "num_heads", "ffn_dim")}
 ENCODER = {"_target_": "eeg.EEGEncoder", "channels": 19, "window": 25, **SIZE, "attention": "${attention.backend}"}
 MODALITY = {"name": "eeg", "extensions": [".npy"], "encoder": ENCODER, "transform": {"_target_": "eeg.Standardise"}}
 MODALITY |= {"decode": {"_target_": "eeg.decode", "_partial_": True}, "probe": {"raw": RAW, "raw_name": "statistics"}}
 store = ConfigStore.instance().store
 store(group="modality", name="eeg", node=MODALITY)
-store(group="preset", name="eeg_data2vec2", package="_global_", node={"defaults": ["audio_data2vec2"]})
+store(group="preset", name="eeg_data2vec2", package="_global_", node={"defaults": ["sequence_data2vec2"]})
