@@ -162,8 +162,8 @@ def explained_section(summary: dict) -> Section | None:
         "The task on held-out samples",
         "Share of the variance of the teacher's features at hidden positions that the student predicts, on samples "
         "that never trained it. 100 % is a perfect prediction, 0 % is no better than always answering with the mean, "
-        "below 0 is worse. The targets change with the teacher: the share may fall while the features get richer, so it "
-        "says that the task is being learnt, not how useful the features are.",
+        "below 0 is worse. The targets change with the teacher: the share may fall while the features get richer, so "
+        "it says that the task is being learnt, not how useful the features are.",
         f"{table([], rows)}<p class='quiet'>{_value(explained['samples'])} held-out samples, "
         f"{_value(explained['tokens'])} hidden positions</p>",
     )

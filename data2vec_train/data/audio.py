@@ -104,14 +104,8 @@ def _opened(value: bytes | Path) -> Any:
     import soundfile
 
     try:
-        if isinstance(value, Path):
-            if value.stat().st_size == 0:
-                raise BadSample("empty file")
-            file = soundfile.SoundFile(value)
-        else:
-            if not value:
-                raise BadSample("empty file")
-            file = soundfile.SoundFile(io.BytesIO(value))
+        size = value.stat().st_size if isinstance(value, Path) else len(value)
+        file = soundfile.SoundFile(value if isinstance(value, Path) else io.BytesIO(value)) if size else None
     except FileNotFoundError as error:
         raise BadSample("file is missing") from error
     except PermissionError as error:
@@ -120,6 +114,8 @@ def _opened(value: bytes | Path) -> Any:
         raise BadSample(f"not readable: {error.strerror or error}") from error
     except (RuntimeError, TypeError, ValueError) as error:  # TypeError: raw formats, which have no header
         raise BadSample(f"not an audio file: {_first_line(error)}") from error
+    if file is None:
+        raise BadSample("empty file")
     if not 0 < file.samplerate <= MAX_RATE_HZ:
         raise BadSample(f"a sample rate of {file.samplerate} Hz")
     if file.frames < 1:
@@ -400,7 +396,7 @@ def _save(path: Path, seconds: np.ndarray, rejected: list[tuple[str, str]]) -> N
 
 def log_mel(waveform: Tensor | np.ndarray, *, sample_rate_hz: int) -> np.ndarray:
     """Log-mel spectrogram of one waveform (S,): (mels, frames), a frame every 10 ms, natural logarithm of power."""
-    return _log_mel(torch.as_tensor(waveform)[None], sample_rate_hz)[0].numpy()
+    return _log_mel(torch.as_tensor(waveform).float()[None], sample_rate_hz)[0].numpy()
 
 
 def log_mel_statistics(waveforms: Tensor, lengths: Tensor, *, sample_rate_hz: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""EEG, .npy files (19, samples): DATA2VEC_PLUGINS=eeg python -m data2vec_train modality=eeg data=folder data.path=DIR"""
+"""EEG, .npy of (19, samples): DATA2VEC_PLUGINS=eeg python -m data2vec_train modality=eeg data=folder data.path=DIR"""
 
 from dataclasses import dataclass
 from itertools import repeat
