@@ -40,7 +40,7 @@ BOMS = (
     (b"\xfe\xff", "utf-16"),
 )
 # Of the control characters, texts have tabs, line ends, form feeds and vertical tabs.
-CONTROL = {chr(code): None for code in (*range(9), *range(14, 32), 127)}
+CONTROL = dict.fromkeys((*range(9), *range(14, 32), 127))
 
 Document = tuple[str, int | None, str | BadSample]  # key, label, text or why there is none
 
