@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format build clean
+.PHONY: help install demo demo-audio demo-text test test-slow lint format build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,12 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 demo: $(READY)  ## Pretrain on the embedded digits (at most 5 minutes on 2 cores) and name the report
 	$(RUN) -m data2vec_train modality=vision
+
+demo-audio: $(READY)  ## The same with the embedded speech
+	$(RUN) -m data2vec_train modality=audio
+
+demo-text: $(READY)  ## The same with the embedded texts
+	$(RUN) -m data2vec_train modality=text
 
 test: $(READY)  ## Run the fast tests
 	$(RUN) -m pytest -m "not slow"

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
 from data2vec_train.optim import parameter_groups
@@ -19,19 +20,27 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 CHOICES = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONFIGS.glob("*/*.yaml"))
-    if path.parent.name not in ("sample", "preset")
+    if path.parent.name not in ("base", "sample", "preset")
 ]
+# What a recipe needs besides data.path.
+NEEDS = {"audio/spoken_digits": ["data.probe_source.path=elsewhere"]}
+
+
+def composed_recipe(composed, recipe: str) -> DictConfig:
+    return composed(f"+recipes={recipe}", "data.path=somewhere", *NEEDS.get(recipe, []))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_composes_and_builds_on_the_meta_device(recipe, composed):
-    cfg = composed(f"+recipes={recipe}", "data.path=somewhere")
+    cfg = composed_recipe(composed, recipe)
     assert preflight(cfg) == []
     with torch.device("meta"):
         objective = build(cfg.objective)
     masker = build(cfg.modality.masker)
     assert masker.constant_count or cfg.objective.mask_mode != "drop"
     build(cfg.modality.transform)
+    build(cfg.modality.batching)
+    build(cfg.modality.corruption)
     assert build(cfg.scheduler)(cfg.scheduler.warmup_steps) == pytest.approx(cfg.optimizer.lr)
     groups = parameter_groups(
         [objective.student, objective.decoder], weight_decay=0.05, decay_all=False, no_decay=frozenset()
@@ -50,8 +59,9 @@ def test_recipe_headers_say_how_to_run_them_and_whether_they_were_run():
     for recipe in RECIPES:
         text = (recipes_parent() / "recipes" / f"{recipe}.yaml").read_text()
         assert f"+recipes={recipe}" in text
-        for word in ("hardware:", "source:", "Not run"):
+        for word in ("hardware:", "source:"):
             assert word in text, f"{recipe} lacks {word!r}"
+        assert ("Not run" in text) != ("Measured: see README" in text), recipe
 
 
 # (recipe, student parameters of the original in millions, without the decoder): spec 3.5 and the BEiT base and large.
@@ -123,15 +133,121 @@ def test_a_recipe_holds_every_published_number(which, composed):
         assert decoder.groups == 16
         num_tokens = (cfg.modality.image_px // cfg.modality.patch_px) ** 2
         masker = build(cfg.modality.masker)
-        import numpy as np
-
         side = cfg.modality.image_px // cfg.modality.patch_px
         assert masker(num_tokens, (side, side), np.random.default_rng(0)).sum() == HIDDEN[which]
 
 
+# The tables of spec 1.2, 2.1, 2.2, 3.5 and 3.7 for speech and text.
+SEQUENCES = ("base_librispeech_v1", "base_audioset_v1", "base_librispeech_v2", "large_librilight_v2")
+SEQUENCES = tuple(f"audio/{name}" for name in SEQUENCES)
+SEQUENCES += tuple(f"text/{name}" for name in ("base_books_wiki_v1", "base_books_wiki_v2", "large_books_wiki_v2"))
+COMMON = {
+    "size.dim": (768, 768, 768, 1024, 768, 768, 1024),
+    "size.num_heads": (12, 12, 12, 16, 12, 12, 16),
+    "size.depth": (12, 12, 12, 24, 12, 12, 24),
+    "size.ffn_dim": (3072, 3072, 3072, 4096, 3072, 3072, 4096),
+    "modality.encoder.prenet_depth": (0, 0, 0, 8, 0, 0, 0),
+    "modality.encoder.dropout": (0.1,) * 7,
+    "modality.encoder.attention_dropout": (0.1,) * 7,
+    "modality.encoder.activation_dropout": (0.0,) * 7,
+    "modality.encoder.layer_drop": (0.05, 0.05, 0.05, 0, 0, 0, 0),
+    "modality.encoder.norm_eps": (1e-5,) * 7,
+    "objective.mask_mode": ("replace", "replace", "drop", "drop", "corrupt", "drop", "drop"),
+    "objective.views": (1, 1, 8, 12, 1, 8, 8),
+    "objective.loss_beta": (0, 0, 0, 0, 4, 0, 0),
+    "objective.channel_reduction": (*["sum_over_sqrt_dim"] * 4, *["sum"] * 3),
+    "objective.targets.tap": ("ffn",) * 7,
+    "objective.targets.top_k_layers": (8, 12, 8, 16, 10, 12, 24),
+    "objective.targets.layer_norms": (*[["instance"]] * 4, ["layer"], ["instance"], ["layer"]),
+    "objective.targets.mean_norms": ([], ["layer"], [], [], [], [], ["instance"]),
+    "objective.share_embeddings": (True, True, True, True, False, True, True),
+    "objective.copied": (["positions."], [], [], [], ["embedder."], [], []),
+    "objective.tau_start": (0.999, 0.999, 0.999, 0.9997, 0.999, 0.9999, 0.9999),
+    "objective.tau_end": (0.9999, 0.9999, 0.99999, 1.0, 0.9999, 0.99999, 0.99999),
+    "objective.tau_anneal_steps": (30_000, 30_000, 75_000, 300_000, 300_000, 100_000, 100_000),
+    "optimizer.lr": (5e-4, 5e-4, 7.5e-4, 4e-4, 2e-4, 2e-4, 1e-4),
+    "optimizer.betas": ([0.9, 0.98],) * 7,
+    "optimizer.eps": (1e-6,) * 7,
+    "optimizer.weight_decay": (0.01,) * 7,
+    "scheduler.warmup_steps": (12_000, 10_000, 8_000, 10_000, 10_000, 4_000, 4_000),
+    "trainer.max_steps": (400_000, 200_000, 400_000, 600_000, 1_000_000, 1_000_000, 600_000),
+    "trainer.gradient_clip_val": (None, None, None, 1, 5, 1, 1),
+}
+AUDIO = {
+    "modality.encoder.conv_dim": 512,
+    "modality.encoder.conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "modality.encoder.conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "modality.encoder.position_kernel": 19,
+    "modality.encoder.position_depth": 5,
+    "modality.encoder.position_groups": 16,
+    "modality.encoder.embed_gradient": 1,
+    "modality.sample_rate_hz": 16_000,
+    "modality.min_seconds": 2.0,
+    "modality.max_seconds": 20.0,
+}
+# Samples of sound per step, 16 kHz: GPUs x samples each. Blocks of text per step.
+PER_STEP = (16 * 3.8e6, 24 * 3.4e6, 8 * 1e6, 48 * 320e3, 256, 64, 64)
+# depth, kernel, channels, groups, residual, projection layers
+SEQUENCE_DECODERS = {
+    2: (4, 7, 384, 16, True, 1),
+    3: (4, 7, 768, 16, True, 1),
+    5: (5, 9, 768, 1, False, 2),
+    6: (5, 9, 768, 1, False, 2),
+}
+# Hidden positions of 499 frames or 512 tokens.
+SEQUENCE_HIDDEN = {2: 249, 3: 274, 5: 246, 6: 256}
+# Millions of parameters without and with the decoder (spec 3.5); the vocabulary there has 50,265 entries.
+SEQUENCE_MILLIONS = {2: (93.16, 93.78), 3: (313.3, 315.2), 5: (124.05, 153.0)}
+
+
+@pytest.mark.parametrize("which", range(7), ids=SEQUENCES)
+def test_a_recipe_for_speech_or_text_holds_every_published_number(which, composed):
+    cfg = composed_recipe(composed, SEQUENCES[which])
+    OmegaConf.resolve(cfg)
+    for setting, values in COMMON.items():
+        assert OmegaConf.select(cfg, setting) == values[which], setting
+    speech = cfg.modality.name == "audio"
+    if speech:
+        for setting, value in AUDIO.items():
+            assert OmegaConf.select(cfg, setting) == value, setting
+        assert cfg.modality.encoder.alibi == ("none" if which < 2 else "shared")
+        per_batch = cfg.modality.batch_seconds * cfg.modality.sample_rate_hz
+        assert cfg.modality.batching.budget == per_batch
+    else:
+        assert cfg.modality.block_tokens == cfg.modality.encoder.max_tokens == 512
+        per_batch = cfg.data.batch_size_per_device
+    assert per_batch * cfg.trainer.accumulate_grad_batches == PER_STEP[which]
+    masker = build(cfg.modality.masker)
+    if which in SEQUENCE_HIDDEN:
+        decoder = cfg.objective.decoder
+        shape = (decoder.depth, decoder.kernel, decoder.channels, decoder.groups, decoder.residual)
+        assert (*shape, decoder.projection_layers) == SEQUENCE_DECODERS[which]
+        assert (decoder.input_dropout, decoder.noise_std) == (0.1, 0.01)
+        hidden = masker(499 if speech else 512, None, np.random.default_rng(0)).sum()
+        assert hidden == SEQUENCE_HIDDEN[which]
+    else:
+        nominal, span, starts = (0.65, 10, "inside") if speech else (0.35, 4, "anywhere")
+        assert (masker.nominal_fraction, masker.span_tokens, masker.starts) == (nominal, span, starts)
+    if which in SEQUENCE_MILLIONS:
+        with torch.device("meta"):
+            objective = build(cfg.objective)
+        counts = [sum(p.numel() for p in part.parameters()) for part in (objective.student, objective.decoder)]
+        for measured, wanted in zip((counts[0], sum(counts)), SEQUENCE_MILLIONS[which], strict=True):
+            assert measured / 1e6 == pytest.approx(wanted, abs=0.06)
+
+
+def test_the_tri_stage_recipe_holds_90_percent_and_decays_over_7(composed):
+    cfg = composed_recipe(composed, SEQUENCES[0])
+    schedule = build(cfg.scheduler)
+    assert schedule(0) == pytest.approx(5e-6)
+    assert schedule(12_000) == schedule(371_999) == pytest.approx(5e-4)
+    assert schedule(400_000) == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize("modality", ["vision", "audio", "text"])
 @pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
-def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, composed):
-    cfg = composed(f"objective={objective}")
+def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, modality, composed):
+    cfg = composed(f"objective={objective}", f"modality={modality}")
     torch.manual_seed(3)
     student = build(cfg.objective).student
     torch.manual_seed(3)

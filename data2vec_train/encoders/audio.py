@@ -109,6 +109,8 @@ class AudioEncoder(ModalityEncoder):
         alibi: "none" (1.0), "shared" by all blocks (2.0), or "per_layer".
         mask_token: whether there is a learned vector for hidden frames (mask mode "replace").
         reference_padding: see `ConvPositions`.
+        embed_gradient: factor on the gradient that reaches the front end and its projection: 1 in the originals (there
+            `feature_grad_mult`, `local_grad_mult`), 0 leaves both at their initial weights.
         input_dropout: on the front end's output, before anything is hidden.
         dropout: after the input norm and on both branches of a block.
         attention_dropout: on the attention weights.
@@ -143,6 +145,7 @@ class AudioEncoder(ModalityEncoder):
         alibi: Literal["none", "shared", "per_layer"],
         mask_token: bool,
         reference_padding: bool,
+        embed_gradient: float,
         input_dropout: float,
         dropout: float,
         attention_dropout: float,
@@ -165,6 +168,9 @@ class AudioEncoder(ModalityEncoder):
             raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
         if dim % position_groups:
             raise ValueError(f"position_groups={position_groups} must divide the width {dim}")
+        if embed_gradient < 0:
+            raise ValueError(f"embed_gradient is a factor, got {embed_gradient}")
+        self.embed_gradient = embed_gradient
         self.channels = channels
         self.dim = dim
         self.depth = depth
@@ -229,7 +235,10 @@ class AudioEncoder(ModalityEncoder):
         if attention_mask is not None:
             real = self.token_count(attention_mask.sum(dim=1))  # (B,)
             attention_mask = torch.arange(num_tokens, device=inputs.device) < real[:, None]
-        return self.input_dropout(self.embedder(inputs)), attention_mask
+        tokens = self.embedder(inputs)
+        if self.embed_gradient != 1:
+            tokens = self.embed_gradient * tokens + (1 - self.embed_gradient) * tokens.detach()
+        return self.input_dropout(tokens), attention_mask
 
     def contextualize(
         self,

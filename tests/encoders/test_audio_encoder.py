@@ -35,6 +35,7 @@ def audio(**changes) -> AudioEncoder:
         "alibi": "shared",
         "mask_token": False,
         "reference_padding": False,
+        "embed_gradient": 1.0,
         "input_dropout": 0.0,
         "dropout": 0.0,
         "attention_dropout": 0.0,

@@ -119,6 +119,7 @@ def _audio_encoder(config: dict, *, version: int, **common) -> AudioEncoder:
         alibi="none" if version == 1 else "shared",
         mask_token=version == 1,
         reference_padding=False,
+        embed_gradient=1.0,
         input_dropout=0.0,
         layer_drop=0.0,
         **common,
