@@ -520,10 +520,12 @@ def _enough_layers_for_the_targets(cfg: DictConfig) -> str | None:
 def _dropping_needs_a_constant_count(cfg: DictConfig) -> str | None:
     if _get(cfg, "objective.mask_mode", str) != "drop":
         return None
-    if str(_get(cfg, "modality.masker._target_", str)).endswith(".BlockMasker"):
+    _, _, masker = str(_get(cfg, "modality.masker._target_", str)).rpartition(".")
+    instead = {"BlockMasker": "InverseBlockMasker", "SpanMasker": "Block1dMasker"}.get(masker)
+    if instead is not None:
         return (
-            "modality.masker: BlockMasker hides a different number of tokens in each image, and "
-            "objective.mask_mode=drop needs the same number; choose data2vec_train.masking.InverseBlockMasker, or "
+            f"modality.masker: {masker} hides a different number of tokens in each sample, and "
+            f"objective.mask_mode=drop needs the same number; choose data2vec_train.masking.{instead}, or "
             "objective.mask_mode=replace"
         )
     _, _, decoder = str(_get(cfg, "objective.decoder._target_", str)).rpartition(".")
@@ -532,6 +534,18 @@ def _dropping_needs_a_constant_count(cfg: DictConfig) -> str | None:
             f"objective.decoder: {decoder} sees one token at a time and cannot fill in those that "
             "objective.mask_mode=drop leaves out; choose a convolutional decoder, or objective.mask_mode=replace"
         )
+    return None
+
+
+def _corruption_and_mask_mode_agree(cfg: DictConfig) -> str | None:
+    mode, corruption = _get(cfg, "objective.mask_mode", str), _get(cfg, "modality.corruption._target_", str)
+    if mode == "corrupt" and corruption is None:
+        return (
+            "objective.mask_mode: corrupt needs modality.corruption, which says what hidden tokens become; choose "
+            "objective=data2vec with modality=text, or another mask mode"
+        )
+    if mode is not None and mode != "corrupt" and corruption is not None:
+        return f"modality.corruption: objective.mask_mode={mode} hides tokens in the encoder; set it to null"
     return None
 
 
@@ -574,6 +588,7 @@ RULES: list[Callable[[DictConfig], str | None]] = [
     _normalisation_fits_the_channels,
     _enough_layers_for_the_targets,
     _dropping_needs_a_constant_count,
+    _corruption_and_mask_mode_agree,
     *_range("a whole number of at least 1", lambda value: value >= 1 and value == int(value), *_COUNTS),
     *_range("a number from 0 to 1", lambda value: 0 <= value <= 1, *_SHARES),
     *_range("a number between 0 and 1", lambda value: 0 < value < 1, "modality.masker.hidden_fraction"),

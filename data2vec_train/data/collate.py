@@ -10,6 +10,7 @@ from torch import Tensor
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data.seeding import generator
 from data2vec_train.encoders.base import Batch, Masks
+from data2vec_train.errors import ConfigError
 from data2vec_train.masking import Masker, TokenCorruption
 
 
@@ -28,6 +29,9 @@ class Collator:
         corruption: changes token ids where they are hidden; None where the encoder does the hiding.
         legacy_teacher_input: show the teacher the hidden tokens only, all others being padding, as the released code
             of 1.0 text does by mistake (spec section 7, row 1).
+
+    Raises:
+        ConfigError: `legacy_teacher_input` with several views.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Collator:
         corruption: TokenCorruption | None = None,
         legacy_teacher_input: bool = False,
     ) -> None:
+        if legacy_teacher_input and views != 1:
+            raise ConfigError(f"legacy_teacher_input goes with one mask per sample, got objective.views={views}")
         self.masker = masker
         self.views = views
         self.grid = grid
