@@ -54,4 +54,7 @@ def _share(fraction: float, total: int) -> int:
 def _vocabulary(path: str | None, train_vocab_size: int | None, name: str) -> int:
     from data2vec_train.data.tokenizer import tokenizer_facts
 
-    return tokenizer_facts(path, train_vocab_size)[name]
+    try:
+        return tokenizer_facts(path, train_vocab_size)[name]
+    except ConfigError as error:
+        raise ConfigError(f"modality.tokenizer: {error}") from error

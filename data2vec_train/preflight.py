@@ -360,7 +360,10 @@ class _Walk:
             near = _did_you_mean_setting(self.root, name)
             self.faults.setdefault(here, f"{here}: refers to {raw}, and there is no setting called '{name}'{near}")
         except OmegaConfBaseException as error:
-            self.derived.append((raw, f"{here}: cannot work out {raw}: {str(error).splitlines()[0]}"))
+            reason = str(error).splitlines()[0]
+            # What a function of ours refuses is said once, however many settings ask it.
+            refused = re.match(r"ConfigError raised while resolving interpolation: (.*)", reason)
+            self.derived.append((raw, refused[1] if refused else f"{here}: cannot work out {raw}: {reason}"))
         return _UNKNOWN
 
     def _origin(self, here: str, raw: object) -> str:

@@ -120,14 +120,15 @@ def probe_section(summary: dict) -> Section:
             rank_line,
         )
     rows, verdicts = [], []
-    raw_name = probe.get("raw_input_name", "raw input")
+    raw_name = escape(probe.get("raw_input_name") or "raw input")
     for key, name in (("knn", "k-NN"), ("linear", "linear")):
         raw, untrained, trained = ((probe.get(key) or {}).get(kind) for kind in ("raw_input", "untrained", "trained"))
         gain = "–"
         if trained is not None and untrained is not None:
             points = 100 * (trained - untrained)
             gain = f"<b>{points:+.1f}</b>"
-            verdict = f"{name}: pretraining {'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
+            gained = f"{'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
+            verdict = f"{name}: pretraining {gained if abs(points) >= 0.05 else 'made no difference'}"
             if raw is not None:
                 above = "above" if trained > raw else "below"
                 verdict += f"; the result is {100 * abs(trained - raw):.1f} points {above} the {raw_name}"
@@ -136,13 +137,13 @@ def probe_section(summary: dict) -> Section:
             rows.append([f"<th>{name}</th>", *(_share_cell(share) for share in (raw, untrained, trained)), _td(gain)])
     details = {"fit_samples": "samples to fit", "test_samples": "to test", "classes": "classes", "weights": "weights"}
     details["pooling"] = "as features"
-    known = [f"{_value(probe[key])} {what}" for key, what in details.items() if key in probe]
+    known = [f"{_value(probe[key])} {what}" for key, what in details.items() if probe.get(key) is not None]
     note = f"<p>{escape(probe['note'])}</p>" if probe.get("note") else ""
     return Section(
         "What the features know",
         "A simple classifier on frozen features: k-NN has nothing to train, linear trains one layer. Trained should be "
         "clearly above untrained; above raw input as well means that the features beat the plain input values.",
-        table(["probe", escape(raw_name), "untrained", "trained", "gain over untrained, points"], rows)
+        table(["probe", raw_name, "untrained", "trained", "gain over untrained, points"], rows)
         + f"<p>{'<br>'.join(verdicts)}</p>{note}{'' if rankme is None else rank_line}"
         + f'<p class="quiet">{", ".join(known)}</p>',
     )
@@ -263,9 +264,9 @@ def neighbours_section(
     """
 
     def cell(image: np.ndarray, label: int | None, *, frame: str) -> str:
-        name = "" if label is None else escape(str(label if class_names is None else class_names[int(label)]))
+        name = "" if label is None else str(label if class_names is None else class_names[int(label)])
         picture = image_tag(_png(_tile(image, side=NEIGHBOUR_TILE_PX)), alt=f"{frame} {name}", css=frame)
-        return _td(f'{picture}<span class="name">{name}</span>')
+        return _td(f'{picture}<span class="name">{escape(name)}</span>')
 
     labelled = query_labels is not None and found_labels is not None
     cards = []
@@ -404,9 +405,9 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def image_tag(png: bytes, *, alt: str, css: str = "") -> str:
-    """An <img> that holds the picture itself."""
+    """An <img> that holds the picture itself; `alt` is plain text, escaped here."""
     source = base64.b64encode(png).decode("ascii")
-    return f'<img class="{css}" alt="{alt}" src="data:image/png;base64,{source}">'
+    return f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{source}">'
 
 
 def table(heads: list[str], rows: list[list[str]], *, css: str = "") -> str:
@@ -446,7 +447,8 @@ CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #14161a; --card: #1c1f25; --text: #e6e8eb; --quiet: #9aa2ad; --line: #30353d; --accent: #8ea6ff;
     --bar: #2b3557; --mark: #4149a8; }
-  .charts img, .wave { filter: invert(0.88) hue-rotate(180deg); } }
+  .charts img { filter: invert(0.88) hue-rotate(180deg); }
+  .wave { background: #dfe3e8; padding: 8px; } }
 * { box-sizing: border-box; }
 body { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; background: var(--page); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }

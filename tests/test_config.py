@@ -536,3 +536,38 @@ def test_a_set_recipe_directory_is_respected(monkeypatch):
     monkeypatch.setenv("DATA2VEC_RECIPES", "mine")
     places.expose_recipes()
     assert os.environ["DATA2VEC_RECIPES"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "modality.tokenizer.path=/nowhere",
+            "modality.tokenizer: /nowhere holds no tokenizer: expected a tokenizer.json",
+        ),
+        (
+            "modality.tokenizer.train_vocab_size=100",
+            "modality.tokenizer: tokenizer.train_vocab_size=100; expected at least",
+        ),
+        ("modality.corruption=null", "objective.mask_mode: corrupt needs modality.corruption"),
+        ("objective.mask_mode=replace", "modality.corruption: objective.mask_mode=replace hides tokens in the encoder"),
+    ],
+)
+def test_a_fault_of_text_settings_is_one_sentence(override, message):
+    (fault,) = find_faults(["modality=text", "objective=data2vec", override], config_name="train")
+    assert fault.startswith(message)
+
+
+def test_spans_cannot_be_dropped():
+    spans = ["starts=inside", "nominal_fraction=0.5", "min_spans=1", "equalise_by=none"]
+    faults = find_faults(
+        [
+            "modality=audio",
+            "objective=data2vec",
+            "objective.mask_mode=drop",
+            *[f"modality.masker.{one}" for one in spans],
+        ],
+        config_name="train",
+    )
+    assert any("SpanMasker hides a different number of tokens in each sample" in fault for fault in faults)
+    assert any("Block1dMasker" in fault for fault in faults)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data2vec_train.config import load_plugins
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import find_faults
 
@@ -19,8 +20,12 @@ def _words(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_is_accepted(command):
+def test_a_command_of_the_readme_is_accepted(command, monkeypatch):
     words = _words(command)
+    if "modality=eeg" in words:
+        monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins"))
+        monkeypatch.setenv("DATA2VEC_PLUGINS", "eeg")
+        load_plugins()
     faults = find_faults([word for word in words if word != "-m"], config_name="train", multirun="-m" in words)
     if "visoin" in command:
         assert len(faults) == 2

@@ -1,14 +1,18 @@
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from data2vec_train.report import (
+    PANELS,
     Section,
     _covered,
     _tile,
     curves_section,
+    explained_section,
     facts_section,
+    image_tag,
     masks_section,
     neighbours_section,
     pca_colours,
@@ -35,6 +39,15 @@ SUMMARY = {
 }
 
 
+def attributes(html: str) -> list[dict]:
+    """Attributes of every <img>, as a browser would read them."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: found.append(dict(attrs)) if tag == "img" else None
+    parser.feed(html)
+    return found
+
+
 @pytest.fixture
 def images():
     return np.random.default_rng(0).random((3, 28, 28, 1), dtype=np.float32)
@@ -58,6 +71,57 @@ def test_probe_without_every_score_has_no_gain():
     html = probe_section({"probe": {"knn": {"trained": 0.5}}}).html
     assert "50.0 %" in html
     assert "points;" not in html
+
+
+def test_probe_names_are_escaped_and_empty_keys_leave_no_trace():
+    probe = {"knn": {"untrained": 0.4, "raw_input": 0.5, "trained": 0.4}, "raw_input_name": "<i>pixels"}
+    html = probe_section({"probe": probe | {"note": None, "pooling": None}}).html
+    assert "<i>" not in html
+    assert html.count("&lt;i&gt;pixels") == 2  # head of the column and verdict
+    assert "None" not in html
+
+
+@pytest.mark.parametrize("trained", [0.4, 0.40001, 0.39999])
+def test_a_tie_is_neither_a_gain_nor_a_loss(trained):
+    html = probe_section({"probe": {"knn": {"untrained": 0.4, "trained": trained}}}).html
+    assert "no difference" in html
+    assert "gained" not in html
+    assert "lost" not in html
+
+
+def test_a_name_cannot_leave_the_alt_attribute():
+    name = 'a "b" onload="x" <c>'
+    (found,) = attributes(image_tag(b"", alt=name, css="wave"))
+    assert found["alt"] == name
+    assert set(found) == {"class", "alt", "src"}
+
+
+def test_explained_variance_below_zero_stays_in_the_panel(monkeypatch):
+    from matplotlib.figure import Figure
+
+    lowest, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (lowest.append(self.axes[0].get_ylim()[0]), save(self, *a, **k))
+    )
+    section = curves_section({"heldout/explained": (np.arange(3), np.array([-1.2, -0.1, 0.4]))}, baselines={})
+    assert "Target variance explained, held out" in section.html
+    assert lowest[0] < -1.2
+
+
+@pytest.mark.parametrize("word", ["patch", "image", "pixel"])
+def test_sections_of_all_modalities_speak_of_no_image(word):
+    summary = SUMMARY | {"modality": "audio", "explained": {"trained": 0.2, "samples": 3, "tokens": 9}}
+    metrics = {column: (np.arange(3), np.ones(3)) for panel in PANELS.values() for column in panel.values()}
+    sections = [
+        probe_section(summary),
+        probe_section({"rankme": 2.0}),
+        explained_section(summary),
+        curves_section(metrics, baselines=SUMMARY["probe"]),
+        facts_section(summary, command="train modality=audio"),
+    ]
+    for section in sections:
+        html = re.sub(r"data:image/png;base64,[^\"]*", "", section.html)
+        assert word not in (section.title + section.explanation + html).lower()
 
 
 def test_facts_skip_missing_keys_and_are_escaped():
@@ -116,7 +180,7 @@ def test_pca_of_a_constant_feature_is_grey(images, value):
     assert "nan" not in pca_section(images, features, features, (7, 7)).explanation
 
 
-def testpca_colours_tell_two_kinds_of_patches_apart():
+def test_pca_colours_tell_two_kinds_of_patches_apart():
     rng = np.random.default_rng(0)
     kind = rng.integers(0, 2, (2, 16))
     colours, share = pca_colours(
@@ -145,6 +209,7 @@ def test_neighbours_of_the_same_class_are_counted_and_framed(images):
     assert section.html.count('class="right"') == 4
     assert section.html.count('class="wrong"') == 8
     assert "&lt;9&gt;" in section.html
+    assert attributes(section.html)[-1]["alt"] == "wrong <9>"  # escaped once, not twice
     assert "right" not in neighbours_section(images, found).html
 
 
