@@ -41,21 +41,11 @@ class Decoder(nn.Module, ABC):
         """
 
 
-class LinearDecoder(Decoder):
-    """One linear layer: the regression head of 1.0 speech and images.
-
-    Args:
-        dim: D.
-        init_std: width of the initial weights, a normal cut at one sigma as in BEiT; None = torch's default.
-    """
+class TokenDecoder(Decoder):
+    """Each prediction comes from the student's output at its own position: the heads of 1.0."""
 
     restores_dropped = False
-
-    def __init__(self, *, dim: int, init_std: float | None) -> None:
-        super().__init__()
-        self.project = nn.Linear(dim, dim)
-        if init_std is not None:
-            init_beit(self, std=init_std)
+    project: nn.Module
 
     def forward(
         self,
@@ -71,7 +61,22 @@ class LinearDecoder(Decoder):
         return self.project(tokens.flatten(0, 1).index_select(0, hidden))
 
 
-class MLPDecoder(Decoder):
+class LinearDecoder(TokenDecoder):
+    """One linear layer: the regression head of 1.0 speech and images.
+
+    Args:
+        dim: D.
+        init_std: width of the initial weights, a normal cut at one sigma as in BEiT; None = torch's default.
+    """
+
+    def __init__(self, *, dim: int, init_std: float | None) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, dim)
+        if init_std is not None:
+            init_beit(self, std=init_std)
+
+
+class MLPDecoder(TokenDecoder):
     """Linear, GELU, linear with an inner width of `ratio` * D: the head of 1.0 text (ratio 2).
 
     Args:
@@ -80,26 +85,11 @@ class MLPDecoder(Decoder):
         init_std: width of the initial normal weights; None = torch's default.
     """
 
-    restores_dropped = False
-
     def __init__(self, *, dim: int, ratio: int, init_std: float | None) -> None:
         super().__init__()
         self.project = mlp(dim, ratio * dim, dim)
         if init_std is not None:
             init_bert(self, std=init_std)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        hidden: Tensor,
-        visible: Tensor | None,
-        num_tokens: int,
-        grid: tuple[int, int] | None,
-        attention_mask: Tensor | None,
-    ) -> Tensor:
-        """See `Decoder.forward`."""
-        return self.project(tokens.flatten(0, 1).index_select(0, hidden))
 
 
 class ConvDecoder(Decoder):

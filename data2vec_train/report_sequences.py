@@ -21,6 +21,7 @@ def audio_masks_section(
     masked: Sequence[np.ndarray],
     *,
     sample_rate_hz: int,
+    seconds_per_token: float,
     drawn_as: str,
 ) -> Section:
     """Waveform and spectrogram of each clip, what is hidden in the first mask shaded, and strips of more masks.
@@ -29,6 +30,7 @@ def audio_masks_section(
         clips: (waveform (S_i,), log-mel spectrogram (mels, frames), name).
         masked: of each clip (M, T_i) bool, True where the student does not hear the frame.
         sample_rate_hz: of the waveforms.
+        seconds_per_token: from one frame to the next.
         drawn_as: one phrase, how the masks are drawn.
     """
     figures = []
@@ -38,15 +40,13 @@ def audio_masks_section(
             f"<figure><figcaption>{escape(name)}</figcaption>{image_tag(png, alt=name, css='wave')}</figure>"
         )
     runs = np.concatenate([_run_lengths(masks) for masks in masked])
-    seconds = sum(len(wave) for wave, _, _ in clips) / sample_rate_hz
-    frame_ms = 1000 * seconds / sum(masks.shape[1] for masks in masked)
     share = np.concatenate([np.asarray(masks).ravel() for masks in masked]).mean()
     return Section(
         "What the student hears",
         f"Shaded stretches are hidden from the student, which has to predict the teacher's features there; the strips "
         f"below show the masks of the first {SHOWN_MASKS} views, the first one being the one shaded. {share:.1%} of "
         f"the frames are hidden, in runs of {runs.mean():.1f} frames on average, about "
-        f"{runs.mean() * frame_ms:.0f} ms. Masks are drawn as: {drawn_as}.",
+        f"{1000 * runs.mean() * seconds_per_token:.0f} ms. Masks are drawn as: {drawn_as}.",
         f'<div class="clips">{"".join(figures)}</div>',
     )
 
@@ -86,10 +86,12 @@ def tokens_section(
 def sequence_masks_section(masked: Sequence[np.ndarray], *, drawn_as: str) -> Section:
     """Strips of the masks of a few samples of any sequence, (M, T_i) bool each."""
     rows = []
-    for masks in masked:
+    for sample, masks in enumerate(masked):
         for view, mask in enumerate(np.asarray(masks, bool)[:SHOWN_MASKS]):
             colours = np.where(mask[:, None], HIDDEN_COLOUR, np.float32(220)) / 255
-            rows.append([f"<th>{f'mask {view + 1}'}</th>", f"<td>{image_tag(_strip(colours), alt='mask')}</td>"])
+            rows.append(
+                [f"<th>sample {sample + 1}, mask {view + 1}</th>", f"<td>{image_tag(_strip(colours), alt='mask')}</td>"]
+            )
     share = np.concatenate([np.asarray(masks).ravel() for masks in masked]).mean()
     return Section(
         "What the student sees",

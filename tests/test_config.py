@@ -554,7 +554,8 @@ def test_a_set_recipe_directory_is_respected(monkeypatch):
     ],
 )
 def test_a_fault_of_text_settings_is_one_sentence(override, message):
-    (fault,) = find_faults(["modality=text", "objective=data2vec", override], config_name="train")
+    words = ["modality=text", "objective=data2vec", "data=folder", "data.path=somewhere", override]
+    (fault,) = find_faults(words, config_name="train")
     assert fault.startswith(message)
 
 

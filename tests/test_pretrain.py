@@ -113,7 +113,8 @@ def test_a_folder_of_mixed_images_without_labels_trains_and_lists_broken_files(r
         "text.png": "not an image",
     }
 
-    result = run_program(*arguments[:-1], f"hydra.run.dir={tmp_path / 'strict'}")
+    strict = ("data.tolerated_bad_samples=0", f"hydra.run.dir={tmp_path / 'strict'}")
+    result = run_program(*arguments[:-1], *strict)
     assert result.returncode == 2
     assert "data.max_bad_fraction" in result.stderr
     assert "Traceback" not in result.stderr

@@ -61,7 +61,9 @@ def test_clips_show_waveform_spectrogram_and_masks_and_say_how_long_the_runs_are
     wave, mel = RNG.normal(size=16_000).astype(np.float32), RNG.normal(size=(80, 101))
     masks = np.zeros((3, 50), bool)
     masks[:, 10:20] = True
-    section = audio_masks_section([(wave, mel, 'a "clip"')], [masks], sample_rate_hz=16_000, drawn_as="spans")
+    section = audio_masks_section(
+        [(wave, mel, 'a "clip"')], [masks], sample_rate_hz=16_000, seconds_per_token=0.02, drawn_as="spans"
+    )
     (picture,) = pictures(section.html)
     assert picture.shape[1] > 800
     assert "20.0% of the frames" in section.explanation

@@ -27,19 +27,21 @@ def pictures(
     clips = samples[:NUM_CLIPS]
     names = [_name(data, shown, sample) for sample in samples]
     waveforms = [_mono(sample) for sample in clips]
+    seconds_per_token = float(np.prod(student.token_count.strides)) / sample_rate_hz
     spectrograms = [log_mel_picture(wave, sample_rate_hz=sample_rate_hz) for wave in waveforms]
     sections = [
         audio_masks_section(
             list(zip(waveforms, spectrograms, names, strict=False)),
             masks_of(data, clips),
             sample_rate_hz=sample_rate_hz,
+            seconds_per_token=seconds_per_token,
             drawn_as=drawn_as,
         ),
         sequence_features_section(
             names[:NUM_CLIPS],
             features_of(untrained, clips),
             features_of(student, clips),
-            seconds_per_token=float(np.prod(student.token_count.strides)) / sample_rate_hz,
+            seconds_per_token=seconds_per_token,
         ),
     ]
     if len(data.indices) < 2:
