@@ -55,6 +55,7 @@ def test_a_folder_of_recordings_trains_on_the_good_ones_and_lists_the_bad(
     assert result.returncode == 0, result.stderr
     assert "1 are shorter than modality.min_seconds=0.2 (such as deep/er/click.wav)" in result.stdout
     bad = quarantined(run)
+    assert bad.pop("deep/er/click.wav") == "0.001 s, shorter than modality.min_seconds=0.2"
     assert bad.pop("deep/er/empty.wav") == "empty file"
     assert bad.pop("deep/er/words.wav").startswith("not an audio file")
     # The header of this one is sound: it is found out when, and if, its turn to be decoded comes.

@@ -203,9 +203,6 @@ class AudioSegments(Source):
     than `segment_seconds` are cut into equal parts of at most that length: an epoch visits all of a long recording, and
     no more than one part of it is ever in memory. What is shorter than `min_seconds` is left out.
 
-    Attributes:
-        too_short: (key, reason) of recordings that are sound but shorter than `min_seconds`.
-
     Args:
         source: recordings as bytes, files or arrays.
         sample_rate_hz: the rate at which lengths count.
@@ -231,13 +228,13 @@ class AudioSegments(Source):
         seconds, rejected = _durations(source, sample_rate_hz, cache_dir)
         self.rejected = (*source.rejected, *rejected)
         short = np.flatnonzero(seconds < min_seconds - 1e-9)  # NaN, a broken one, is not
-        self.too_short = tuple(
+        self.left_out = tuple(
             (source[int(row)].key, f"{seconds[row]:.3f} s, shorter than modality.min_seconds={min_seconds:g}")
             for row in short
         )
         usable = np.flatnonzero(seconds >= min_seconds - 1e-9)
         if not len(usable):
-            first = next(iter(self.rejected + self.too_short), ("", "no recordings"))
+            first = next(iter(self.rejected + self.left_out), ("", "no recordings"))
             raise DataError(
                 f"none of {len(source)} recordings can be used; the first is {first[0]}: {first[1]}. Give other data, "
                 "or lower modality.min_seconds"
@@ -256,7 +253,7 @@ class AudioSegments(Source):
             len(self),
             len(short),
             min_seconds,
-            f" (such as {self.too_short[0][0]})" if self.too_short else "",
+            f" (such as {self.left_out[0][0]})" if self.left_out else "",
             len(self.rejected),
         )
 

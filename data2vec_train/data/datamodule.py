@@ -143,6 +143,7 @@ class DataModule(L.LightningDataModule):
             tolerated=tolerated_bad_samples,
         )
         self.quarantine.add(rejected, num_good=0)
+        self.quarantine.write(pair for one in sources for pair in one.left_out)
 
     @property
     def class_names(self) -> list[str] | None:

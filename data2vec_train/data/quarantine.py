@@ -1,6 +1,7 @@
 """The list of samples that could not be used."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,12 +35,17 @@ class Quarantine:
         """
         self.drawn += num_good + len(rejected)
         new = {key: reason for key, reason in rejected if key not in self.reasons}
-        if new:
-            self.reasons |= new
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
+        self.reasons |= new
+        self.write(new.items())
         if self._too_many():
             self.stop(f"data.max_bad_fraction={self.max_bad_fraction:g}")
+
+    def write(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """List (key, reason) without counting it: samples that are sound and left out on purpose."""
+        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in pairs]
+        if lines:
+            with self.path.open("a") as file:
+                file.writelines(lines)
 
     def stop(self, why: str) -> NoReturn:
         """Raise the DataError that names the first broken sample and the list of all."""

@@ -50,11 +50,13 @@ class Source(ABC):
         lengths: How long each record is, (len,) int64 in the units of the model's input (samples, tokens); None when
             all are alike, as images after cropping.
         rejected: (key, reason) of records that were found unusable before anything was drawn; they have no index.
+        left_out: (key, reason) of records that are sound but do not suit the settings; they have no index either.
     """
 
     class_names: list[str] | None
     lengths: np.ndarray | None = None
     rejected: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
