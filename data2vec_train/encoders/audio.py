@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.encoders.base import (
     EncoderOutput,
@@ -30,8 +31,8 @@ from data2vec_train.encoders.base import (
     keep_visible,
     repeat_views,
 )
-from data2vec_train.encoders.transformer import Transformer
-from data2vec_train.layers.misc import init_bert
+from data2vec_train.encoders.transformer import Extras, Transformer
+from data2vec_train.layers.misc import activation_of, init_bert
 from data2vec_train.layers.positions import ALiBi, ConvPositions
 
 
@@ -50,11 +51,14 @@ class ConvLengths:
 
 
 class ConvLayer(nn.Module):
-    """Convolution without bias, layer norm over channels in float32, GELU."""
+    """Convolution, layer norm over channels in float32, activation."""
 
-    def __init__(self, channels_in: int, channels_out: int, *, kernel: int, stride: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, *, kernel: int, stride: int, bias: bool, activation: str
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels_in, channels_out, kernel, stride, bias=False)
+        self.activation = activation_of(activation)
+        self.conv = nn.Conv1d(channels_in, channels_out, kernel, stride, bias=bias)
         self.norm = nn.LayerNorm(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,29 +68,46 @@ class ConvLayer(nn.Module):
         x = F.layer_norm(
             x.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps
         ).to(x.dtype)
-        return F.gelu(x).mT
+        return self.activation(x).mT
 
 
 class WaveformEmbedding(nn.Module):
     """Convolutional front end, layer norm, linear projection."""
 
     def __init__(
-        self, *, channels: int, conv_dim: Sequence[int], kernels: Sequence[int], strides: Sequence[int], dim: int
+        self,
+        *,
+        channels: int,
+        conv_dim: Sequence[int],
+        kernels: Sequence[int],
+        strides: Sequence[int],
+        bias: bool,
+        activation: str,
+        norm_eps: float,
+        dim: int,
     ) -> None:
         super().__init__()
         widths = [channels, *conv_dim]
         self.features = nn.ModuleList(
-            ConvLayer(widths[i], widths[i + 1], kernel=kernel, stride=stride)
+            ConvLayer(widths[i], widths[i + 1], kernel=kernel, stride=stride, bias=bias, activation=activation)
             for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
         )
-        self.norm = nn.LayerNorm(widths[-1])
+        self.activation_checkpointing = False  # of the convolutions
+        self.norm = nn.LayerNorm(widths[-1], eps=norm_eps)
         self.project = nn.Linear(widths[-1], dim)
+
+    def local_features(self, x: Tensor) -> Tensor:
+        """(B, C, S) -> normalised features before the projection, (B, T, C')."""
+        for layer in self.features:
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return self.norm(x.mT)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, S) -> (B, T, D)."""
-        for layer in self.features:
-            x = layer(x)
-        return self.project(self.norm(x.mT))
+        return self.project(self.local_features(x))
 
 
 class AudioEncoder(ModalityEncoder):
@@ -97,12 +118,15 @@ class AudioEncoder(ModalityEncoder):
         conv_dim: channels of the front end's layers, one number for all or one for each.
         conv_kernel: their kernels, samples of their input.
         conv_stride: their strides.
+        conv_bias: whether they have biases.
+        conv_activation: activation of the front end and of the positional convolutions.
         dim: width D.
         depth: number of blocks, the prenet included.
         prenet_depth: first blocks that never serve as targets (2.0 large: 8).
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
-        norm_eps: of all layer norms from the positions on.
+        norm_eps: of all layer norms but those inside the convolutions.
+        activation: of the feed-forward part.
         position_kernel: of the positional convolutions, frames.
         position_depth: how many there are.
         position_groups: of these convolutions.
@@ -133,12 +157,15 @@ class AudioEncoder(ModalityEncoder):
         conv_dim: int | Sequence[int],
         conv_kernel: Sequence[int],
         conv_stride: Sequence[int],
+        conv_bias: bool,
+        conv_activation: str,
         dim: int,
         depth: int,
         prenet_depth: int,
         num_heads: int,
         ffn_dim: int,
         norm_eps: float,
+        activation: str,
         position_kernel: int,
         position_depth: int,
         position_groups: int,
@@ -180,7 +207,14 @@ class AudioEncoder(ModalityEncoder):
         self.token_count = ConvLengths(tuple(conv_kernel), tuple(conv_stride))
 
         self.embedder = WaveformEmbedding(
-            channels=channels, conv_dim=widths, kernels=conv_kernel, strides=conv_stride, dim=dim
+            channels=channels,
+            conv_dim=widths,
+            kernels=conv_kernel,
+            strides=conv_stride,
+            bias=conv_bias,
+            activation=conv_activation,
+            norm_eps=norm_eps,
+            dim=dim,
         )
         self.input_dropout = nn.Dropout(input_dropout)
         self.mask_token = nn.Parameter(torch.rand(dim)) if mask_token else None
@@ -190,6 +224,7 @@ class AudioEncoder(ModalityEncoder):
             depth=position_depth,
             groups=position_groups,
             reference_padding=reference_padding,
+            activation=conv_activation,
         )
         num_scales = {"none": 0, "shared": 1, "per_layer": depth}[alibi]
         self.alibi = ALiBi(num_heads=num_heads, num_scales=num_scales) if num_scales else None
@@ -204,6 +239,7 @@ class AudioEncoder(ModalityEncoder):
             norm_eps=norm_eps,
             qkv_bias="qkv",
             layer_scale=None,
+            activation=activation,
             dropout=dropout,
             attention_dropout=attention_dropout,
             activation_dropout=activation_dropout,
@@ -225,6 +261,11 @@ class AudioEncoder(ModalityEncoder):
         Raises:
             ValueError: another number of channels, or fewer samples than one frame needs.
         """
+        features, attention_mask = self.local_features(inputs, attention_mask)
+        return self.project(features), attention_mask
+
+    def local_features(self, inputs: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The first part of `embed`: what the convolutions say, normalised, (B, T, C'), and the mask (B, T)."""
         if inputs.dim() == 2:
             inputs = inputs[:, None]
         if inputs.dim() != 3 or inputs.shape[1] != self.channels:
@@ -235,10 +276,14 @@ class AudioEncoder(ModalityEncoder):
         if attention_mask is not None:
             real = self.token_count(attention_mask.sum(dim=1))  # (B,)
             attention_mask = torch.arange(num_tokens, device=inputs.device) < real[:, None]
-        tokens = self.embedder(inputs)
+        return self.embedder.local_features(inputs), attention_mask
+
+    def project(self, features: Tensor) -> Tensor:
+        """The second part of `embed`: (B, T, C') -> frames (B, T, D)."""
+        tokens = self.embedder.project(features)
         if self.embed_gradient != 1:
             tokens = self.embed_gradient * tokens + (1 - self.embed_gradient) * tokens.detach()
-        return self.input_dropout(tokens), attention_mask
+        return self.input_dropout(tokens)
 
     def contextualize(
         self,
@@ -249,6 +294,7 @@ class AudioEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         tap: Tap | None = None,
         last: int = 0,
+        extras: Extras | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`."""
         dropped = masks is not None and mode == "drop"
@@ -267,6 +313,11 @@ class AudioEncoder(ModalityEncoder):
             biases = self.alibi(where)
             biases = repeat(biases[0], self.depth) if len(biases) == 1 else iter(biases)
         x, layers = self.transformer(
-            self.dropout(self.input_norm(tokens)), key_mask=attention_mask, biases=biases, tap=tap, last=last
+            self.dropout(self.input_norm(tokens)),
+            key_mask=attention_mask,
+            biases=biases,
+            tap=tap,
+            last=last,
+            extras=extras,
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

@@ -9,24 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
-from data2vec_train.encoders.transformer import Transformer
+from data2vec_train.encoders.transformer import Extras, Transformer
 from data2vec_train.layers.misc import init_bert
 
 
 class TextEmbedding(nn.Module):
-    """Token plus position, layer norm, dropout; zero at padding.
+    """Token plus position (plus token type), layer norm, dropout; zero at padding.
 
     Position numbers start behind the padding id: the first real token has `pad_id` + 1, and padding has `pad_id`
     (spec 2.2), hence `max_tokens` + `pad_id` + 1 rows.
     """
 
     def __init__(
-        self, *, vocab_size: int, max_tokens: int, pad_id: int, dim: int, norm_eps: float, dropout: float
+        self,
+        *,
+        vocab_size: int,
+        max_tokens: int,
+        pad_id: int,
+        num_token_types: int,
+        dim: int,
+        norm_eps: float,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.pad_id = pad_id
         self.tokens = nn.Embedding(vocab_size, dim, padding_idx=pad_id)
         self.positions = nn.Embedding(max_tokens + pad_id + 1, dim, padding_idx=pad_id)
+        self.types = nn.Embedding(num_token_types, dim) if num_token_types else None
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -36,8 +45,14 @@ class TextEmbedding(nn.Module):
             numbers = torch.arange(self.pad_id + 1, self.pad_id + 1 + ids.shape[1], device=ids.device)[None]
         else:
             numbers = attention_mask.cumsum(dim=1) * attention_mask + self.pad_id
-        x = self.dropout(self.norm(self.tokens(ids) + self.positions(numbers)))
+        x = self.combine(self.tokens(ids), numbers, types=None)
         return x if attention_mask is None else x * attention_mask[..., None]
+
+    def combine(self, tokens: Tensor, numbers: Tensor, *, types: Tensor | None) -> Tensor:
+        """Embedded tokens (B, T, D), position numbers (1 or B, T) and token types (B, T) or None = 0 -> (B, T, D)."""
+        if self.types is not None:
+            tokens = tokens + self.types(torch.zeros_like(numbers) if types is None else types)
+        return self.dropout(self.norm(tokens + self.positions(numbers)))
 
 
 def same_count(length: int) -> int:
@@ -52,12 +67,14 @@ class TextEncoder(ModalityEncoder):
         vocab_size: number of token ids.
         max_tokens: longest input.
         pad_id: id of padding, which also says where position numbers start.
+        num_token_types: rows of a table of token types, as BERT's segments; 0 = there is none.
         dim: width D.
         depth: number of blocks.
         prenet_depth: first blocks that never serve as targets.
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
         norm_eps: of all layer norms.
+        activation: of the feed-forward part.
         dropout: on the embeddings and on both branches of a block.
         attention_dropout: on the attention weights.
         activation_dropout: inside the feed-forward part.
@@ -65,6 +82,7 @@ class TextEncoder(ModalityEncoder):
         layer_drop: probability that a block is skipped in training.
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
         attention: backend, see `layers.attention`.
+        cross_attention: blocks can attend to the states of another encoder, as decoders do.
 
     Raises:
         ValueError: sizes that cannot be built.
@@ -76,12 +94,14 @@ class TextEncoder(ModalityEncoder):
         vocab_size: int,
         max_tokens: int,
         pad_id: int,
+        num_token_types: int,
         dim: int,
         depth: int,
         prenet_depth: int,
         num_heads: int,
         ffn_dim: int,
         norm_eps: float,
+        activation: str,
         dropout: float,
         attention_dropout: float,
         activation_dropout: float,
@@ -89,6 +109,7 @@ class TextEncoder(ModalityEncoder):
         layer_drop: float,
         activation_checkpointing: bool,
         attention: str,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= prenet_depth < depth:
@@ -103,7 +124,13 @@ class TextEncoder(ModalityEncoder):
         self.grid = None
         self.token_count = same_count
         self.embedder = TextEmbedding(
-            vocab_size=vocab_size, max_tokens=max_tokens, pad_id=pad_id, dim=dim, norm_eps=norm_eps, dropout=dropout
+            vocab_size=vocab_size,
+            max_tokens=max_tokens,
+            pad_id=pad_id,
+            num_token_types=num_token_types,
+            dim=dim,
+            norm_eps=norm_eps,
+            dropout=dropout,
         )
         self.transformer = Transformer(
             depth=depth,
@@ -114,6 +141,7 @@ class TextEncoder(ModalityEncoder):
             norm_eps=norm_eps,
             qkv_bias="qkv",
             layer_scale=None,
+            activation=activation,
             dropout=dropout,
             attention_dropout=attention_dropout,
             activation_dropout=activation_dropout,
@@ -121,6 +149,7 @@ class TextEncoder(ModalityEncoder):
             layer_drop=layer_drop,
             activation_checkpointing=activation_checkpointing,
             backend=attention,
+            cross_attention=cross_attention,
         )
         init_bert(self)
         with torch.no_grad():
@@ -146,11 +175,12 @@ class TextEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         tap: Tap | None = None,
         last: int = 0,
+        extras: Extras | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`."""
+        """See `ModalityEncoder.contextualize`; a mask (B, T, S) says for each token what it may attend to."""
         if masks is not None:
             tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x, layers = self.transformer(
-            tokens, key_mask=attention_mask, biases=repeat(None, self.depth), tap=tap, last=last
+            tokens, key_mask=attention_mask, biases=repeat(None, self.depth), tap=tap, last=last, extras=extras
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

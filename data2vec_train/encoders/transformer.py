@@ -6,9 +6,13 @@
 
 g1 and g2 are learned scales per channel, or 1. Every branch passes dropout and drop path. A block also returns the raw
 output of fc2, which is what most variants of data2vec regress ("ffn" tap), before dropout, scale, residual and norm.
+
+`Extras` carries what pretraining never needs: keys and values of earlier tokens, states of another encoder to attend
+to, and lists to collect attention weights in.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,16 +21,59 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.encoders.base import Tap
-from data2vec_train.layers.attention import attention, check_backend
-from data2vec_train.layers.misc import DropPath
+from data2vec_train.layers.attention import attention, attention_weights, check_backend
+from data2vec_train.layers.misc import DropPath, activation_of
 
 QKVBias = Literal["qkv", "qv", "none"]
+
+
+class KeyValueCache:
+    """Keys and values of the tokens that a decoder has read, so that the next token need not compute them again."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}  # block -> (N, H, S, Dh)
+        self.values: dict[int, Tensor] = {}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # block -> keys and values of the encoder states
+
+    def get_seq_length(self) -> int:
+        """How many tokens have been read."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens; returns all of the block's, each (N, H, S, Dh)."""
+        if block in self.keys:
+            k, v = torch.cat([self.keys[block], k], dim=2), torch.cat([self.values[block], v], dim=2)
+        self.keys[block], self.values[block] = k, v
+        return k, v
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows (N',) int64 of everything, as beam search does."""
+        self.keys = {block: k[rows] for block, k in self.keys.items()}
+        self.values = {block: v[rows] for block, v in self.values.items()}
+        self.memory = {block: (k[rows], v[rows]) for block, (k, v) in self.memory.items()}
+
+
+@dataclass
+class Extras:
+    """What only decoders and people who look inside need of a block."""
+
+    cache: KeyValueCache | None = None
+    memory: Tensor | None = None  # (N, S', D) states of another encoder
+    memory_mask: Tensor | None = None  # (N, S') bool, True = real
+    keep_attentions: bool = False
+    keep_hidden_states: bool = False
+    omit_dropped: bool = False  # a block that layer drop skips leaves no entry in `hidden_states`
+    attentions: list[Tensor] = field(default_factory=list)  # (N, H, Q, S) of each block that ran
+    cross_attentions: list[Tensor] = field(default_factory=list)  # (N, H, Q, S')
+    hidden_states: list[Tensor] = field(default_factory=list)  # (N, S, D): the first block's input, and every output
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused projection; rows of `qkv` are q, then k, then v."""
 
-    def __init__(self, *, dim: int, num_heads: int, qkv_bias: QKVBias, attention_dropout: float, backend: str) -> None:
+    def __init__(
+        self, *, dim: int, num_heads: int, qkv_bias: QKVBias, attention_dropout: float, backend: str, block: int
+    ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
@@ -35,44 +82,99 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.backend = check_backend(backend)
+        self.block = block
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "qkv")
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> Tensor:
-        """X (N, S, D), key_mask (N, S) bool, bias broadcastable to (N, H, S, S) -> (N, S, D)."""
+    def forward(self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, extras: Extras | None = None) -> Tensor:
+        """X (N, Q, D), key_mask (N, S) or (N, Q, S) bool, bias broadcastable to (N, H, Q, S) -> (N, Q, D)."""
         qkv_bias = self.qkv.bias
         if self.q_bias is not None:
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, H, S, Dh)
-        mixed = attention(
-            q, k, v,
-            backend=self.backend,
-            key_mask=key_mask,
-            bias=bias,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )  # fmt: skip
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, H, Q, Dh)
+        if extras is not None and extras.cache is not None:
+            k, v = extras.cache.extend(self.block, k, v)
+        collect = extras.attentions if extras is not None and extras.keep_attentions else None
+        dropout_p = self.attention_dropout if self.training else 0.0
+        mixed = _mix(q, k, v, key_mask, bias, dropout_p=dropout_p, backend=self.backend, collect=collect)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, linear."""
+class CrossAttention(nn.Module):
+    """Multi-head attention to the states of another encoder."""
 
-    def __init__(self, *, dim: int, ffn_dim: int, activation_dropout: float) -> None:
+    def __init__(self, *, dim: int, num_heads: int, attention_dropout: float, backend: str, block: int) -> None:
         super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.backend = check_backend(backend)
+        self.block = block
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, extras: Extras) -> Tensor:
+        """X (N, Q, D), attending to `extras.memory` -> (N, Q, D)."""
+        q = self._heads(self.query(x))
+        if extras.cache is not None and self.block in extras.cache.memory:
+            k, v = extras.cache.memory[self.block]
+        else:
+            k, v = self._heads(self.key(extras.memory)), self._heads(self.value(extras.memory))
+            if extras.cache is not None:
+                extras.cache.memory[self.block] = (k, v)
+        collect = extras.cross_attentions if extras.keep_attentions else None
+        dropout_p = self.attention_dropout if self.training else 0.0
+        mixed = _mix(q, k, v, extras.memory_mask, None, dropout_p=dropout_p, backend=self.backend, collect=collect)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, Q, Dh)
+
+
+def _mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    dropout_p: float,
+    backend: str,
+    collect: list[Tensor] | None,
+) -> Tensor:
+    """Attention; its weights go into `collect`, which fused backends do not compute."""
+    if collect is None:
+        return attention(q, k, v, backend=backend, key_mask=key_mask, bias=bias, dropout_p=dropout_p)
+    weights = attention_weights(q, k, key_mask=key_mask, bias=bias, dropout_p=dropout_p)
+    collect.append(weights)
+    return weights @ v
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, *, dim: int, ffn_dim: int, activation: str, activation_dropout: float) -> None:
+        super().__init__()
+        self.activation = activation_of(activation)
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
         self.activation_dropout = nn.Dropout(activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.fc2(self.activation_dropout(F.gelu(self.fc1(x))))
+        return self.fc2(self.activation_dropout(self.activation(self.fc1(x))))
 
 
 class Block(nn.Module):
-    """One transformer block; see the equations above."""
+    """One transformer block; see the equations above.
+
+    With cross-attention, a post-norm block attends to another encoder's states between its two branches, when there
+    are any: x = LNc(x + cross(x)).
+    """
 
     def __init__(
         self,
@@ -84,18 +186,24 @@ class Block(nn.Module):
         norm_eps: float,
         qkv_bias: QKVBias,
         layer_scale: float | None,
+        activation: str,
         dropout: float,
         attention_dropout: float,
         activation_dropout: float,
         drop_path: float,
+        cross_attention: bool,
         backend: str,
+        block: int,
     ) -> None:
         super().__init__()
+        if cross_attention and norm_first:
+            raise ValueError("cross_attention needs post-norm blocks: norm_first=False")
         self.norm_first = norm_first
-        self.attention = SelfAttention(
-            dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, backend=backend
-        )
-        self.ffn = FeedForward(dim=dim, ffn_dim=ffn_dim, activation_dropout=activation_dropout)
+        attend = dict(dim=dim, num_heads=num_heads, attention_dropout=attention_dropout, backend=backend, block=block)
+        self.attention = SelfAttention(qkv_bias=qkv_bias, **attend)
+        self.cross = CrossAttention(**attend) if cross_attention else None
+        self.norm_cross = nn.LayerNorm(dim, eps=norm_eps) if cross_attention else None
+        self.ffn = FeedForward(dim=dim, ffn_dim=ffn_dim, activation=activation, activation_dropout=activation_dropout)
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
@@ -107,13 +215,17 @@ class Block(nn.Module):
         branch = self.dropout(branch)
         return self.drop_path(branch if scale is None else scale * branch)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, extras: Extras | None = None
+    ) -> tuple[Tensor, Tensor]:
         """X (N, S, D) -> the block's output and the raw FFN output, both (N, S, D)."""
         if self.norm_first:
-            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias), self.scale1)
+            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias, extras), self.scale1)
             ffn = self.ffn(self.norm2(x))
             return x + self._branch(ffn, self.scale2), ffn
-        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias), self.scale1))
+        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias, extras), self.scale1))
+        if self.cross is not None and extras is not None and extras.memory is not None:
+            x = self.norm_cross(x + self._branch(self.cross(x, extras), None))
         ffn = self.ffn(x)
         return self.norm2(x + self._branch(ffn, self.scale2)), ffn
 
@@ -143,6 +255,8 @@ class Transformer(nn.Module):
         layer_drop: float,
         activation_checkpointing: bool,
         backend: str,
+        activation: str = "gelu",
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -160,11 +274,14 @@ class Transformer(nn.Module):
                 norm_eps=norm_eps,
                 qkv_bias=qkv_bias,
                 layer_scale=layer_scale,
+                activation=activation,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 activation_dropout=activation_dropout,
                 drop_path=drop_path * layer / max(depth - 1, 1),
+                cross_attention=cross_attention,
                 backend=backend,
+                block=layer,
             )
             for layer in range(depth)
         )
@@ -177,29 +294,38 @@ class Transformer(nn.Module):
         biases: Iterator[Tensor | None],
         tap: Tap | None,
         last: int,
+        extras: Extras | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all blocks.
 
         Args:
             x: (N, S, D).
-            key_mask: (N, S) bool, True = real, or None.
+            key_mask: (N, S) or (N, S, S) bool, True = may be attended to, or None.
             biases: one attention bias (or None) for each block, lowest first.
             tap: see `ModalityEncoder.contextualize`.
             last: how many of the last blocks to tap.
+            extras: see `Extras`.
 
         Returns:
             The last block's output (N, S, D) and the tapped tensors, each (N, S, D); a dropped block has none.
         """
         layers: list[Tensor] = []
         first_tapped = len(self.blocks) - last
+        keep = extras is not None and extras.keep_hidden_states
+        if keep:
+            extras.hidden_states.append(x)
         for layer, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Drawn on the host, so that no device has to be asked whether to run the block.
             if self.training and self.layer_drop and float(torch.rand(())) < self.layer_drop:
+                if keep and not extras.omit_dropped:
+                    extras.hidden_states.append(x)
                 continue
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x, ffn = checkpoint(block, x, key_mask, bias, use_reentrant=False)
+                x, ffn = checkpoint(block, x, key_mask, bias, extras, use_reentrant=False)
             else:
-                x, ffn = block(x, key_mask, bias)
+                x, ffn = block(x, key_mask, bias, extras)
+            if keep:
+                extras.hidden_states.append(x)
             if tap is not None and layer >= first_tapped:
                 layers.append(ffn if tap == "ffn" else x)
         return x, layers

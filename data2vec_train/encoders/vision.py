@@ -13,10 +13,11 @@ from itertools import repeat
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
-from data2vec_train.encoders.transformer import QKVBias, Transformer
+from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
 from data2vec_train.layers.misc import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.layers.positions import RelativePositionBias, bias_between, sincos_grid
 
@@ -56,15 +57,18 @@ class VisionEncoder(ModalityEncoder):
         prenet_depth: first blocks that never serve as targets (2.0 base: 2).
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
-        norm_first: pre-norm blocks and a final norm; else post-norm blocks and a norm before the first one.
+        norm_first: pre-norm blocks; else post-norm blocks and a norm before the first one.
+        final_norm: a norm after the last block, which pre-norm blocks want in pretraining.
         norm_eps: of all layer norms.
-        positions: "sincos" adds fixed positions to the patches, "none" leaves them to `relative_bias`.
-        relative_bias: "shared" by all blocks, "per_layer", or "none".
+        activation: of the feed-forward part.
+        positions: "sincos" adds fixed positions to the patches, "learned" trained ones to all tokens, "none" leaves
+            them to `relative_bias`.
+        relative_bias: "shared" by all blocks, "per_layer", "both" added up, or "none".
         class_token: whether to prepend one.
         mask_token: whether there is a learned vector for hidden patches (mask mode "replace").
         qkv_bias: which of query, key, value have biases.
         layer_scale: start value of the learned scales on both branches, None = no scales.
-        dropout: on both branches.
+        dropout: on the tokens before the first block and on both branches.
         attention_dropout: on the attention weights.
         activation_dropout: inside the feed-forward part.
         drop_path: stochastic depth of the last block.
@@ -90,9 +94,11 @@ class VisionEncoder(ModalityEncoder):
         num_heads: int,
         ffn_dim: int,
         norm_first: bool,
+        final_norm: bool,
         norm_eps: float,
-        positions: Literal["sincos", "none"],
-        relative_bias: Literal["shared", "per_layer", "none"],
+        activation: str,
+        positions: Literal["sincos", "learned", "none"],
+        relative_bias: Literal["shared", "per_layer", "both", "none"],
         class_token: bool,
         mask_token: bool,
         qkv_bias: QKVBias,
@@ -110,8 +116,8 @@ class VisionEncoder(ModalityEncoder):
         if height % patch_px or width % patch_px:
             raise ValueError(f"patches of {patch_px} px do not tile an image of {height} x {width} px")
         for name, value, allowed in (
-            ("positions", positions, ("sincos", "none")),
-            ("relative_bias", relative_bias, ("shared", "per_layer", "none")),
+            ("positions", positions, ("sincos", "learned", "none")),
+            ("relative_bias", relative_bias, ("shared", "per_layer", "both", "none")),
             ("init", init, ("bert", "beit")),
         ):
             if value not in allowed:
@@ -131,12 +137,18 @@ class VisionEncoder(ModalityEncoder):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if mask_token else None
         fixed = sincos_grid(self.grid, dim)[None] if positions == "sincos" else None  # (1, T, D)
         self.register_buffer("positions", fixed, persistent=False)
-        num_biases = {"shared": 1, "per_layer": depth, "none": 0}[relative_bias]
+        num_positions = self.num_prefix_tokens + self.token_count.num_tokens
+        learned = positions == "learned"
+        self.learned_positions = nn.Parameter(torch.zeros(1, num_positions, dim)) if learned else None  # (1, S, D)
+        # One for each block, then the shared one.
+        num_biases = {"shared": 1, "per_layer": depth, "both": depth + 1, "none": 0}[relative_bias]
+        self.patch_px = patch_px
         self.relative_biases = nn.ModuleList(
             RelativePositionBias(grid=self.grid, num_heads=num_heads, num_prefix_tokens=self.num_prefix_tokens)
             for _ in range(num_biases)
         )
         self.input_norm = nn.Identity() if norm_first else nn.LayerNorm(dim, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
         self.transformer = Transformer(
             depth=depth,
             dim=dim,
@@ -146,6 +158,7 @@ class VisionEncoder(ModalityEncoder):
             norm_eps=norm_eps,
             qkv_bias=qkv_bias,
             layer_scale=layer_scale,
+            activation=activation,
             dropout=dropout,
             attention_dropout=attention_dropout,
             activation_dropout=activation_dropout,
@@ -154,7 +167,7 @@ class VisionEncoder(ModalityEncoder):
             activation_checkpointing=activation_checkpointing,
             backend=attention,
         )
-        self.final_norm = nn.LayerNorm(dim, eps=norm_eps) if norm_first else nn.Identity()
+        self.final_norm = nn.LayerNorm(dim, eps=norm_eps) if final_norm else nn.Identity()
         self._initialise(init)
 
     def _initialise(self, init: str) -> None:
@@ -171,14 +184,21 @@ class VisionEncoder(ModalityEncoder):
             for token in extra:
                 nn.init.normal_(token)
 
-    def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def embed(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, *, any_size: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) as it came.
 
+        With `any_size`, images may be larger or smaller; `contextualize` then has to know their grid.
+
         Raises:
-            ValueError: images of another size than the encoder was built for.
+            ValueError: images with other channels, or of another size, than the encoder was built for.
         """
-        if inputs.shape[-2:] != self.image_size:
+        if not any_size and inputs.shape[-2:] != self.image_size:
             raise ValueError(f"expected images of {self.image_size} px (height, width), got {tuple(inputs.shape[-2:])}")
+        channels = self.embedder.project.in_channels
+        if inputs.shape[1] != channels:
+            raise ValueError(f"expected images with {channels} channels, got a tensor {tuple(inputs.shape)}")
         return self.embedder(inputs), attention_mask
 
     def contextualize(
@@ -190,41 +210,77 @@ class VisionEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         tap: Tap | None = None,
         last: int = 0,
+        extras: Extras | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`."""
+        """See `ModalityEncoder.contextualize`.
+
+        Args:
+            tokens: as there, like all that follow.
+            attention_mask: as there.
+            masks: as there.
+            mode: as there.
+            tap: as there.
+            last: as there.
+            extras: see `Extras`.
+            grid: rows and columns of the patches, when they are not the encoder's own: positions and biases are
+                resized, bicubically and bilinearly.
+        """
+        prefix, positions = self._positions(grid)
         # A dropped token leaves with its position; a replaced one keeps the position, or nobody knew where it was.
-        if self.positions is not None and mode == "drop":
-            tokens = tokens + self.positions
+        if positions is not None and mode == "drop":
+            tokens = tokens + positions
         if masks is not None:
             tokens, attention_mask = hide(
                 tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token
             )  # (N, T or V, D)
-        if self.positions is not None and mode != "drop":
-            tokens = tokens + self.positions
+        if positions is not None and mode != "drop":
+            tokens = tokens + positions
 
         num_rows, num_prefix = tokens.shape[0], self.num_prefix_tokens
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(num_rows, -1, -1), tokens], dim=1)  # (N, S, D)
+            class_token = self.class_token if prefix is None else self.class_token + prefix
+            tokens = torch.cat([class_token.to(tokens.dtype).expand(num_rows, -1, -1), tokens], dim=1)  # (N, S, D)
             if attention_mask is not None:
                 attention_mask = torch.cat([attention_mask.new_ones(num_rows, num_prefix), attention_mask], dim=1)
         x, layers = self.transformer(
-            self.input_norm(tokens),
+            self.dropout(self.input_norm(tokens)),
             key_mask=attention_mask,
-            biases=self._attention_biases(masks.visible if masks is not None and mode == "drop" else None),
+            biases=self._attention_biases(masks.visible if masks is not None and mode == "drop" else None, grid),
             tap=tap,
             last=last,
+            extras=extras,
         )
         x = self.final_norm(x)
         return EncoderOutput(
             prefix=x[:, :num_prefix], tokens=x[:, num_prefix:], layers=[layer[:, num_prefix:] for layer in layers]
         )
 
-    def _attention_biases(self, visible: Tensor | None):  # noqa: ANN202 - an iterator of (1 or N, H, S, S) or None
+    def _positions(self, grid: tuple[int, int] | None) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the class token (1, E, D) and to the patches (1, T, D)."""
+        if self.learned_positions is None and self.positions is None:
+            return None, None
+        if self.learned_positions is None:
+            prefix, patches = None, self.positions
+        else:
+            prefix, patches = self.learned_positions.split([self.num_prefix_tokens, self.token_count.num_tokens], dim=1)
+        if grid is not None and grid != self.grid:
+            resized = F.interpolate(patches.mT.unflatten(2, self.grid), size=grid, mode="bicubic", align_corners=False)
+            patches = resized.flatten(2).mT
+        return prefix, patches
+
+    def _attention_biases(  # noqa: ANN202 - an iterator of (1 or N, H, S, S) or None
+        self, visible: Tensor | None, grid: tuple[int, int] | None
+    ):
         if not len(self.relative_biases):
             return repeat(None, self.depth)
-        biases = [module() for module in self.relative_biases]
+        biases = [module(grid) for module in self.relative_biases]
         if visible is not None:
             prefix = torch.arange(self.num_prefix_tokens, device=visible.device).expand(visible.shape[0], -1)
             kept = torch.cat([prefix, visible + self.num_prefix_tokens], dim=1)  # (N, S)
             biases = [bias_between(bias, kept) for bias in biases]
-        return repeat(biases[0], self.depth) if len(biases) == 1 else iter(biases)
+        if len(biases) == 1:
+            return repeat(biases[0], self.depth)
+        if len(biases) > self.depth:
+            return iter([bias + biases[-1] for bias in biases[:-1]])
+        return iter(biases)

@@ -2,7 +2,7 @@
 
     out = softmax(q k^T / sqrt(Dh) + bias + key mask) v
 
-Shapes: B rows, H heads, S positions, Dh head width.
+Shapes: B rows, H heads, Q queries and S keys (the same positions in self-attention), Dh head width.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,33 @@ def attention(
     """Scaled dot-product attention.
 
     Args:
-        q: (B, H, S, Dh), as k and v.
-        k: see q.
-        v: see q.
+        q: (B, H, Q, Dh).
+        k: (B, H, S, Dh), as v.
+        v: see k.
         backend: a name in `BACKENDS`.
-        key_mask: (B, S) bool, True = a real position that may be attended to.
-        bias: added to the logits, broadcastable to (B, H, S, S).
+        key_mask: (B, S) or (B, Q, S) bool, True = a real position that may be attended to. The output of a query that
+            may attend to nothing is finite and means nothing: it differs between backends.
+        bias: added to the logits, broadcastable to (B, H, Q, S).
         dropout_p: share of attention weights dropped; 0 outside training.
 
     Returns:
-        (B, H, S, Dh).
+        (B, H, Q, Dh).
     """
     return BACKENDS[backend](q, k, v, key_mask, bias, dropout_p)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, key_mask: Tensor | None, bias: Tensor | None, dropout_p: float
+) -> Tensor:
+    """What `attention` weighs values with, after dropout: (B, H, Q, S); arguments as there."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, Q, S)
+    if bias is not None:
+        logits = logits + bias
+    if key_mask is not None:
+        # Not -inf: a row in which everything is masked would become NaN, and spread.
+        logits = logits.masked_fill(~_per_query(key_mask), torch.finfo(logits.dtype).min)
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout_p)
 
 
 def check_backend(backend: str) -> str:
@@ -48,20 +63,17 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def _per_query(key_mask: Tensor) -> Tensor:
+    """(B, S) or (B, Q, S) -> (B, 1, 1 or Q, S)."""
+    return key_mask[:, None, None] if key_mask.dim() == 2 else key_mask[:, None]
+
+
 def _eager(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, dropout_p: float) -> Tensor:
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, S, S)
-    if bias is not None:
-        logits = logits + bias
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout_p) @ v
+    return attention_weights(q, k, key_mask=key_mask, bias=bias, dropout_p=dropout_p) @ v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, dropout_p: float) -> Tensor:
-    mask = None
-    if key_mask is not None:
-        mask = key_mask[:, None, None]  # (B, 1, 1, S) bool
+    mask = None if key_mask is None else _per_query(key_mask)
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))

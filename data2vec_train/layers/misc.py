@@ -1,9 +1,32 @@
-"""Small layers: stochastic depth and weight initialisation."""
+"""Small layers: activations, stochastic depth and weight initialisation."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data2vec_train.errors import ConfigError
+
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+# The names are those of Hugging Face configs.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of that name; raise ConfigError when there is none."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activation {name!r} does not exist; choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 class DropPath(nn.Module):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data2vec_train.layers.misc import activation_of
+
 
 def sincos_grid(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed two-dimensional positions, (T, D): the first half of D encodes the column, the second the row.
@@ -51,19 +53,39 @@ def relative_position_index(grid: tuple[int, int], num_prefix_tokens: int) -> Te
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number per head and relative offset of two patches, added to the attention logits; starts at zero."""
+    """A learned number per head and relative offset of two patches, added to the attention logits; starts at zero.
+
+    Attributes:
+        transposed: resize the table as Hugging Face does, which takes its rows for columns and so is wrong for grids
+            that are not square, even at their own size. Set by `hf_compat`.
+    """
 
     def __init__(self, *, grid: tuple[int, int], num_heads: int, num_prefix_tokens: int) -> None:
         super().__init__()
         rows, columns = grid
+        self.grid = (rows, columns)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.transposed = False
         self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, num_heads))
         index = relative_position_index(grid, num_prefix_tokens)
         self.register_buffer("index", index.flatten(), persistent=False)
-        self.size = index.shape[0]
 
-    def forward(self) -> Tensor:
-        """(1, H, S, S)."""
-        return self.table[self.index].view(self.size, self.size, -1).permute(2, 0, 1)[None]
+    def forward(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """(1, H, S, S) for the grid it was made for; for another one, the table is resized bilinearly."""
+        table, index = self.table, self.index
+        if grid is not None and (grid != self.grid or self.transposed):
+            table = self._resized(grid)
+            index = relative_position_index(grid, self.num_prefix_tokens).flatten().to(table.device)
+        size = math.isqrt(index.numel())
+        return table[index].view(size, size, -1).permute(2, 0, 1)[None]
+
+    def _resized(self, grid: tuple[int, int]) -> Tensor:
+        shape = [2 * side - 1 for side in (self.grid[::-1] if self.transposed else self.grid)]
+        offsets, prefix = self.table[:-3], self.table[-3:]
+        offsets = offsets.mT.unflatten(1, shape)[None]  # (1, H, 2 Hp - 1, 2 Wp - 1)
+        size = tuple(2 * side - 1 for side in grid)
+        offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
+        return torch.cat([offsets[0].flatten(1).mT, prefix])
 
 
 def bias_between(bias: Tensor, kept: Tensor) -> Tensor:
@@ -87,10 +109,14 @@ class ConvPositions(nn.Module):
         reference_padding: the originals zero padded frames before the first layer only, and what later layers then put
             there leaks into real frames (spec section 7, row 14). False zeroes them before every layer, so that a
             padded sample gets the same result as a lone one.
+        activation: instead of the GELU.
     """
 
-    def __init__(self, *, dim: int, kernel: int, depth: int, groups: int, reference_padding: bool) -> None:
+    def __init__(
+        self, *, dim: int, kernel: int, depth: int, groups: int, reference_padding: bool, activation: str = "gelu"
+    ) -> None:
         super().__init__()
+        self.activation = activation_of(activation)
         self.reference_padding = reference_padding
         self.convolutions = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
@@ -105,7 +131,7 @@ class ConvPositions(nn.Module):
             if attention_mask is not None and (layer == 0 or not self.reference_padding):
                 x = x * attention_mask[:, None]
             x = convolution(x)[..., : tokens.shape[1]]  # an even kernel gives one frame too many
-            x = F.gelu(F.layer_norm(x.mT, x.shape[1:2])).mT
+            x = self.activation(F.layer_norm(x.mT, x.shape[1:2])).mT
         return x.mT
 
 

@@ -10,6 +10,7 @@ from data2vec_train.layers.attention import BACKENDS, attention
 FAMILIES = {
     "1.0": {
         "norm_first": True,
+        "final_norm": True,
         "positions": "none",
         "relative_bias": "shared",
         "mask_token": True,
@@ -19,6 +20,7 @@ FAMILIES = {
     },
     "2.0": {
         "norm_first": False,
+        "final_norm": False,
         "positions": "sincos",
         "relative_bias": "none",
         "mask_token": True,  # not in the papers' 2.0; here both families go through both mask modes
@@ -42,6 +44,7 @@ def build(family: dict, *, randomise: bool = True, **changes) -> VisionEncoder:
         "num_heads": 2,
         "ffn_dim": 16,
         "norm_eps": 1e-6,
+        "activation": "gelu",
         "class_token": True,
         "dropout": 0.0,
         "attention_dropout": 0.0,
@@ -378,7 +381,7 @@ def test_without_a_class_token_there_is_no_prefix(family):
         ({"prenet_depth": 3}, "at least one of 3 blocks, got 3"),
         ({"prenet_depth": -1}, "got -1"),
         ({"num_heads": 3}, "got 8 and 3"),
-        ({"positions": "learned"}, "positions must be .* got 'learned'"),
+        ({"positions": "rotary"}, "positions must be .* got 'rotary'"),
         ({"relative_bias": "all"}, "relative_bias must be .* got 'all'"),
         ({"init": "zeros"}, "init must be .* got 'zeros'"),
         ({"qkv_bias": "k"}, "got 'k'"),
