@@ -14,18 +14,30 @@ _HOMES = {
     "ModalityEncoder": "data2vec_train.encoders.base",
     "TargetBuilder": "data2vec_train.targets",
     "build": "data2vec_train.config",
+    "load_pretrained": "data2vec_train.hf.convert",
+    "save_pretrained": "data2vec_train.hf.convert",
+    # The classes and configs of Hugging Face's Data2Vec page
+    "Data2VecAudioConfig": "data2vec_train.hf.configs",
+    "Data2VecAudioForAudioFrameClassification": "data2vec_train.hf.audio",
+    "Data2VecAudioForCTC": "data2vec_train.hf.audio",
+    "Data2VecAudioForSequenceClassification": "data2vec_train.hf.audio",
+    "Data2VecAudioForXVector": "data2vec_train.hf.audio",
+    "Data2VecAudioModel": "data2vec_train.hf.audio",
+    "Data2VecTextConfig": "data2vec_train.hf.configs",
+    "Data2VecTextForCausalLM": "data2vec_train.hf.text",
+    "Data2VecTextForMaskedLM": "data2vec_train.hf.text",
+    "Data2VecTextForMultipleChoice": "data2vec_train.hf.text",
+    "Data2VecTextForQuestionAnswering": "data2vec_train.hf.text",
+    "Data2VecTextForSequenceClassification": "data2vec_train.hf.text",
+    "Data2VecTextForTokenClassification": "data2vec_train.hf.text",
+    "Data2VecTextModel": "data2vec_train.hf.text",
+    "Data2VecVisionConfig": "data2vec_train.hf.configs",
+    "Data2VecVisionForImageClassification": "data2vec_train.hf.vision",
+    "Data2VecVisionForSemanticSegmentation": "data2vec_train.hf.vision",
+    "Data2VecVisionModel": "data2vec_train.hf.vision",
 }
 
-__all__ = [  # noqa: F822 - found by __getattr__
-    "Batch",
-    "Data2Vec",
-    "Data2VecModule",
-    "EMATeacher",
-    "EncoderOutput",
-    "ModalityEncoder",
-    "TargetBuilder",
-    "build",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

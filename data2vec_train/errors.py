@@ -15,3 +15,7 @@ class BadSample(ValueError):
 
 class CollapseError(RuntimeError):
     """Targets or predictions no longer vary between positions: the run has nothing left to learn."""
+
+
+class WeightMismatch(ConfigError):
+    """A file of weights and a model that do not fit each other. The text lists every tensor concerned."""

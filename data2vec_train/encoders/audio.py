@@ -68,7 +68,7 @@ class ConvLayer(nn.Module):
         x = F.layer_norm(
             x.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps
         ).to(x.dtype)
-        return self.activation(x).mT
+        return self.activation(x.mT)
 
 
 class WaveformEmbedding(nn.Module):

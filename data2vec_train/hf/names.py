@@ -1,12 +1,14 @@
 """Parameter names of other programs against ours, one bijection per family, used in both directions.
 
-Each function returns {their name: our name} for a model of the given size. Ours are relative to `Data2Vec`, with
-`student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead. Where they keep
-query, key and value apart, ours is `name#q`, `name#k`, `name#v`: rows of one tensor, see `to_ours`.
-Sources: spec section 5, `checkpoint_names.json`.
+Each function returns {their name: our name}. For the original programs, ours are relative to `Data2Vec`, with
+`student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead. For Hugging Face's
+models they are relative to the encoder. Where they keep query, key and value apart, ours is `name#q`, `name#k`,
+`name#v`: rows of one tensor, see `to_ours` and `to_theirs`.
+Sources: spec section 5, `checkpoint_names.json`; for Hugging Face the contract, section 3, and its `hf_state`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -129,6 +131,122 @@ def to_ours(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, T
         else:
             ours[name] = tensor
     return ours | {name: torch.cat([found[part] for part in "qkv"]) for name, found in parts.items()}
+
+
+def to_theirs(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of ours under their names, in the order of `names`; fused queries, keys and values are taken apart.
+
+    Raises:
+        KeyError: a tensor that `names` speaks of is missing.
+    """
+    theirs: dict[str, Tensor] = {}
+    for name, ours in names.items():
+        ours, _, part = ours.partition("#")
+        tensor = tensors[ours]
+        theirs[name] = tensor.chunk(3)["qkv".index(part)].contiguous() if part else tensor
+    return theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face: ours, theirs; {} stands for what both have
+
+
+_HF_AUDIO = (
+    ("mask_token", "masked_spec_embed"),
+    ("embedder.features.{}.conv.{}", "feature_extractor.conv_layers.{}.conv.{}"),
+    ("embedder.features.{}.norm.{}", "feature_extractor.conv_layers.{}.layer_norm.{}"),
+    ("embedder.norm.{}", "feature_projection.layer_norm.{}"),
+    ("embedder.project.{}", "feature_projection.projection.{}"),
+    ("positions.convolutions.{}.{}", "encoder.pos_conv_embed.layers.{}.conv.{}"),
+    ("input_norm.{}", "encoder.layer_norm.{}"),
+    ("transformer.blocks.{}.attention.qkv.{}", "encoder.layers.{}.attention.QKV_proj.{}"),
+    ("transformer.blocks.{}.attention.out.{}", "encoder.layers.{}.attention.out_proj.{}"),
+    ("transformer.blocks.{}.norm1.{}", "encoder.layers.{}.layer_norm.{}"),
+    ("transformer.blocks.{}.ffn.fc1.{}", "encoder.layers.{}.feed_forward.intermediate_dense.{}"),
+    ("transformer.blocks.{}.ffn.fc2.{}", "encoder.layers.{}.feed_forward.output_dense.{}"),
+    ("transformer.blocks.{}.norm2.{}", "encoder.layers.{}.final_layer_norm.{}"),
+)
+_HF_TEXT = (
+    ("embedder.tokens.{}", "embeddings.word_embeddings.{}"),
+    ("embedder.types.{}", "embeddings.token_type_embeddings.{}"),
+    ("embedder.norm.{}", "embeddings.LayerNorm.{}"),
+    ("embedder.positions.{}", "embeddings.position_embeddings.{}"),
+    ("transformer.blocks.{}.attention.qkv.{}", "encoder.layer.{}.attention.self.QKV.{}"),
+    ("transformer.blocks.{}.attention.out.{}", "encoder.layer.{}.attention.output.dense.{}"),
+    ("transformer.blocks.{}.norm1.{}", "encoder.layer.{}.attention.output.LayerNorm.{}"),
+    ("transformer.blocks.{}.cross.query.{}", "encoder.layer.{}.crossattention.self.query.{}"),
+    ("transformer.blocks.{}.cross.key.{}", "encoder.layer.{}.crossattention.self.key.{}"),
+    ("transformer.blocks.{}.cross.value.{}", "encoder.layer.{}.crossattention.self.value.{}"),
+    ("transformer.blocks.{}.cross.out.{}", "encoder.layer.{}.crossattention.output.dense.{}"),
+    ("transformer.blocks.{}.norm_cross.{}", "encoder.layer.{}.crossattention.output.LayerNorm.{}"),
+    ("transformer.blocks.{}.ffn.fc1.{}", "encoder.layer.{}.intermediate.dense.{}"),
+    ("transformer.blocks.{}.ffn.fc2.{}", "encoder.layer.{}.output.dense.{}"),
+    ("transformer.blocks.{}.norm2.{}", "encoder.layer.{}.output.LayerNorm.{}"),
+)
+_HF_BIAS = "relative_position_bias.relative_position_bias_table"
+_HF_VISION = (
+    ("class_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("learned_positions", "embeddings.position_embeddings"),
+    ("embedder.project.{}", "embeddings.patch_embeddings.projection.{}"),
+    ("relative_biases.shared.table", f"encoder.{_HF_BIAS}"),
+    ("relative_biases.{}.table", "encoder.layer.{}.attention.attention." + _HF_BIAS),
+    ("transformer.blocks.{}.scale1", "encoder.layer.{}.lambda_1"),
+    ("transformer.blocks.{}.scale2", "encoder.layer.{}.lambda_2"),
+    ("transformer.blocks.{}.attention.qkv.{}", "encoder.layer.{}.attention.attention.QKV.{}"),
+    ("transformer.blocks.{}.attention.q_bias", "encoder.layer.{}.attention.attention.query.bias"),
+    ("transformer.blocks.{}.attention.v_bias", "encoder.layer.{}.attention.attention.value.bias"),
+    ("transformer.blocks.{}.attention.out.{}", "encoder.layer.{}.attention.output.dense.{}"),
+    ("transformer.blocks.{}.ffn.fc1.{}", "encoder.layer.{}.intermediate.dense.{}"),
+    ("transformer.blocks.{}.ffn.fc2.{}", "encoder.layer.{}.output.dense.{}"),
+    ("transformer.blocks.{}.norm1.{}", "encoder.layer.{}.layernorm_before.{}"),
+    ("transformer.blocks.{}.norm2.{}", "encoder.layer.{}.layernorm_after.{}"),
+    ("final_norm.{}", "layernorm.{}"),
+)
+
+
+def hf_audio(ours: Iterable[str]) -> dict[str, str]:
+    """Hugging Face's speech models, for an encoder whose tensors have the names `ours`.
+
+    Raises:
+        KeyError: the encoder has a tensor that theirs has no place for.
+    """
+    return _by_rules(_HF_AUDIO, {name: name for name in ours}, ("q", "k", "v"))
+
+
+def hf_text(ours: Iterable[str]) -> dict[str, str]:
+    """Hugging Face's text models; see `hf_audio`."""
+    return _by_rules(_HF_TEXT, {name: name for name in ours}, ("query", "key", "value"))
+
+
+def hf_vision(ours: Iterable[str], *, relative_bias: str) -> dict[str, str]:
+    """Hugging Face's image models; see `hf_audio`. `relative_bias` is that of the encoder."""
+    ours = list(ours)
+    keys = {name: name for name in ours}
+    tables = [name for name in ours if name.startswith("relative_biases.")]
+    if relative_bias in ("shared", "both"):
+        keys[tables[-1]] = "relative_biases.shared.table"
+    return _by_rules(_HF_VISION, keys, ("query", "key", "value"))
+
+
+def _by_rules(rules: Iterable[tuple[str, str]], keys: dict[str, str], parts: tuple[str, str, str]) -> dict[str, str]:
+    """{theirs: ours} for {ours: what the rules know it as}."""
+    compiled = [(re.compile(re.escape(a).replace(re.escape("{}"), r"(\w+)")), b) for a, b in rules]
+    names = {}
+    for ours, key in keys.items():
+        found = next(((match, theirs) for rule, theirs in compiled if (match := rule.fullmatch(key))), None)
+        if found is None:
+            raise KeyError(f"Hugging Face's models have no tensor for {ours}")
+        theirs = found[1].format(*found[0].groups())
+        if "QKV" in theirs:
+            names |= {theirs.replace("QKV", part): f"{ours}#{part[0]}" for part in parts}
+        else:
+            names[theirs] = ours
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the original programs' names
 
 
 def _waveform_features(theirs: str, conv_layers: int) -> dict[str, str]:
