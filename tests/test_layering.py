@@ -4,6 +4,7 @@
     L1 encoders, decoders, masking, targets          L0, numpy; of each other only `encoders.base`
     L2 teacher, data2vec                             L0, L1; no framework, no data
     L2 data                                          no objective; the batch from `encoders.base`, masks from `masking`
+    L2 heads, hf                                     encoders and heads; never transformers, which only tests import
     L3 module, optim, monitor, probes                L0-L2, Lightning
     L4 config, places, preflight, tasks              everything, Hydra and OmegaConf
 
@@ -33,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "masking": {"torch", "numpy", "layers", "encoders.base", "errors"},
     "targets": {"torch", "numpy", "layers", "encoders.base", "errors"},
     "teacher": {"torch", "numpy", "layers", "encoders", "errors"},
+    "heads": {"torch", "errors"},
+    "hf": {"torch", "numpy", "safetensors", "tokenizers", "PIL", "layers", "encoders", "heads", "hf", "errors"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
 FORBIDDEN_BELOW_TASKS = {"hydra", "omegaconf"}

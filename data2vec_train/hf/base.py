@@ -48,6 +48,7 @@ class PretrainedModel(nn.Module):
             )
         _check_backend(config.attn_implementation)
         self.config = config
+        self.source: Path | None = None  # the folder it was loaded from
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts
@@ -219,11 +220,31 @@ class PretrainedModel(nn.Module):
         model, report = cls.from_tensors(
             config, tensors, where=str(path), ignore_mismatched_sizes=ignore_mismatched_sizes
         )
+        model.source = Path(path)
         chosen = next(one.dtype for one in tensors.values() if one.is_floating_point()) if dtype == "auto" else dtype
-        model = model.to(device=_device_of(device_map), dtype=None if chosen is None else _dtype_of(chosen)).eval()
+        model = model.placed(dtype=chosen, device_map=device_map).eval()
         if report.fresh or report.left_out:
             log.warning("%s from %s: %s", cls.__name__, path, report)
         return (model, report) if output_loading_info else model
+
+    def placed(
+        self,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        device_map: str | int | torch.device | dict | None = None,
+        attn_implementation: str | None = None,
+        hf_compat: bool = False,
+    ) -> Self:
+        """The model with other weights' type, device or attention backend; see `from_pretrained`.
+
+        Raises:
+            ConfigError: a setting that cannot be met; `hf_compat`, which a built model cannot change.
+        """
+        if hf_compat:
+            raise ConfigError("hf_compat is for folders: save the model with save_pretrained, and load that")
+        if attn_implementation is not None:
+            self.set_attn_implementation(attn_implementation)
+        return self.to(device=_device_of(device_map), dtype=None if dtype in (None, "auto") else _dtype_of(dtype))
 
     @classmethod
     def from_tensors(

@@ -274,15 +274,17 @@ class Data2VecVisionConfig(Data2VecConfig):
 CONFIGS: tuple[type[Data2VecConfig], ...] = (Data2VecAudioConfig, Data2VecTextConfig, Data2VecVisionConfig)
 
 
-def config_class_of(content: dict[str, Any]) -> type[Data2VecConfig]:
+def config_class_of(
+    content: dict[str, Any], classes: tuple[type[Data2VecConfig], ...] = CONFIGS
+) -> type[Data2VecConfig]:
     """The config class for the content of a config.json.
 
     Raises:
         ConfigError: it belongs to another kind of model.
     """
     found = content.get("model_type")
-    for one in CONFIGS:
+    for one in classes:
         if found in (one.model_type, one.own_type()):
             return one
-    known = ", ".join(one.model_type for one in CONFIGS)
+    known = ", ".join(one.model_type for one in classes)
     raise ConfigError(f"a model of type {found!r}; expected one of {known}")

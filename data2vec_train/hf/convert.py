@@ -1,0 +1,403 @@
+"""Weights in and out: whatever a file is, it becomes one of the fifteen classes, and they become files."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.errors import ConfigError
+from data2vec_train.hf import audio, fairseq, plugin, text, vision
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.configs import (
+    CONFIG_NAME,
+    Data2VecAudioConfig,
+    Data2VecConfig,
+    Data2VecTextConfig,
+    Data2VecVisionConfig,
+    config_class_of,
+    read_config,
+)
+from data2vec_train.hf.pickles import read_checkpoint
+from data2vec_train.hf.weights import put_into
+from data2vec_train.layers.positions import sincos_grid
+
+Weights = Literal["student", "teacher"]
+
+# What stands beside weights and says how inputs are prepared.
+PREPROCESSING = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+# Arguments of encoders that do not change what a trained encoder computes, or that a model sets when it is loaded.
+_LOOSE = {
+    *("attention", "activation_checkpointing", "embed_gradient", "reference_padding", "init", "prenet_depth"),
+    *("drop_path", "layer_drop", "dropout", "attention_dropout", "activation_dropout", "input_dropout"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of a modality."""
+
+    encoder: str  # what a config calls our encoder
+    base: type[PretrainedModel]
+    heads: dict[str, type[PretrainedModel]]
+    arguments: Callable[[Any], dict[str, Any]]  # config -> arguments of the encoder
+    config: Callable[[dict[str, Any]], Data2VecConfig]  # and back, as far as it goes
+
+
+def _audio_config(arguments: dict[str, Any]) -> Data2VecAudioConfig:
+    widths = arguments["conv_dim"]
+    return Data2VecAudioConfig(
+        hidden_size=arguments["dim"],
+        num_hidden_layers=arguments["depth"],
+        num_attention_heads=arguments["num_heads"],
+        intermediate_size=arguments["ffn_dim"],
+        hidden_act=arguments["activation"],
+        hidden_dropout=arguments["dropout"],
+        activation_dropout=arguments["activation_dropout"],
+        attention_dropout=arguments["attention_dropout"],
+        feat_proj_dropout=arguments["input_dropout"],
+        layerdrop=arguments["layer_drop"],
+        layer_norm_eps=arguments["norm_eps"],
+        feat_extract_activation=arguments["conv_activation"],
+        conv_dim=[widths] * len(arguments["conv_kernel"]) if isinstance(widths, int) else list(widths),
+        conv_stride=list(arguments["conv_stride"]),
+        conv_kernel=list(arguments["conv_kernel"]),
+        conv_bias=arguments["conv_bias"],
+        num_conv_pos_embedding_groups=arguments["position_groups"],
+        conv_pos_kernel_size=arguments["position_kernel"],
+        num_conv_pos_embeddings=arguments["position_depth"],
+        # transformers has a mask token exactly if this is above 0.
+        mask_time_prob=0.05 if arguments["mask_token"] else 0.0,
+    )
+
+
+def _text_config(arguments: dict[str, Any]) -> Data2VecTextConfig:
+    return Data2VecTextConfig(
+        vocab_size=arguments["vocab_size"],
+        hidden_size=arguments["dim"],
+        num_hidden_layers=arguments["depth"],
+        num_attention_heads=arguments["num_heads"],
+        intermediate_size=arguments["ffn_dim"],
+        hidden_act=arguments["activation"],
+        hidden_dropout_prob=arguments["dropout"],
+        attention_probs_dropout_prob=arguments["attention_dropout"],
+        max_position_embeddings=arguments["max_tokens"] + arguments["pad_id"] + 1,
+        type_vocab_size=arguments["num_token_types"],
+        layer_norm_eps=arguments["norm_eps"],
+        pad_token_id=arguments["pad_id"],
+    )
+
+
+def _vision_config(arguments: dict[str, Any]) -> Data2VecVisionConfig:
+    bias, scale = arguments["relative_bias"], arguments["layer_scale"]
+    return Data2VecVisionConfig(
+        hidden_size=arguments["dim"],
+        num_hidden_layers=arguments["depth"],
+        num_attention_heads=arguments["num_heads"],
+        intermediate_size=arguments["ffn_dim"],
+        hidden_act=arguments["activation"],
+        hidden_dropout_prob=arguments["dropout"],
+        attention_probs_dropout_prob=arguments["attention_dropout"],
+        layer_norm_eps=arguments["norm_eps"],
+        image_size=arguments["image_px"],
+        patch_size=arguments["patch_px"],
+        num_channels=arguments["channels"],
+        use_mask_token=arguments["mask_token"],
+        use_absolute_position_embeddings=arguments["positions"] == "learned",
+        use_relative_position_bias=bias in ("per_layer", "both"),
+        use_shared_relative_position_bias=bias in ("shared", "both"),
+        layer_scale_init_value=0.0 if scale is None else scale,
+        drop_path_rate=arguments["drop_path"],
+        # 2.0 has neither a final norm nor a norm in its pretrained classes; pooling is by mean.
+        use_mean_pooling=not arguments["final_norm"],
+        out_indices=_spread(arguments["depth"]),
+    )
+
+
+def _spread(depth: int) -> list[int]:
+    """Four blocks for segmentation, of 12: 3, 5, 7, 11."""
+    return [max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+
+
+FAMILIES = {
+    "audio": Family(
+        "data2vec_train.encoders.audio.AudioEncoder",
+        audio.Data2VecAudioModel,
+        {"CTC": audio.Data2VecAudioForCTC},
+        audio.encoder_arguments,
+        _audio_config,
+    ),
+    "text": Family(
+        "data2vec_train.encoders.text.TextEncoder",
+        text.Data2VecTextModel,
+        {"SequenceClassification": text.Data2VecTextForSequenceClassification},
+        text.encoder_arguments,
+        _text_config,
+    ),
+    "vision": Family(
+        "data2vec_train.encoders.vision.VisionEncoder",
+        vision.Data2VecVisionModel,
+        {"ImageClassification": vision.Data2VecVisionForImageClassification},
+        vision.encoder_arguments,
+        _vision_config,
+    ),
+}
+CLASSES: dict[str, type[PretrainedModel]] = {
+    one.__name__: one
+    for module in (audio, text, vision, plugin)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, PretrainedModel) and one.__name__.startswith("Data2Vec")
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def load_pretrained(
+    path: str | Path, *, weights: Weights = "student", num_heads: int | None = None, **options: Any
+) -> PretrainedModel:
+    """The model in a file or folder, in evaluation mode, as the class of transformers' that it is.
+
+    A folder is one of transformers' or one that `save_pretrained` wrote. A file is a checkpoint of a pretraining run,
+    or one of the original programs: fairseq's 1.0 and 2.0 of all modalities, and the BEiT-based 1.0 images. Nothing in
+    a file is executed. data2vec 2.0, which transformers does not have, comes as the same classes with our encoder
+    inside.
+
+    Args:
+        path: the file or folder; a run directory stands for its checkpoints/last.ckpt.
+        weights: of a checkpoint, the student's or the teacher's.
+        num_heads: attention heads, for a file that does not say and whose width is none of the published ones.
+        **options: see `PretrainedModel.from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
+
+    Raises:
+        ConfigError: there is nothing of the kind at `path`, it is broken, or it asks for code to be run.
+        WeightMismatch: tensors are missing, in excess, or of another shape.
+    """
+    path = Path(path).expanduser()
+    if weights not in ("student", "teacher"):
+        raise ConfigError(f"weights={weights!r}: expected student or teacher")
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder")
+    if path.is_dir() and not (path / CONFIG_NAME).is_file() and (path / "checkpoints" / "last.ckpt").is_file():
+        path = path / "checkpoints" / "last.ckpt"
+    if path.is_dir():
+        if weights == "teacher":
+            raise ConfigError(f"{path} holds one set of weights; weights=teacher is for checkpoints of pretraining")
+        content = read_config(path)
+        name = (content.get("architectures") or [None])[0]
+        kind = CLASSES.get(name) or base_class_of(config_class_of(content, (*_CONFIGS, plugin.PluginConfig)))
+        return kind.from_pretrained(path, **options)
+    content = read_checkpoint(path)
+    if "state_dict" in content and "config" in content:
+        model = _from_run(content, str(path), weights)
+    else:
+        model = _from_original(content, str(path), weights, num_heads)
+    return model.placed(**options).eval()
+
+
+_CONFIGS = (Data2VecAudioConfig, Data2VecTextConfig, Data2VecVisionConfig)
+
+
+def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
+    """The class without a head for a config."""
+    return next(one for name, one in CLASSES.items() if one.config_class is config_class and name.endswith("Model"))
+
+
+def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, where: str) -> PretrainedModel:
+    """The model around one of our encoders.
+
+    Args:
+        target: the encoder's class, as configs name it.
+        arguments: what it is built with.
+        tensors: its state, by our names.
+        where: for messages.
+
+    Raises:
+        WeightMismatch: the tensors do not fit.
+        ConfigError: the class is not known, or needs other arguments.
+    """
+    modality = next((name for name, family in FAMILIES.items() if family.encoder == target), None)
+    if modality is None:
+        kind, config = plugin.Data2VecPluginModel, plugin.PluginConfig(encoder={"_target_": target, **arguments})
+    else:
+        kind = FAMILIES[modality].base
+        config, tensors = describe(modality, arguments, tensors)
+    try:
+        model = _without_pooler(kind, config)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {target} cannot be built with what the file says ({error})") from error
+    put_into(
+        model,
+        {f"encoder.{name}": f"encoder.{name}" for name in model.encoder.state_dict()},
+        {f"encoder.{name}": one for name, one in tensors.items()},
+        where=where,
+    )
+    return model
+
+
+def describe(
+    modality: str, arguments: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[Data2VecConfig, dict[str, Tensor]]:
+    """A config for an encoder, and its tensors with what transformers' models have in addition.
+
+    Where transformers can build the encoder, the config is one of theirs; else `config.encoder` holds the arguments.
+    """
+    family = FAMILIES[modality]
+    arguments = {name: value for name, value in arguments.items() if name != "_target_"}
+    if modality == "text" and not arguments["num_token_types"]:
+        arguments["num_token_types"] = 1
+        tensors = tensors | {"embedder.types.weight": torch.zeros(1, arguments["dim"])}
+    if modality == "vision" and arguments["norm_first"] and arguments["positions"] == "sincos":
+        # transformers knows learned positions only: fixed ones are learned ones that do not change.
+        arguments["positions"] = "learned"
+        size = arguments["image_px"]
+        height, width = (size, size) if isinstance(size, int) else size
+        patches = sincos_grid((height // arguments["patch_px"], width // arguments["patch_px"]), arguments["dim"])
+        before = torch.zeros(int(arguments["class_token"]), arguments["dim"])
+        tensors = tensors | {"learned_positions": torch.cat([before, patches])[None]}
+    config = family.config(arguments)
+    if _essence(family.arguments(config)) != _essence(arguments):
+        config.encoder = arguments
+    return config, tensors
+
+
+def _essence(arguments: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in arguments.items() if name not in _LOOSE}
+    if isinstance(kept.get("conv_dim"), int):
+        kept["conv_dim"] = [kept["conv_dim"]] * len(kept["conv_kernel"])
+    kept.setdefault("cross_attention", False)
+    # The value that scales start from says nothing about a trained model, only whether there are any.
+    kept["layer_scale"] = kept.get("layer_scale") is not None
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def _without_pooler(kind: type[PretrainedModel], config: Data2VecConfig) -> PretrainedModel:
+    return kind(config, add_pooling_layer=False) if kind is text.Data2VecTextModel else kind(config)
+
+
+def _from_run(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:
+    """A checkpoint of ours."""
+    try:
+        node = dict(content["config"]["modality"]["encoder"])
+        state = content["state_dict"]
+        target = node.pop("_target_")
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where} holds a config that describes no encoder") from error
+    student = _below(state, "objective.student.")
+    if weights == "teacher":
+        student |= _below(state, "objective.teacher.encoder.")
+    # Half precision of training is no property of the model.
+    student = {name: one.float() if one.is_floating_point() else one for name, one in student.items()}
+    return wrap(target, node, student, where=where)
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+
+
+def _from_original(content: dict[str, Any], where: str, weights: Weights, num_heads: int | None) -> PretrainedModel:
+    """A checkpoint of fairseq or of the BEiT-based code."""
+    original = fairseq.take_apart(content, where)
+    if original.head and weights == "teacher":
+        raise ConfigError(f"{where} is a fine-tuned model and has no teacher; choose weights=student")
+    arguments = fairseq.encoder_arguments(original, where, num_heads=num_heads)
+    tensors = original.tensors if weights == "student" else fairseq.with_teacher(original, where)
+    names = fairseq.names_of(original, arguments)
+    positions = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
+    if arguments.get("positions") == "sincos":
+        names.pop(positions, None)
+        tensors = {name: one for name, one in tensors.items() if name != positions}
+    elif arguments.get("positions") == "learned":
+        names[positions] = "learned_positions"
+        found = tensors[positions]
+        tensors = tensors | {positions: torch.cat([found.new_zeros(1, 1, found.shape[2]), found], dim=1)}
+
+    config, more = describe(original.modality, arguments, {})
+    family = FAMILIES[original.modality]
+    kind = family.base
+    if original.head:
+        kind, changes = _head_of(original, family)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        if "num_labels" in changes:
+            config.id2label = config.label2id = None
+            config.__post_init__()
+    model = _without_pooler(kind, config)
+    inside = "encoder." if model.base_model is model else f"{model.base_model_prefix}.encoder."
+    names = {theirs: inside + ours for theirs, ours in names.items()}
+    # What transformers' models have in addition, and the head, go by the names of `model.names`.
+    own = {ours: theirs for theirs, ours in model.names(own=True).items()}
+    for name, tensor in more.items():
+        names[f"+{name}"] = inside + name
+        tensors = tensors | {f"+{name}": tensor}
+    for name, tensor in original.head.items():
+        theirs = name if name in own.values() else f"{model.base_model_prefix}.{name}"
+        ours = next((one for one, file_name in own.items() if file_name == theirs), None)
+        if ours is not None:
+            names[theirs] = ours
+        tensors = tensors | {theirs: tensor}
+    put_into(
+        model,
+        names,
+        {name: one for name, one in tensors.items() if name in names or not fairseq.is_for_pretraining(name)},
+        where=where,
+    )
+    return model
+
+
+def _head_of(original: fairseq.Original, family: Family) -> tuple[type[PretrainedModel], dict[str, Any]]:
+    head = original.head
+    if "lm_head.weight" in head:
+        return family.heads["CTC"], {"vocab_size": head["lm_head.weight"].shape[0]}
+    if "classifier.weight" in head:
+        return family.heads["ImageClassification"], {
+            "num_labels": head["classifier.weight"].shape[0],
+            "use_mean_pooling": True,
+        }
+    if "classifier.out_proj.weight" in head:
+        return family.heads["SequenceClassification"], {"num_labels": head["classifier.out_proj.weight"].shape[0]}
+    raise ConfigError(f"a fine-tuned head that is not known here: {', '.join(head)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def save_pretrained(model: PretrainedModel, folder: str | Path, *, preprocessing: str | Path | None = None) -> None:
+    """Write weights and config, and beside them the files that say how inputs are prepared.
+
+    transformers' Auto classes read the folder, unless the encoder is one that transformers cannot build (2.0 for
+    speech and images): then its model type starts with `data2vec_train`, and `load_pretrained` reads it.
+
+    Args:
+        model: one of the fifteen classes.
+        folder: made if it does not exist.
+        preprocessing: folder with a preprocessor or tokenizer to copy; None = the one the model was loaded from.
+
+    Raises:
+        ConfigError: the model is none of ours.
+    """
+    if not isinstance(model, PretrainedModel):
+        hint = "; wrap it with hf.convert.wrap" if isinstance(model, ModalityEncoder) else ""
+        raise ConfigError(f"save_pretrained takes one of the fifteen classes, got {type(model).__name__}{hint}")
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    source = preprocessing if preprocessing is not None else model.source
+    if source is not None and Path(source).is_dir() and Path(source).resolve() != folder.resolve():
+        for name in PREPROCESSING:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, folder / name)

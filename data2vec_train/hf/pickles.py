@@ -1,0 +1,154 @@
+"""Reading a pickled checkpoint without running anything it holds.
+
+A pickle names functions to call. Here only those that build tensors and plain containers are called. Classes of other
+programs (fairseq, omegaconf, argparse, ...) become `Stranger`, which keeps what it is given and does nothing. Anything
+else of Python's own or torch's is refused: no checkpoint of a model needs it.
+"""
+
+import _compat_pickle
+import collections
+import io
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data2vec_train.errors import ConfigError
+
+_HARMLESS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("collections", "Counter"): collections.Counter,
+    **{
+        ("builtins", one.__name__): one
+        for one in (int, float, bool, str, bytes, complex, dict, list, tuple, set, frozenset, slice, bytearray, object)
+    },
+}
+_TORCH = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_parameter_with_state"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch.storage", "TypedStorage"),
+}
+# Of Python's own, these only describe things, as a `Stranger` does.
+_DESCRIPTIONS = {"argparse", "enum", "pathlib", "pathlib._local", "typing", "dataclasses", "datetime", "decimal"}
+
+
+class Stranger(dict):
+    """An object of another program: what it was built with, and its state, without its behaviour."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.named = named
+
+    def __setstate__(self, state: Any) -> None:
+        slots = {}
+        if isinstance(state, tuple) and len(state) == 2:
+            state, slots = state
+        for one in (state, slots):
+            if isinstance(one, dict):
+                self.update(one)
+            elif one is not None:
+                self.arguments = (*self.arguments, one)
+
+    def append(self, one: Any) -> None:
+        """What a list would do."""
+        self.arguments = (*self.arguments, one)
+
+    def extend(self, several: Any) -> None:
+        """What a list would do."""
+        self.arguments = (*self.arguments, *several)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # Files may spell Python's own names as Python 2 did.
+        if (module, name) in _compat_pickle.NAME_MAPPING:
+            module, name = _compat_pickle.NAME_MAPPING[module, name]
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        if (module, name) in _HARMLESS:
+            return _HARMLESS[module, name]
+        top = module.split(".")[0]
+        if (module, name) in _TORCH or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if top == "numpy" and name in ("scalar", "dtype", "_reconstruct", "ndarray"):
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):  # how numpy writes bytes
+            return super().find_class(module, name)
+        if top in ("torch", "numpy", "builtins", "__main__") or (
+            top in sys.stdlib_module_names and module not in _DESCRIPTIONS
+        ):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return type(name, (Stranger,), {"__module__": module})
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+def _loads(data: bytes, **options: Any) -> Any:
+    return _Unpickler(io.BytesIO(data), **options).load()
+
+
+# torch.load takes a module that behaves like pickle.
+_SAFE_PICKLE = types.ModuleType("data2vec_train_safe_pickle")
+_SAFE_PICKLE.Unpickler = _Unpickler
+_SAFE_PICKLE.load = _load
+_SAFE_PICKLE.loads = _loads
+_SAFE_PICKLE.UnpicklingError = pickle.UnpicklingError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint written by torch.save, tensors on the CPU, nothing of it executed.
+
+    Raises:
+        ConfigError: there is no such file, it is broken, it holds no mapping, or it asks for code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path} was refused, and nothing in it was run: {error}") from error
+    # What a broken pickle raises depends on where it breaks.
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} is no whole checkpoint of torch.save ({first})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping as checkpoints are")
+    return content
+
+
+def plain(value: Any) -> Any:
+    """A setting of a checkpoint as plain containers: omegaconf nodes, namespaces and enums are taken apart."""
+    if isinstance(value, Tensor) or value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Stranger):
+        for inside in ("_content", "_val"):
+            if inside in value:
+                return plain(value[inside])
+        if value:
+            return {str(name): plain(one) for name, one in value.items()}
+        return plain(value.arguments[0]) if len(value.arguments) == 1 else [plain(one) for one in value.arguments]
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one) for one in value]
+    return str(value)
