@@ -481,6 +481,8 @@ class CTCTokenizer:
         vocabulary: symbol -> id.
         do_lower_case: the vocabulary is in upper case: turn texts into it. Otherwise lower-case letters are unknown.
         word_delimiter: what stands for a space.
+        hf_compat: with `skip_special_tokens`, transformers also drops the blanks before it merges repeated symbols, so
+            that LETTER is read as LETER; do the same.
     """
 
     def __init__(
@@ -489,7 +491,9 @@ class CTCTokenizer:
         *,
         do_lower_case: bool = False,
         word_delimiter: str = "|",
+        hf_compat: bool = False,
     ) -> None:
+        self.hf_compat = hf_compat
         self.vocabulary = dict(vocabulary or {symbol: i for i, symbol in enumerate(LIBRISPEECH_SYMBOLS)})
         absent = [one for one in ("<pad>", "<unk>", word_delimiter) if one not in self.vocabulary]
         if absent:
@@ -522,19 +526,23 @@ class CTCTokenizer:
 
         Args:
             ids: the likeliest symbol of each frame.
-            skip_special_tokens: leave out `<s>`, `</s>` and `<unk>`, too.
+            skip_special_tokens: leave out `<s>`, `</s>` and `<unk>`, too, before repetitions are counted.
             group_tokens: count a repeated symbol once.
             output_char_offsets: also say where each symbol starts and ends.
             output_word_offsets: also say where each word starts and ends.
         """
+        numbers = [int(one) for one in ids]
+        if skip_special_tokens:
+            left_out = {self.vocabulary.get(one) for one in SPECIAL_TOKENS if one != "<pad>" or self.hf_compat}
+            numbers = [one for one in numbers if one not in left_out]
         start = 0
         found: list[dict[str, Any]] = []
-        for number, run in groupby([int(one) for one in ids]):
+        for number, run in groupby(numbers):
             length = sum(1 for _ in run)
             pieces = [(start, start + length)] if group_tokens else [(start + i, start + i + 1) for i in range(length)]
             start += length
             symbol = self.symbols.get(number, "<unk>")
-            if symbol == "<pad>" or (skip_special_tokens and symbol in ("<s>", "</s>", "<unk>")):
+            if symbol == "<pad>":
                 continue
             char = " " if symbol == self.word_delimiter else symbol
             found += [{"char": char, "start_offset": first, "end_offset": last} for first, last in pieces]

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import random
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -222,7 +223,8 @@ def test_old_files_of_released_models_are_understood(tmp_path):
 
 def speeches(count: int) -> list[str]:
     with lzma.open(SAMPLES / "sotu.jsonl.xz", "rt", encoding="utf-8") as file:
-        lines = [line for text in file for line in json.loads(text)["text"].splitlines() if line.strip()]
+        texts = [json.loads(line)["text"] for line in file]
+    lines = [line for text in texts for line in re.split(r"(?<=[.;?!]) |\n", text) if line.strip()]
     chosen = random.Random(0).sample(lines, count)
     words = random.Random(1)
     for index in range(0, count, 3):  # a mask in every third, with and without spaces
@@ -302,7 +304,7 @@ def test_files_of_the_tokenizer_go_both_ways(tokenizers_, tmp_path):
 
 @pytest.mark.parametrize("lower", [False, True])
 def test_letters(lower, tmp_path):
-    own = CTCTokenizer(do_lower_case=lower)
+    own = CTCTokenizer(do_lower_case=lower, hf_compat=True)
     own.save_pretrained(tmp_path)
     assert list(json.loads((tmp_path / "vocab.json").read_text())) == list(LIBRISPEECH_SYMBOLS)
     theirs = transformers.Wav2Vec2CTCTokenizer(tmp_path / "vocab.json", do_lower_case=lower)
@@ -331,6 +333,12 @@ def test_letters(lower, tmp_path):
     assert again.do_lower_case is lower
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert auto(texts)["input_ids"] == own(texts)["input_ids"]
+
+
+def test_doubled_letters_survive_without_special_symbols():
+    frames = [5, 5, 0, 5, 1, 6]  # E, blank, E, <s>, T
+    assert CTCTokenizer().decode(frames, skip_special_tokens=True) == "EET"
+    assert CTCTokenizer(hf_compat=True).decode(frames, skip_special_tokens=True) == "ET"
 
 
 def test_a_vocabulary_without_its_special_symbols_is_refused():
