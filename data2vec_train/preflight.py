@@ -584,6 +584,25 @@ def _normalisation_fits_the_channels(cfg: DictConfig) -> str | None:
     )
 
 
+def _weights_can_be_read(cfg: DictConfig) -> str | None:
+    for name in ("checkpoint", "init_from"):
+        found = OmegaConf.select(cfg, name, throw_on_missing=False)
+        if isinstance(found, str) and not Path(found).expanduser().exists():
+            return f"{name}: there is no file or folder {found}"
+    found = OmegaConf.select(cfg, "weights")
+    if found is not None and found not in ("student", "teacher"):
+        return f"weights: expected student or teacher, got {found}"
+    return None
+
+
+def _export_format_exists(cfg: DictConfig) -> str | None:
+    formats = ("hf", "safetensors", "onnx", "torch_export")
+    found = OmegaConf.select(cfg, "format")
+    if found is not None and found not in formats:
+        return f"format: expected one of {', '.join(formats)}, got {found}"
+    return None
+
+
 RULES: list[Callable[[DictConfig], str | None]] = [
     _seed_is_a_whole_number,
     _heads_divide_the_width,
@@ -598,4 +617,6 @@ RULES: list[Callable[[DictConfig], str | None]] = [
     _tau_rises,
     _warm_up_ends_in_time,
     _devices_are_countable,
+    _weights_can_be_read,
+    _export_format_exists,
 ]

@@ -1,0 +1,316 @@
+"""Export: write weights in another format, read back what was written, compare, and say so on a card."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from data2vec_train.encoders.audio import AudioEncoder
+from data2vec_train.encoders.text import TextEncoder
+from data2vec_train.encoders.vision import VisionEncoder
+from data2vec_train.errors import ConfigError
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("hf", "safetensors", "onnx", "torch_export")
+CARD_NAME = "README.md"
+
+
+@dataclass
+class Example:
+    """Inputs to compare outputs on."""
+
+    inputs: dict[str, Tensor]  # the first sample is whole, the second one padded where there is padding
+    # axis -> (name, smallest, largest or None) of those that may differ from call to call
+    axes: dict[int, tuple[str, int, int | None]]
+
+
+@dataclass
+class Comparison:
+    """How far what was written is from what was loaded."""
+
+    reader: str  # who read it back
+    layers: list[tuple[str, float]]  # (what, largest absolute difference)
+
+    @property
+    def largest(self) -> float:
+        """Of all layers."""
+        return max(difference for _, difference in self.layers)
+
+
+def export(cfg: DictConfig) -> dict[str, float]:
+    """Write `cfg.checkpoint` to `cfg.out` in `cfg.format`; returns the largest difference for each reader.
+
+    Raises:
+        ConfigError: a setting that cannot be met, or a format that cannot hold this model.
+    """
+    if cfg.format not in FORMATS:
+        raise ConfigError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
+    out = Path(cfg.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out} is not an empty folder; choose another, or remove it")
+    model = load_pretrained(cfg.checkpoint, weights=cfg.weights, num_heads=cfg.num_heads)
+    log.info("%s, %.2f M parameters, from %s", type(model).__name__, model.num_parameters() / 1e6, cfg.checkpoint)
+    if cfg.format == "hf" and model.config.encoder is not None:
+        raise ConfigError(
+            "transformers has data2vec 1.0 only (and text 2.0, which has the same architecture), and cannot build this "
+            "encoder; choose format=safetensors, onnx or torch_export"
+        )
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
+    comparisons = write(model, unfinished, cfg.format)
+    _copy_preprocessing(model, unfinished)
+    for one in comparisons:
+        log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
+    (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, unfinished))
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+    log.info("written: %s", out)
+    return {one.reader: one.largest for one in comparisons}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
+    save_pretrained(model, folder)
+    example = example_for(model)
+    expected = _layers_of(model, example)
+    comparisons = [_compare("data2vec_train", expected, _layers_of(load_pretrained(folder), example))]
+    if kind == "hf":
+        comparisons += _read_by_transformers(model, folder, example)
+    return comparisons
+
+
+def _read_by_transformers(model: PretrainedModel, folder: Path, example: Example) -> list[Comparison]:
+    """With transformers' own code, where it is installed; padding aside, which it lets leak in speech."""
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        log.info("transformers is not installed: what it makes of the folder was not compared")
+        return []
+    import transformers
+
+    theirs = getattr(transformers, type(model).__name__).from_pretrained(folder).eval()
+    whole = {name: one[:1] for name, one in example.inputs.items()}
+    with torch.no_grad():
+        output = theirs(**whole, output_hidden_states=True)
+    expected = _layers_of(model, Example(whole, example.axes))
+    found = _named(output)
+    return [_compare(f"transformers {transformers.__version__}", expected, found)]
+
+
+def _write_onnx(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise ConfigError(f"format=onnx needs {error.name}: pip install 'data2vec_train[onnx]'") from error
+    model.set_attn_implementation("eager")  # the fused kernels have no counterpart in ONNX
+    example = example_for(model)
+    program = torch.onnx.export(
+        _Plain(model, tuple(example.inputs)),
+        tuple(example.inputs.values()),
+        input_names=list(example.inputs),
+        output_names=[_main_output(model)],
+        dynamic_shapes=_dynamic(example),
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    names = [one.name for one in session.get_inputs()]
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
+
+    _write_facts(model, folder, example)
+    return [_compare_function(f"onnxruntime {onnxruntime.__version__}", model, example, run)]
+
+
+def _write_program(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
+    example = example_for(model)
+    program = torch.export.export(
+        _Plain(model, tuple(example.inputs)), tuple(example.inputs.values()), dynamic_shapes=(_dynamic(example),)
+    )
+    torch.export.save(program, folder / "model.pt2")
+    again = torch.export.load(folder / "model.pt2").module()
+    _write_facts(model, folder, example)
+    return [
+        _compare_function(
+            f"torch.export, torch {torch.__version__}", model, example, lambda inputs: again(*inputs.values())
+        )
+    ]
+
+
+class _Plain(nn.Module):
+    """A model with positional inputs and one tensor as output, as graph formats want it."""
+
+    def __init__(self, model: PretrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.main = _main_output(model)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The main output."""
+        return self.model(**dict(zip(self.names, inputs, strict=True)))[self.main]
+
+
+def _main_output(model: PretrainedModel) -> str:
+    return "last_hidden_state" if model.base_model is model else "logits"
+
+
+def _dynamic(example: Example) -> tuple:
+    """Which axes of which input may change."""
+    axes = {
+        axis: torch.export.Dim(name, min=smallest, max=largest)
+        if largest is not None
+        else torch.export.Dim(name, min=smallest)
+        for axis, (name, smallest, largest) in example.axes.items()
+    }
+    return tuple({axis: dim for axis, dim in axes.items() if axis < one.dim()} for one in example.inputs.values())
+
+
+def _write_facts(model: PretrainedModel, folder: Path, example: Example) -> None:
+    """The config, and what a graph takes and gives."""
+    model.config.save_pretrained(folder)
+    facts = {
+        "inputs": {
+            name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in example.inputs.items()
+        },
+        "output": _main_output(model),
+        "free_axes": {str(axis): list(limits) for axis, limits in example.axes.items()},
+    }
+    (folder / "signature.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def example_for(model: PretrainedModel) -> Example:
+    """Two samples of noise that suit a model, the second one padded.
+
+    Raises:
+        ConfigError: the encoder comes from a plugin, whose inputs nobody can guess.
+    """
+    generator = torch.Generator().manual_seed(0)
+    encoder = model.get_encoder()
+    if isinstance(encoder, AudioEncoder):
+        count = encoder.token_count
+        shortest = next(size for size in range(1, 10**7) if count(size) >= 2)  # graphs take one frame for a constant
+        size = next(size for size in range(shortest, 10**7) if count(size) >= 48)
+        shape = (2, size) if encoder.channels == 1 else (2, encoder.channels, size)
+        waves = torch.randn(shape, generator=generator)
+        mask = torch.arange(size) < torch.tensor([size, size * 2 // 3])[:, None]
+        axes = {0: ("batch", 1, None), len(shape) - 1: ("samples", shortest, None)}
+        inputs = {"input_values": waves * (mask if encoder.channels == 1 else mask[:, None])}
+        return Example(inputs | ({"attention_mask": mask.long()} if encoder.channels == 1 else {}), axes)
+    if isinstance(encoder, TextEncoder):
+        size, vocabulary, pad = min(encoder.max_tokens, 24), model.config.vocab_size, model.config.pad_token_id
+        ids = torch.randint(0, vocabulary, (2, size), generator=generator)
+        ids = torch.where(ids == pad, (pad + 1) % vocabulary, ids)
+        mask = torch.arange(size) < torch.tensor([size, size * 2 // 3])[:, None]
+        inputs = {"input_ids": torch.where(mask, ids, pad), "attention_mask": mask.long()}
+        return Example(inputs, {0: ("batch", 1, None), 1: ("tokens", 1, encoder.max_tokens)})
+    if isinstance(encoder, VisionEncoder):
+        channels = encoder.embedder.project.in_channels
+        images = torch.randn(2, channels, *encoder.image_size, generator=generator)
+        return Example({"pixel_values": images}, {0: ("batch", 1, None)})
+    raise ConfigError(
+        f"{type(encoder).__name__} comes from a plugin, and nobody knows its inputs: use save_pretrained in Python"
+    )
+
+
+@torch.no_grad()
+def _layers_of(model: PretrainedModel, example: Example) -> dict[str, Tensor]:
+    return _named(model(**example.inputs, output_hidden_states=True))
+
+
+def _named(output: Any) -> dict[str, Tensor]:
+    """Every layer, and what the model is for."""
+    layers = {f"layer {number}": one for number, one in enumerate(output["hidden_states"])}
+    main = [name for name in ("last_hidden_state", "logits", "start_logits", "embeddings") if name in output]
+    return layers | {name: output[name] for name in main}
+
+
+def _compare(reader: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> Comparison:
+    return Comparison(
+        reader, [(name, float((found[name].float() - one.float()).abs().max())) for name, one in expected.items()]
+    )
+
+
+@torch.no_grad()
+def _compare_function(
+    reader: str, model: PretrainedModel, example: Example, run: Callable[[dict[str, Tensor]], Tensor]
+) -> Comparison:
+    """On the example, and on one of another batch size and length."""
+    other = dict(example.inputs)
+    for axis, (name, _, _) in example.axes.items():
+        for key, one in other.items():
+            if axis < one.dim():
+                other[key] = one[:1] if name == "batch" else one.narrow(axis, 0, one.shape[axis] * 3 // 4)
+    main, layers = _main_output(model), []
+    for what, inputs in (("", example.inputs), (", another shape", other)):
+        difference = float((run(inputs) - model(**inputs)[main]).abs().max())
+        layers.append((main + what, difference))
+    return Comparison(reader, layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands beside
+
+
+def _copy_preprocessing(model: PretrainedModel, folder: Path) -> None:
+    for name in PREPROCESSING:
+        if model.source is not None and (model.source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(model.source / name, folder / name)
+
+
+def _card(cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison], folder: Path) -> str:
+    """The card, in Markdown."""
+    name = type(model).__name__
+    load = {
+        "hf": f"transformers.{name}.from_pretrained(DIR)   # or data2vec_train.load_pretrained(DIR)",
+        "safetensors": "data2vec_train.load_pretrained(DIR)",
+        "onnx": 'onnxruntime.InferenceSession("DIR/model.onnx")   # inputs: signature.json',
+        "torch_export": 'torch.export.load("DIR/model.pt2").module()   # inputs: signature.json',
+    }[cfg.format]
+    lines = [
+        f"# {name}",
+        "",
+        f"- from `{Path(cfg.checkpoint).name}`, weights of the {cfg.weights}",
+        f"- format {cfg.format}; {model.num_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')}",
+        f"- encoder: width {model.get_encoder().dim}, {model.get_encoder().depth} blocks",
+        "- files: " + ", ".join(sorted(one.name for one in folder.iterdir())),
+        "",
+        "Load it with",
+        "",
+        f"    {load}",
+        "",
+    ]
+    if not any((folder / one).is_file() for one in PREPROCESSING):
+        lines += [
+            "No preprocessor or tokenizer was found beside the weights: inputs have to be prepared as in training.",
+            "",
+        ]
+    for one in comparisons:
+        lines += [f"Largest absolute difference from the loaded model, read back by {one.reader}, on noise:", ""]
+        lines += ["| | difference |", "|---|---|"]
+        lines += [f"| {layer} | {difference:.1e} |" for layer, difference in one.layers]
+        lines += [""]
+    return "\n".join(lines)
