@@ -185,6 +185,10 @@ class Tokenizer:
         self._inner.save(str(unfinished))
         os.replace(unfinished, folder / "tokenizer.json")
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._inner.to_str()
+
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes ids."""

@@ -256,7 +256,7 @@ class PretrainedModel(nn.Module):
         ignore_mismatched_sizes: bool = False,
     ) -> tuple[Self, LoadReport]:
         """A model of this class with these tensors, by the names they have in files."""
-        model = cls(config)
+        model = cls._build(config, tensors)
         names = model.names()
         prefix = f"{cls.base_model_prefix}."
         has_prefix = any(name.startswith(prefix) for name in tensors)
@@ -280,6 +280,11 @@ class PretrainedModel(nn.Module):
         )
         model.tie_weights()
         return model, report
+
+    @classmethod
+    def _build(cls, config: Data2VecConfig, tensors: dict[str, Tensor]) -> Self:
+        """A model that these tensors can go into."""
+        return cls(config)
 
     @classmethod
     def _adapt(cls, config: Data2VecConfig, names: set[str]) -> None:

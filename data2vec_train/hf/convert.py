@@ -39,8 +39,9 @@ PREPROCESSING = (
     "vocab.json",
     "merges.txt",
 )
+PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
 # Arguments of encoders that do not change what a trained encoder computes, or that a model sets when it is loaded.
-_LOOSE = {
+LOOSE = {
     *("attention", "activation_checkpointing", "embed_gradient", "reference_padding", "init", "prenet_depth"),
     *("drop_path", "layer_drop", "dropout", "attention_dropout", "activation_dropout", "input_dropout"),
 }
@@ -264,19 +265,25 @@ def describe(
     if modality == "vision" and arguments["norm_first"] and arguments["positions"] == "sincos":
         # transformers knows learned positions only: fixed ones are learned ones that do not change.
         arguments["positions"] = "learned"
-        size = arguments["image_px"]
-        height, width = (size, size) if isinstance(size, int) else size
-        patches = sincos_grid((height // arguments["patch_px"], width // arguments["patch_px"]), arguments["dim"])
-        before = torch.zeros(int(arguments["class_token"]), arguments["dim"])
-        tensors = tensors | {"learned_positions": torch.cat([before, patches])[None]}
+        tensors = tensors | {"learned_positions": _fixed_as_learned(arguments)}
     config = family.config(arguments)
     if _essence(family.arguments(config)) != _essence(arguments):
         config.encoder = arguments
     return config, tensors
 
 
+def _fixed_as_learned(arguments: dict[str, Any]) -> Tensor:
+    """Sine-cosine positions of an image encoder, and zero for its class token, (1, E + T, D)."""
+    size, patch = arguments["image_px"], arguments["patch_px"]
+    height, width = (size, size) if isinstance(size, int) else size
+    before = torch.zeros(int(arguments["class_token"]), arguments["dim"])
+    if arguments["dim"] % 4:
+        return before[None]  # there are none of this width
+    return torch.cat([before, sincos_grid((height // patch, width // patch), arguments["dim"])])[None]
+
+
 def _essence(arguments: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in arguments.items() if name not in _LOOSE}
+    kept = {name: value for name, value in arguments.items() if name not in LOOSE}
     if isinstance(kept.get("conv_dim"), int):
         kept["conv_dim"] = [kept["conv_dim"]] * len(kept["conv_kernel"])
     kept.setdefault("cross_attention", False)
@@ -287,6 +294,57 @@ def _essence(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _without_pooler(kind: type[PretrainedModel], config: Data2VecConfig) -> PretrainedModel:
     return kind(config, add_pooling_layer=False) if kind is text.Data2VecTextModel else kind(config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a pretraining run can begin with."""
+
+    model: PretrainedModel  # the student
+    teacher: PretrainedModel | None  # None when the file has none
+    decoder: dict[str, Tensor]  # by our names; empty when the file has none
+
+
+def load_start(path: str | Path) -> Start:
+    """Everything in a file or folder that pretraining can go on with; see `load_pretrained`."""
+    model = load_pretrained(path)
+    found = Path(path).expanduser()
+    found = found / "checkpoints" / "last.ckpt" if found.is_dir() else found
+    if not found.is_file():
+        return Start(model, None, {})
+    content = read_checkpoint(found)
+    if "state_dict" in content:
+        teacher = any(name.startswith("objective.teacher.") for name in content["state_dict"])
+        decoder = _below(content["state_dict"], "objective.decoder.")
+    else:
+        original = fairseq.take_apart(content, str(found))
+        teacher, decoder = bool(original.teacher), fairseq.decoder_of(original)
+    return Start(model, load_pretrained(path, weights="teacher") if teacher else None, decoder)
+
+
+def encoder_description(model: PretrainedModel) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Modality, arguments and tensors of the encoder in a model, as pretraining builds it.
+
+    Token types, which pretraining does not have, are added to the positions: every token is of type 0.
+
+    Raises:
+        ConfigError: the encoder is none of ours.
+    """
+    modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
+    if modality is None:
+        raise ConfigError(f"{type(model).__name__} comes from a plugin: build the encoder, and load its weights there")
+    arguments = FAMILIES[modality].arguments(model.config)
+    tensors = dict(model.get_encoder().state_dict())
+    types = tensors.pop("embedder.types.weight", None)
+    if types is not None:
+        arguments["num_token_types"] = 0
+        tensors["embedder.positions.weight"] = tensors["embedder.positions.weight"] + types[0]
+    learned = tensors.get("learned_positions")
+    if learned is not None and torch.equal(learned.float(), _fixed_as_learned(arguments)):
+        # They were fixed before `describe` had to call them learned.
+        arguments["positions"] = "sincos"
+        del tensors["learned_positions"]
+    return modality, arguments, {name: one.float() for name, one in tensors.items()}
 
 
 def _from_run(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:
@@ -302,7 +360,10 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
         student |= _below(state, "objective.teacher.encoder.")
     # Half precision of training is no property of the model.
     student = {name: one.float() if one.is_floating_point() else one for name, one in student.items()}
-    return wrap(target, node, student, where=where)
+    model = wrap(target, node, student, where=where)
+    beside = Path(where).resolve().parent.parent / PREPROCESSING_FOLDER
+    model.source = beside if beside.is_dir() else None
+    return model
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -166,6 +166,29 @@ def names_of(original: Original, arguments: dict[str, Any]) -> dict[str, str]:
     return {theirs: ours for theirs, ours in table.items() if not ours.startswith(tuple(absent))}
 
 
+def decoder_of(original: Original) -> dict[str, Tensor]:
+    """The decoder's tensors by our names; empty when the file has none."""
+    if original.version == 1:
+        table = tables.fairseq_text_v1(depth=0) | tables.beit_vision(depth=0, relative_bias="none")
+        table |= tables.fairseq_audio_v1(depth=0, conv_layers=0, position_depth=0)
+    else:
+        word = {"audio": "AUDIO", "text": "TEXT", "vision": "IMAGE"}[original.modality]
+        depth = _count(original.tensors, f"modality_encoders.{word}.decoder.blocks")
+        layers = 1 if f"modality_encoders.{word}.decoder.proj.weight" in original.tensors else 2
+        table = {
+            "AUDIO": tables.fairseq_audio_v2(
+                depth=0, prenet_depth=0, conv_layers=0, position_depth=0, decoder_depth=depth, projection_layers=layers
+            ),
+            "TEXT": tables.fairseq_text_v2(depth=0, decoder_depth=depth, projection_layers=layers),
+            "IMAGE": tables.fairseq_image(depth=0, prenet_depth=0, decoder_depth=depth, projection_layers=layers),
+        }[word]
+    return {
+        ours.removeprefix("decoder."): original.tensors[theirs]
+        for theirs, ours in table.items()
+        if ours.startswith("decoder.") and theirs in original.tensors
+    }
+
+
 def is_for_pretraining(name: str) -> bool:
     """Whether a tensor belongs to the decoder of pretraining, or to nothing that is still used."""
     return _any(_PRETRAINING, name)

@@ -74,6 +74,13 @@ class Stranger(dict):
         return id(self)
 
 
+_BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError)
+
+
+class Refused(pickle.UnpicklingError):
+    """A pickle asks for something that no checkpoint needs."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         # Files may spell Python's own names as Python 2 did.
@@ -94,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
         if top in ("torch", "numpy", "builtins", "__main__") or (
             top in sys.stdlib_module_names and module not in _DESCRIPTIONS
         ):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+            raise Refused(f"it asks for {module}.{name}, which no checkpoint needs")
         return type(name, (Stranger,), {"__module__": module})
 
 
@@ -125,10 +132,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such file")
     try:
         content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
-    except pickle.UnpicklingError as error:
+    except Refused as error:
         raise ConfigError(f"{path} was refused, and nothing in it was run: {error}") from error
     # What a broken pickle raises depends on where it breaks.
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _BROKEN as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} is no whole checkpoint of torch.save ({first})") from error
     if not isinstance(content, dict):

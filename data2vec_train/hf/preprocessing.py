@@ -160,7 +160,7 @@ class ImageProcessor:
     """Images to a normalised batch: resize (bicubic, aspect not kept), perhaps crop, rescale, normalise.
 
     Args:
-        size: height and width, pixels; None = leave the size.
+        size: height and width, or one number for both, pixels; None = leave the size.
         resample: PIL's number of the filter, 3 = bicubic.
         crop_size: height and width of a crop from the middle; None = no crop.
         rescale_factor: 8-bit values are multiplied by this; None = not.
@@ -174,7 +174,7 @@ class ImageProcessor:
     def __init__(
         self,
         *,
-        size: tuple[int, int] | None = (224, 224),
+        size: int | Sequence[int] | None = (224, 224),
         resample: int = 3,
         crop_size: tuple[int, int] | None = None,
         rescale_factor: float | None = 1 / 255,
@@ -185,7 +185,7 @@ class ImageProcessor:
     ) -> None:
         if (image_mean is None) != (image_std is None):
             raise ConfigError("image_mean and image_std go together")
-        self.size = size
+        self.size = (size, size) if isinstance(size, int) else size
         self.resample = resample
         self.crop_size = crop_size
         self.rescale_factor = rescale_factor
@@ -355,6 +355,13 @@ class TextTokenizer:
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         return cls(with_special_tokens(inner), model_max_length=model_max_length)
+
+    @classmethod
+    def from_json(cls, content: str, *, model_max_length: int | None = None) -> "TextTokenizer":
+        """From the content of a tokenizer.json of a byte-level BPE that may lack special tokens; they are added."""
+        import tokenizers
+
+        return cls(with_special_tokens(tokenizers.Tokenizer.from_str(content)), model_max_length=model_max_length)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":

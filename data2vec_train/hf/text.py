@@ -103,6 +103,11 @@ class Data2VecTextModel(TextPretrainedModel):
         if config.encoder is None:
             self.init_weights()
 
+    @classmethod
+    def _build(cls, config: Data2VecTextConfig, tensors: dict[str, Tensor]) -> "Data2VecTextModel":
+        # transformers makes up a pooler for files that have none, and so a `pooler_output` that says nothing.
+        return cls(config, add_pooling_layer=any("pooler." in name for name in tensors))
+
     def encoder_names(self) -> dict[str, str]:
         """See `PretrainedModel.encoder_names`."""
         return hf_text(self.encoder.state_dict())

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretr
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "safetensors", "onnx", "torch_export")
+LIMIT = 1e-3  # of differences; outputs are of order 1
 CARD_NAME = "README.md"
 
 
@@ -73,6 +75,11 @@ def export(cfg: DictConfig) -> dict[str, float]:
     _copy_preprocessing(model, unfinished)
     for one in comparisons:
         log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
+        if not one.largest <= LIMIT:
+            raise RuntimeError(
+                f"what {one.reader} reads from {unfinished} differs from {cfg.checkpoint} by {one.largest:.1e}, and "
+                f"{LIMIT:.0e} is the most that rounding explains; do not use it"
+            )
     (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, unfinished))
     if out.exists():
         out.rmdir()
@@ -104,6 +111,8 @@ def _read_by_transformers(model: PretrainedModel, folder: Path, example: Example
         return []
     import transformers
 
+    transformers.logging.set_verbosity_error()  # what is missing and what loads is our own to say
+    transformers.logging.disable_progress_bar()
     theirs = getattr(transformers, type(model).__name__).from_pretrained(folder).eval()
     whole = {name: one[:1] for name, one in example.inputs.items()}
     with torch.no_grad():
@@ -119,17 +128,21 @@ def _write_onnx(model: PretrainedModel, folder: Path, kind: str) -> list[Compari
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ConfigError(f"format=onnx needs {error.name}: pip install 'data2vec_train[onnx]'") from error
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     model.set_attn_implementation("eager")  # the fused kernels have no counterpart in ONNX
     example = example_for(model)
-    program = torch.onnx.export(
-        _Plain(model, tuple(example.inputs)),
-        tuple(example.inputs.values()),
-        input_names=list(example.inputs),
-        output_names=[_main_output(model)],
-        dynamic_shapes=_dynamic(example),
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*The axis name: \w+ will not be used")  # both inputs share it
+        program = torch.onnx.export(
+            _Plain(model, tuple(example.inputs)),
+            tuple(example.inputs.values()),
+            input_names=list(example.inputs),
+            output_names=[_main_output(model)],
+            dynamic_shapes=(_dynamic(example),),
+            dynamo=True,
+            verbose=False,
+        )
     program.save(folder / "model.onnx")
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     names = [one.name for one in session.get_inputs()]

@@ -20,9 +20,12 @@ from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.hf.convert import PREPROCESSING_FOLDER
+from data2vec_train.hf.preprocessing import TextTokenizer
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.probes.callback import ProbeCallback
+from data2vec_train.tasks.init_from import adopt, initialise
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,19 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
     )
 
 
+def write_preprocessing(cfg: DictConfig, data: DataModule, folder: Path) -> None:
+    """Say beside the weights how inputs are prepared, in the files that `transformers` reads."""
+    described = build(cfg.modality.preprocessing)
+    if described is not None:
+        described.save_pretrained(folder)
+    tokenizer = getattr(data.source, "tokenizer", None)
+    if tokenizer is not None and {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} == {0, 1, 2}:
+        # With RoBERTa's special tokens, as transformers expects them of data2vec.
+        TextTokenizer.from_json(tokenizer.to_json(), model_max_length=cfg.modality.block_tokens).save_pretrained(folder)
+    elif tokenizer is not None:
+        tokenizer.save(folder)
+
+
 def pretrain(cfg: DictConfig) -> float | None:
     """Train one encoder and return its last kNN accuracy, or RankMe without labels (for sweeps that optimise).
 
@@ -99,6 +115,9 @@ def pretrain(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if (run_dir / "metrics.csv").exists():
         raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
+    start = None
+    if cfg.init_from is not None:
+        start = adopt(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     random.seed(cfg.seed)
@@ -106,7 +125,10 @@ def pretrain(cfg: DictConfig) -> float | None:
     torch.manual_seed(cfg.seed)
 
     objective = build_objective(cfg)
+    if start is not None:
+        log.info("weights: %s", "; ".join([str(cfg.init_from), *initialise(objective, start, str(cfg.init_from))]))
     data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
+    write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
     module = Data2VecModule(
         objective=objective,
         optimizer=build(cfg.optimizer),

@@ -1,0 +1,104 @@
+"""Continued pretraining: an encoder that is in a file, with what the file lacks made anew."""
+
+import logging
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, open_dict
+
+from data2vec_train.data2vec import Data2Vec
+from data2vec_train.errors import ConfigError
+from data2vec_train.hf.convert import LOOSE, Start, encoder_description, load_start
+
+log = logging.getLogger(__name__)
+
+_SIZES = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
+# What images and texts have to be like for the encoder: settings of the modality that the encoder only follows.
+_INPUTS = ("image_px", "patch_px", "channels")
+
+
+def adopt(cfg: DictConfig) -> Start:
+    """Read `cfg.init_from` and make `cfg` describe its encoder; how the encoder is trained stays as configured.
+
+    Raises:
+        ConfigError: the weights are of another modality, or do not fit the tokenizer.
+    """
+    start = load_start(cfg.init_from)
+    modality, arguments, _ = encoder_description(start.model)
+    if modality != cfg.modality.name:
+        raise ConfigError(f"init_from={cfg.init_from} is a model for {modality}; choose modality={modality}")
+    with open_dict(cfg):
+        if modality == "text":
+            _adopt_tokenizer(cfg, arguments)
+        for name in _SIZES:
+            if name in arguments:
+                cfg.size[name] = arguments[name]
+        for name in _INPUTS:
+            if name in arguments and name in cfg.modality:
+                cfg.modality[name] = arguments[name]
+        for name, value in arguments.items():
+            # Whether hidden tokens are replaced is for the objective to say.
+            if name not in LOOSE and name not in ("mask_token", "cross_attention"):
+                cfg.modality.encoder[name] = value
+    return start
+
+
+def _adopt_tokenizer(cfg: DictConfig, arguments: dict) -> None:
+    folder = Path(cfg.init_from).expanduser()
+    places = [folder, folder / "preprocessing", folder.parent.parent / "preprocessing"]
+    if cfg.modality.tokenizer.path is None:
+        beside = next((one for one in places if (one / "tokenizer.json").is_file()), None)
+        if beside is not None:
+            cfg.modality.tokenizer.path, cfg.modality.tokenizer.train_vocab_size = str(beside.resolve()), None
+            log.info("tokenizer: %s", beside)
+        elif cfg.modality.tokenizer.train_vocab_size is not None:
+            raise ConfigError(
+                f"init_from={cfg.init_from} has no tokenizer beside it, and the ids of a newly trained one would mean "
+                "other tokens; set modality.tokenizer.path to the one it was trained with"
+            )
+    if cfg.modality.vocab_size != arguments["vocab_size"]:
+        raise ConfigError(
+            f"init_from={cfg.init_from} has a vocabulary of {arguments['vocab_size']} tokens, the tokenizer has "
+            f"{cfg.modality.vocab_size}; set modality.tokenizer.path to the one it was trained with"
+        )
+    cfg.modality.block_tokens = min(cfg.modality.block_tokens, arguments["max_tokens"])
+
+
+@torch.no_grad()
+def initialise(objective: Data2Vec, start: Start, where: str) -> list[str]:
+    """Put weights into student, teacher and decoder; returns what the file lacked, in sentences.
+
+    Raises:
+        ConfigError: the encoder in the file is another one.
+    """
+    notes = []
+    _, _, tensors = encoder_description(start.model)
+    student = objective.student.state_dict()
+    missing, excess = sorted(set(student) - set(tensors)), sorted(set(tensors) - set(student))
+    wrong = [name for name in set(student) & set(tensors) if student[name].shape != tensors[name].shape]
+    if wrong or set(missing) - {"mask_token"} or set(excess) - {"mask_token"}:
+        raise ConfigError(
+            f"{where} does not fit the encoder; missing: {missing}, unexpected: {excess}, of another shape: {wrong}"
+        )
+    if missing:
+        notes.append("the mask token is new: the file has none")
+    if excess:
+        notes.append("the file's mask token is left out: nothing is replaced here")
+    objective.student.load_state_dict({name: one for name, one in tensors.items() if name in student}, strict=False)
+
+    followed = dict(objective.student.state_dict())
+    if start.teacher is not None:
+        _, _, averaged = encoder_description(start.teacher)
+        followed |= {name: one for name, one in averaged.items() if name in followed}
+    else:
+        notes.append("the teacher starts as a copy of the student: the file has none")
+    teacher = objective.teacher.encoder
+    teacher.load_state_dict({name: one for name, one in followed.items() if name in teacher.state_dict()})
+
+    decoder = objective.decoder.state_dict()
+    fits = {name: one.shape for name, one in decoder.items()} == {n: one.shape for n, one in start.decoder.items()}
+    if fits:
+        objective.decoder.load_state_dict(start.decoder)
+    else:
+        notes.append("the decoder is new: " + ("the file's is another one" if start.decoder else "the file has none"))
+    return notes

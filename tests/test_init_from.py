@@ -1,0 +1,176 @@
+"""Continued pretraining: whatever the weights come from, 1.0 and 2.0 start with them and say what is new."""
+
+import itertools
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import data2vec_train as ours
+from data2vec_train.encoders.base import Batch, Masks
+from data2vec_train.errors import ConfigError
+from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.tasks.export import example_for
+from data2vec_train.tasks.init_from import adopt, initialise
+from data2vec_train.tasks.pretrain import build_objective
+
+TINY = ("size.dim=32", "size.depth=3", "size.num_heads=4", "size.ffn_dim=48", "size.conv_dim=16")
+SMALL_INPUTS = {
+    "vision": ("modality.image_px=32", "modality.patch_px=8"),
+    "audio": (),
+    "text": ("modality.block_tokens=32",),
+}
+OBJECTIVES = ("data2vec", "data2vec2")
+MODALITIES = ("vision", "audio", "text")
+
+
+def settings(modality: str, objective: str, *more: str) -> list[str]:
+    return [f"modality={modality}", f"objective={objective}", "data=folder", "data.path=nowhere", *more]
+
+
+@pytest.fixture
+def trained(composed, tmp_path):
+    """A checkpoint as a run writes them, with weights that nothing else has."""
+
+    def make(modality: str, objective: str):
+        cfg = composed(*settings(modality, objective, *TINY, *SMALL_INPUTS[modality]))
+        torch.manual_seed(3)
+        model = build_objective(cfg)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+        path = tmp_path / f"{modality}-{objective}.ckpt"
+        config = OmegaConf.to_container(cfg, resolve=True)
+        torch.save({"state_dict": {f"objective.{k}": v for k, v in model.state_dict().items()}, "config": config}, path)
+        return path, model
+
+    return make
+
+
+def start_from(composed, path, modality: str, objective: str, *more: str):
+    torch.manual_seed(4)
+    cfg = composed(*settings(modality, objective, f"init_from={path}", *more))
+    start = adopt(cfg)
+    model = build_objective(cfg)
+    return model, initialise(model, start, str(path)), cfg
+
+
+def runs(model) -> None:
+    """One forward and backward pass on noise."""
+    inputs = example_for_encoder(model.student)
+    tokens, mask = model.student.embed(inputs)
+    num_tokens = tokens.shape[1]
+    masked = torch.zeros(len(inputs), model.views, num_tokens, dtype=torch.bool)
+    masked[:, :, 1 : 1 + num_tokens // 3] = True
+    corrupted = inputs[:, None].expand(-1, model.views, *inputs.shape[1:]) if model.mask_mode == "corrupt" else None
+    loss = model(Batch(inputs=inputs, masks=Masks.from_masked(masked), corrupted=corrupted)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert mask is None
+
+
+def example_for_encoder(encoder) -> torch.Tensor:
+    if hasattr(encoder, "image_size"):
+        return torch.randn(2, encoder.embedder.project.in_channels, *encoder.image_size)
+    if hasattr(encoder, "max_tokens"):
+        return torch.randint(4, encoder.embedder.tokens.num_embeddings, (2, 20))
+    return torch.randn(2, next(size for size in range(10**6) if encoder.token_count(size) >= 20))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize(("before", "after"), itertools.product(OBJECTIVES, OBJECTIVES))
+def test_a_run_goes_on_from_a_run(modality, before, after, composed, trained):
+    path, old = trained(modality, before)
+    model, notes, cfg = start_from(composed, path, modality, after, *SMALL_INPUTS["text"] * (modality == "text"))
+    assert cfg.size.dim == 32
+    expected = old.student.state_dict()
+    found = model.student.state_dict()
+    same = {name for name in found if name in expected}
+    assert all(torch.equal(found[name], expected[name]) for name in same)
+    teacher, averaged = model.teacher.encoder.state_dict(), old.teacher.encoder.state_dict()
+    assert all(torch.equal(one, averaged[name]) for name, one in teacher.items() if name in averaged)
+    new = set(found) - same
+    assert new <= {"mask_token"}
+    assert ("mask token is new" in " ".join(notes)) == bool(new)
+    if before == after:
+        assert not notes
+        assert all(torch.equal(one, old.decoder.state_dict()[name]) for name, one in model.decoder.state_dict().items())
+    else:
+        assert "the decoder is new" in " ".join(notes)
+    runs(model)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_goes_on_from_a_folder_of_transformers(modality, objective, composed, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    more = {
+        "audio": {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4},
+        "text": {"vocab_size": 50262, "max_position_embeddings": 34, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+        "vision": {
+            "image_size": 32,
+            "patch_size": 8,
+            "use_shared_relative_position_bias": True,
+            "use_mean_pooling": False,
+        },
+    }[modality]
+    name = f"Data2Vec{modality.title()}"
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**size | more)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    model, notes, _ = start_from(composed, tmp_path, modality, objective)
+    assert any("the teacher starts as a copy" in one for one in notes)
+    assert any("the decoder is new: the file has none" in one for one in notes)
+    # The student computes what transformers' model does, token types included.
+    inputs = example_for_encoder(model.student)
+    model.eval()
+    encoded = model.student(inputs)
+    expected = theirs(inputs).last_hidden_state[:, -encoded.tokens.shape[1] :]
+    torch.testing.assert_close(encoded.tokens, expected, atol=5e-6, rtol=1e-5)
+    runs(model.train())
+
+
+def test_the_last_run_of_a_directory_is_found(composed, trained, tmp_path):
+    path, old = trained("vision", "data2vec2")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    path.rename(run / "checkpoints" / "last.ckpt")
+    model, notes, _ = start_from(composed, run, "vision", "data2vec2")
+    assert not notes
+    assert torch.equal(model.student.class_token, old.student.class_token)
+
+
+def test_weights_of_another_modality_are_refused(composed, trained):
+    path, _ = trained("vision", "data2vec2")
+    with pytest.raises(ConfigError, match="is a model for vision; choose modality=vision"):
+        start_from(composed, path, "audio", "data2vec2")
+
+
+def test_another_vocabulary_is_refused(composed, tmp_path):
+    config = ours.Data2VecTextConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    ours.Data2VecTextModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"a vocabulary of 99 tokens, the tokenizer has 50262.*tokenizer\.path"):
+        start_from(composed, tmp_path, "text", "data2vec")
+    with pytest.raises(ConfigError, match="has no tokenizer beside it"):
+        start_from(composed, tmp_path, "text", "data2vec", "modality.tokenizer.train_vocab_size=300")
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_checkpoints_of_ours_become_models_of_the_page(modality, objective, trained, tmp_path):
+    path, old = trained(modality, objective)
+    for weights, encoder in (("student", old.student), ("teacher", old.teacher.encoder)):
+        model = load_pretrained(path, weights=weights)
+        assert type(model).__name__ == f"Data2Vec{modality.title()}Model"
+        given = next(iter(example_for(model).inputs.values()))[:1]  # the one without padding
+        if encoder.embedder is None:
+            encoder.embedder = old.student.embedder  # a teacher that shares it
+        encoded = encoder.eval()(given)
+        expected = torch.cat([encoded.prefix, encoded.tokens], dim=1)
+        torch.testing.assert_close(model(given).last_hidden_state, expected, atol=2e-6, rtol=1e-5)
