@@ -162,6 +162,7 @@ def test_a_run_then_every_weight_for_transformers_and_a_run_from_there(run_progr
     """The whole way round, as in the README."""
     transformers = pytest.importorskip("transformers")
     short = ["trainer.max_steps=3", "callbacks.probe.every_n_steps=3", "report=false", "data.num_workers=0"]
+    short += ["data.max_probe_samples=100"]
     first = run_program("modality=vision", "objective=data2vec", *short, f"hydra.run.dir={tmp_path}/run")
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "run" / "preprocessing" / "preprocessor_config.json").is_file()

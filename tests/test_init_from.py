@@ -78,7 +78,7 @@ def example_for_encoder(encoder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-@pytest.mark.parametrize(("before", "after"), itertools.product(OBJECTIVES, OBJECTIVES))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(OBJECTIVES, OBJECTIVES)))
 def test_a_run_goes_on_from_a_run(modality, before, after, composed, trained):
     path, old = trained(modality, before)
     model, notes, cfg = start_from(composed, path, modality, after, *SMALL_INPUTS["text"] * (modality == "text"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data2vec_train import Data2VecVisionConfig, Data2VecVisionForImageClassification, save_pretrained
 from data2vec_train.config import load_plugins
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import find_faults
@@ -20,19 +21,36 @@ def _words(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_is_accepted(command, monkeypatch):
+def test_a_command_of_the_readme_is_accepted(command, monkeypatch, tmp_path):
     words = _words(command)
     if "modality=eeg" in words:
         monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins"))
         monkeypatch.setenv("DATA2VEC_PLUGINS", "eeg")
         load_plugins()
-    faults = find_faults([word for word in words if word != "-m"], config_name="train", multirun="-m" in words)
+    task = "train"
+    if words[0].startswith("."):
+        task = words.pop(0).removeprefix(".")
+    (tmp_path / "PATH").touch()
+    words = [word.replace("=PATH", f"={tmp_path}/PATH") for word in words]
+    faults = find_faults([word for word in words if word != "-m"], config_name=task, multirun="-m" in words)
     if "visoin" in command:
         assert len(faults) == 2
         # Other tests of the same process may have added choices.
         assert all(f"  {fault.partition(' Choices')[0]}" in README for fault in faults)
     else:
         assert faults == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    config = Data2VecVisionConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, intermediate_size=8)
+    config.num_attention_heads = 2
+    save_pretrained(Data2VecVisionForImageClassification(config), tmp_path / "DIR")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "OUT" / "model.safetensors").is_file()
 
 
 def test_every_recipe_is_in_the_table():

@@ -20,7 +20,7 @@ from data2vec_train.heads.losses import (
     infer_problem_type,
 )
 from data2vec_train.heads.speech import CTCHead, LayerSum, UtteranceHead, XVectorHead
-from data2vec_train.hf.base import PretrainedModel, attentions_of, hidden_states_of
+from data2vec_train.hf.base import Layers, PretrainedModel, attentions_of, choose_layers, hidden_states_of
 from data2vec_train.hf.configs import Data2VecAudioConfig
 from data2vec_train.hf.names import hf_audio
 from data2vec_train.hf.outputs import ModelOutput
@@ -237,7 +237,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
         attention_mask: Tensor | None = None,
         mask_time_indices: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Layers | None = None,
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple:
         """Waveforms (B, S), normalised, and masks -> `last_hidden_state` (B, T, D), `extract_features` (B, T, C').
@@ -248,7 +248,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
             mask_time_indices: (B, T) bool, frames to hide, in training and evaluation. transformers ignores it when
                 `config.apply_spec_augment` is off (contract, bug 10), we do so with `hf_compat` only.
             output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
-            output_hidden_states: also return the first block's input and every block's output.
+            output_hidden_states: also return the first block's input and every block's output; numbers choose some.
             return_dict: False = a tuple of what is not None.
 
         Raises:
@@ -264,7 +264,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
         output = ModelOutput(
             last_hidden_state=x if self.adapter is None else self.adapter(x),
             extract_features=features,
-            hidden_states=hidden_states_of(extras),
+            hidden_states=hidden_states_of(extras, output_hidden_states),
             attentions=attentions_of(extras),
         )
         return self._result(return_dict, output)
@@ -366,7 +366,7 @@ class LayeredAudioModel(AudioPretrainedModel):
         """Features (B, T, D), the frames' mask (B, T), and the fields of the output that come from the base model."""
         wanted = more.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
-        keep = wanted or self.layer_sum is not None
+        keep = True if self.layer_sum is not None else wanted
         outputs = self.data2vec_audio(input_values, attention_mask, **more, output_hidden_states=keep, return_dict=True)
         features = outputs.last_hidden_state
         if self.layer_sum is not None:
@@ -376,7 +376,10 @@ class LayeredAudioModel(AudioPretrainedModel):
             # The average of layers has as many frames as the layers, whatever an adapter makes of the last one.
             adapted = None if self.layer_sum is None else False
             mask = self._get_feature_vector_attention_mask(features.shape[1], attention_mask, add_adapter=adapted)
-        rest = {"hidden_states": outputs.hidden_states if wanted else None, "attentions": outputs.attentions}
+        hidden_states = (
+            outputs.hidden_states if self.layer_sum is None else choose_layers(outputs.hidden_states, wanted)
+        )
+        rest = {"hidden_states": hidden_states, "attentions": outputs.attentions}
         return features, mask, rest
 
 

@@ -6,6 +6,7 @@ Face's in files; `names` is the table between the two.
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,6 +23,8 @@ from data2vec_train.hf.weights import SAFETENSORS_NAME, LoadReport, put_into, re
 from data2vec_train.layers.attention import BACKENDS
 
 log = logging.getLogger(__name__)
+
+Layers = bool | int | list[int]  # which hidden states to return
 
 # In files of the wild, of no use to anybody: computed, or all zero.
 COMPUTED = ("relative_position_index", "embeddings.position_ids", "embeddings.token_type_ids")
@@ -319,12 +322,13 @@ class PretrainedModel(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # Forward
 
-    def _extras(self, output_attentions: bool | None, output_hidden_states: bool | None, **more: Any) -> Extras:
+    def _extras(self, output_attentions: bool | None, output_hidden_states: Layers | None, **more: Any) -> Extras:
         """What to collect on the way; None = as the config says."""
         config = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return Extras(
             keep_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            keep_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            keep_hidden_states=wanted is not False,
             # transformers leaves no trace of a block that layer drop skipped, and then averages fewer layers than it
             # has weights for: an error (contract, bug 5).
             omit_dropped=config.hf_compat,
@@ -335,9 +339,19 @@ class PretrainedModel(nn.Module):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def hidden_states_of(extras: Extras) -> tuple[Tensor, ...] | None:
+def hidden_states_of(extras: Extras, wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
     """The first block's input and every block's output, (B, S, D) each; None when they were not asked for."""
-    return tuple(extras.hidden_states) if extras.keep_hidden_states else None
+    return choose_layers(extras.hidden_states, wanted) if extras.keep_hidden_states else None
+
+
+def choose_layers(layers: Sequence[Tensor], wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
+    """All layers, or with numbers the others replaced by None; -1 is the last. None for False."""
+    if wanted is False:
+        return None
+    if wanted is None or wanted is True:
+        return tuple(layers)
+    chosen = {index % len(layers) for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(one if index in chosen else None for index, one in enumerate(layers))
 
 
 def attentions_of(extras: Extras) -> tuple[Tensor, ...] | None:

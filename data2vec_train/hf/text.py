@@ -15,7 +15,7 @@ from data2vec_train.encoders.transformer import KeyValueCache
 from data2vec_train.errors import ConfigError
 from data2vec_train.heads.losses import classification_loss, infer_problem_type, question_answering_loss
 from data2vec_train.heads.text import LanguageHead, Pooler, SentenceHead
-from data2vec_train.hf.base import PretrainedModel, attentions_of, hidden_states_of
+from data2vec_train.hf.base import Layers, PretrainedModel, attentions_of, hidden_states_of
 from data2vec_train.hf.configs import Data2VecTextConfig
 from data2vec_train.hf.names import hf_text
 from data2vec_train.hf.outputs import ModelOutput
@@ -124,7 +124,7 @@ class Data2VecTextModel(TextPretrainedModel):
         past_key_values: KeyValueCache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Layers | None = None,
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple:
         """Ids (B, T) -> `last_hidden_state` (B, T, D) and `pooler_output` (B, D).
@@ -141,7 +141,7 @@ class Data2VecTextModel(TextPretrainedModel):
             past_key_values: what a decoder has read so far; new tokens are appended to it.
             use_cache: whether a decoder returns `past_key_values`; None = as the config says.
             output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
-            output_hidden_states: also return the first block's input and every block's output.
+            output_hidden_states: also return the first block's input and every block's output; numbers choose some.
             return_dict: False = a tuple of what is not None.
 
         Raises:
@@ -187,7 +187,7 @@ class Data2VecTextModel(TextPretrainedModel):
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler(x),
             past_key_values=cache if use_cache else None,
-            hidden_states=hidden_states_of(extras),
+            hidden_states=hidden_states_of(extras, output_hidden_states),
             attentions=attentions_of(extras),
             cross_attentions=tuple(extras.cross_attentions) if crossed else None,
         )

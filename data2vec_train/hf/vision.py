@@ -147,7 +147,7 @@ class Data2VecVisionModel(VisionPretrainedModel):
         output = ModelOutput(
             last_hidden_state=torch.cat([encoded.prefix, encoded.tokens], dim=1),
             pooler_output=None if self.pooler is None else self.pooler(encoded.prefix, encoded.tokens),
-            hidden_states=hidden_states_of(extras),
+            hidden_states=hidden_states_of(extras, output_hidden_states),
             attentions=attentions_of(extras),
         )
         return self._result(return_dict, output)

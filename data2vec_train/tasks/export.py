@@ -177,6 +177,7 @@ class _Plain(nn.Module):
         self.model = model
         self.names = names
         self.main = _main_output(model)
+        self.eval()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The main output."""
