@@ -194,7 +194,7 @@ class PretrainedModel(nn.Module):
         """The model in a folder that `save_pretrained` wrote, ours or transformers'; in evaluation mode.
 
         A file of another class of the family will do: parts of the head that it lacks are newly initialised, those that
-        this class has no place for are left out, and the log names both.
+        this class has no place for are left out, and the log names both. A file of this class has to be complete.
 
         Args:
             path: the folder.
@@ -272,13 +272,15 @@ class PretrainedModel(nn.Module):
             if other in tensors:
                 tensors.setdefault(name, tensors[other])
         loose = tuple(prefix + one for one in cls.heads) + cls.heads
+        # A file of this very class has all that belongs to it, and nothing else.
+        own = config.architectures == [cls.__name__]
         report = put_into(
             model,
             names,
             tensors,
             where=where,
-            fresh=loose,
-            left_out=loose,
+            fresh=loose if ignore_mismatched_sizes or not own else (),
+            left_out=() if own else loose,
             reshape_fresh=ignore_mismatched_sizes,
         )
         model.tie_weights()

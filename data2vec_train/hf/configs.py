@@ -7,12 +7,12 @@ back. Three fields are ours:
     attn_implementation, hf_compat, keep_mask_token      how to run the model; never written
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.files import read_json, write_json
 
 CONFIG_NAME = "config.json"
 
@@ -108,9 +108,7 @@ class Data2VecConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_json(Path(folder) / CONFIG_NAME, dict(sorted(self.to_dict().items())))
 
 
 _RUN_TIME = {"attn_implementation", "hf_compat", "keep_mask_token", "unknown"}
@@ -125,13 +123,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} has no {CONFIG_NAME}; expected a folder that save_pretrained wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_json(path)
 
 
 @dataclass(kw_only=True)

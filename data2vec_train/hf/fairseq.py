@@ -115,8 +115,6 @@ def take_apart(content: dict[str, Any], where: str) -> Original:
         _older_spellings(body, used)
     body = {name: one.float() if one.is_floating_point() else one for name, one in body.items()}
     teacher = {name: one.float() for name, one in teacher.items() if not _any(_WITHOUT_MEANING, name)}
-    if head and modality == "vision" and "classifier.weight" in head and "lm_head.weight" in body:
-        head = {}
     return Original(modality, version, body, teacher, settings, {name: one.float() for name, one in head.items()})
 
 

@@ -1,5 +1,7 @@
 """Writing text with a causal language model: greedy, or sampling with temperature, top-k and top-p."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def generate(
-    model: "Data2VecTextForCausalLM",
+    model: Data2VecTextForCausalLM,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -48,10 +50,13 @@ def generate(
         generator: of random numbers, None = torch's own.
 
     Raises:
-        ValueError: settings out of range, a prompt with padding on the right, or no room for a single token.
+        ValueError: a model that is no decoder, settings out of range, a prompt with padding on the right, or no room
+            for a single token.
     """
     _check(temperature, top_k, top_p, max_new_tokens, max_length)
     config = model.config
+    if not config.is_decoder:
+        raise ValueError("the model sees the tokens that it is to write: load it with is_decoder=True")
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
     end = config.eos_token_id if eos_token_id is None else eos_token_id
     mask = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask.bool()

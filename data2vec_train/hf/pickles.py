@@ -40,8 +40,18 @@ _TORCH = {
     ("torch.storage", "UntypedStorage"),
     ("torch.storage", "TypedStorage"),
 }
-# Of Python's own, these only describe things, as a `Stranger` does.
-_DESCRIPTIONS = {"argparse", "enum", "pathlib", "pathlib._local", "typing", "dataclasses", "datetime", "decimal"}
+# Of Python's own modules, these only describe things, as a `Stranger` does; `__main__` is whoever wrote the file.
+_DESCRIPTIONS = {
+    "__main__",
+    "argparse",
+    "enum",
+    "pathlib",
+    "pathlib._local",
+    "typing",
+    "dataclasses",
+    "datetime",
+    "decimal",
+}
 
 
 class Stranger(dict):
@@ -98,9 +108,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):  # how numpy writes bytes
             return super().find_class(module, name)
-        if top in ("torch", "numpy", "builtins", "__main__") or (
-            top in sys.stdlib_module_names and module not in _DESCRIPTIONS
-        ):
+        if top in ("torch", "builtins") or (top in sys.stdlib_module_names and module not in _DESCRIPTIONS):
             raise Refused(f"it asks for {module}.{name}, which no checkpoint needs")
         return type(name, (Stranger,), {"__module__": module})
 

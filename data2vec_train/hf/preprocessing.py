@@ -1,34 +1,27 @@
-"""From recordings, images and texts to what models eat, exactly as transformers prepares them, and its files.
+"""From recordings and images to what models eat, exactly as transformers prepares them, and its files.
 
     AudioFeatureExtractor   Wav2Vec2FeatureExtractor     preprocessor_config.json
     ImageProcessor          BeitImageProcessorPil        preprocessor_config.json
-    TextTokenizer           RobertaTokenizer             tokenizer.json, tokenizer_config.json
-    CTCTokenizer            Wav2Vec2CTCTokenizer         vocab.json, tokenizer_config.json
 
-Letters: B samples, S audio samples, C channels, (H, W) pixels, T tokens, U symbols. Source: contract section 4.
+Letters: B samples, S audio samples, C channels, (H, W) pixels. Source: contract section 4.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.files import read_json, stacked, write_json
 
 if TYPE_CHECKING:
-    import tokenizers
     from PIL.Image import Image
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
-# Symbols of the released CTC models, by id; the first is also CTC's blank.
-LIBRISPEECH_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 
 
 class AudioFeatureExtractor:
@@ -117,7 +110,7 @@ class AudioFeatureExtractor:
         output: dict[str, Any] = {"input_values": rows}
         if with_mask:
             output["attention_mask"] = [mask.astype(np.int32) for mask in masks]
-        return {name: _stacked(values, return_tensors) for name, values in output.items()}
+        return {name: stacked(values, return_tensors) for name, values in output.items()}
 
     def _rows(self, raw: Any) -> list[np.ndarray]:
         several = isinstance(raw, (list, tuple)) and len(raw) and np.ndim(raw[0]) > 0
@@ -142,7 +135,7 @@ class AudioFeatureExtractor:
         Raises:
             ConfigError: it describes none, or another kind.
         """
-        content = _read(Path(folder) / PREPROCESSOR_NAME)
+        content = read_json(Path(folder) / PREPROCESSOR_NAME)
         if content.get("padding_side", "right") != "right":
             raise ConfigError("recordings are padded on the right; padding_side says otherwise")
         names = ("sampling_rate", "do_normalize", "return_attention_mask", "padding_value", "feature_size")
@@ -153,7 +146,7 @@ class AudioFeatureExtractor:
         names = ("sampling_rate", "do_normalize", "return_attention_mask", "padding_value", "feature_size")
         content = {name: getattr(self, name) for name in names}
         kind = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "padding_side": "right"}
-        _write(Path(folder) / PREPROCESSOR_NAME, kind | content)
+        write_json(Path(folder) / PREPROCESSOR_NAME, kind | content)
 
 
 class ImageProcessor:
@@ -208,7 +201,7 @@ class ImageProcessor:
         output: dict[str, Any] = {"pixel_values": [self._image(one) for one in _several(images, 3)]}
         if segmentation_maps is not None:
             output["labels"] = [self._map(one) for one in _several(segmentation_maps, 2)]
-        return {name: _stacked(values, return_tensors) for name, values in output.items()}
+        return {name: stacked(values, return_tensors) for name, values in output.items()}
 
     def _image(self, image: Any) -> np.ndarray:
         channels = 3 if self.image_mean is None else len(self.image_mean)
@@ -276,7 +269,7 @@ class ImageProcessor:
         Raises:
             ConfigError: it describes none, or one that keeps the aspect.
         """
-        content = _read(Path(folder) / PREPROCESSOR_NAME)
+        content = read_json(Path(folder) / PREPROCESSOR_NAME)
 
         def size_of(name: str, on: str, default: bool) -> tuple[int, int] | None:
             if not content.get(on, default):
@@ -318,315 +311,11 @@ class ImageProcessor:
             "image_std": list(self.image_std or [0.5] * 3),
             "do_reduce_labels": self.do_reduce_labels,
         }
-        _write(Path(folder) / PREPROCESSOR_NAME, content)
-
-
-class TextTokenizer:
-    """Byte-level BPE with RoBERTa's special tokens: `<s> text </s>`, or `<s> A </s></s> B </s>` for two.
-
-    Make one with `from_pretrained` or `from_files`.
-    """
-
-    def __init__(self, inner: "tokenizers.Tokenizer", *, model_max_length: int | None = None) -> None:
-        self._inner = inner
-        self.model_max_length = model_max_length
-        absent = [one for one in ("<s>", "<pad>", "</s>", "<mask>") if inner.token_to_id(one) is None]
-        if absent:
-            raise ConfigError(f"the tokenizer has no {', '.join(absent)}; expected RoBERTa's special tokens")
-        self.pad_token_id = inner.token_to_id("<pad>")
-        self.mask_token_id = inner.token_to_id("<mask>")
-
-    @classmethod
-    def from_files(
-        cls, vocab: str | Path, merges: str | Path, *, model_max_length: int | None = None
-    ) -> "TextTokenizer":
-        """From vocab.json and merges.txt; `<mask>` takes the space before it.
-
-        Raises:
-            ConfigError: a file is missing or broken.
-        """
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
-        try:
-            inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{vocab} and {merges} are no byte-level BPE ({error})") from error
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
-        return cls(with_special_tokens(inner), model_max_length=model_max_length)
-
-    @classmethod
-    def from_json(cls, content: str, *, model_max_length: int | None = None) -> "TextTokenizer":
-        """From the content of a tokenizer.json of a byte-level BPE that may lack special tokens; they are added."""
-        import tokenizers
-
-        return cls(with_special_tokens(tokenizers.Tokenizer.from_str(content)), model_max_length=model_max_length)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
-        """From a folder with a tokenizer.json, or with vocab.json and merges.txt.
-
-        Raises:
-            ConfigError: there is none, or it is broken.
-        """
-        import tokenizers
-
-        folder = Path(folder)
-        settings = _read(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        longest = settings.get("model_max_length")
-        longest = longest if isinstance(longest, int) and longest < 10**9 else None
-        if not (folder / "tokenizer.json").is_file():
-            if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-                raise ConfigError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-            return cls.from_files(folder / "vocab.json", folder / "merges.txt", model_max_length=longest)
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{folder / 'tokenizer.json'} is no tokenizer ({error})") from error
-        return cls(inner, model_max_length=longest)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._inner.no_padding()
-        self._inner.no_truncation()
-        self._inner.save(str(folder / "tokenizer.json"))
-        mask = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False}
-        content = {
-            "tokenizer_class": "RobertaTokenizer",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            **{f"{name}_token": token for name, token in (("bos", "<s>"), ("cls", "<s>"), ("eos", "</s>"))},
-            **{f"{name}_token": token for name, token in (("sep", "</s>"), ("unk", "<unk>"), ("pad", "<pad>"))},
-            "mask_token": mask | {"rstrip": False, "single_word": False, "special": True},
-        }
-        if self.model_max_length is not None:
-            content["model_max_length"] = self.model_max_length
-        _write(folder / "tokenizer_config.json", content)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
-
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        text_pair: str | Sequence[str] | None = None,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        add_special_tokens: bool = True,
-        return_tensors: str | None = None,
-    ) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`: (B, T) int64 with `return_tensors`, else lists; of one text without B.
-
-        Args:
-            text: one or several.
-            text_pair: as many second texts.
-            padding: True or "longest", "max_length", or False; padding is on the right.
-            truncation: cut what is longer than `max_length`, the longer of two texts first.
-            max_length: tokens, special ones included; None = `model_max_length`.
-            add_special_tokens: the ones around the text.
-            return_tensors: "pt", "np" or None.
-
-        Raises:
-            ValueError: settings that contradict each other, or rows that differ in length and should be a tensor.
-        """
-        single = isinstance(text, str)
-        texts = [text] if single else list(text)
-        pairs = text_pair if text_pair is None else [text_pair] if single else list(text_pair)
-        longest = self.model_max_length if max_length is None else max_length
-        if (truncation or padding == "max_length") and longest is None:
-            raise ValueError("truncation and padding='max_length' need max_length")
-        if truncation:
-            self._inner.enable_truncation(longest)
-        else:
-            self._inner.no_truncation()
-        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encoded = self._inner.encode_batch(inputs, add_special_tokens=add_special_tokens)
-        rows = [one.ids for one in encoded]
-        size = {True: max(map(len, rows)), "longest": max(map(len, rows)), "max_length": longest}.get(padding, 0)
-        masks = [[1] * len(row) + [0] * (size - len(row)) for row in rows]
-        rows = [row + [self.pad_token_id] * (size - len(row)) for row in rows]
-        if return_tensors is None:
-            return {"input_ids": rows[0], "attention_mask": masks[0]} if single else _ids(rows, masks)
-        return {
-            name: _stacked([np.array(one) for one in values], return_tensors)
-            for name, values in _ids(rows, masks).items()
-        }
-
-    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Ids (T,) to a text."""
-        return self._inner.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)
-
-    def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
-        """Several rows of ids to texts."""
-        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
-
-
-def with_special_tokens(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """A byte-level BPE that recognises RoBERTa's special tokens in texts and puts them around texts."""
-    from tokenizers import AddedToken, processors
-
-    inner.add_special_tokens([AddedToken(one, normalized=False, special=True) for one in SPECIAL_TOKENS[:-1]])
-    inner.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False, special=True)])
-    ends = [(token, inner.token_to_id(token)) for token in ("</s>", "<s>")]
-    inner.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
-    return inner
-
-
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-
-
-class CTCTokenizer:
-    """Letters for CTC: text to ids, and frames' ids to text.
-
-    Args:
-        vocabulary: symbol -> id.
-        do_lower_case: the vocabulary is in upper case: turn texts into it. Otherwise lower-case letters are unknown.
-        word_delimiter: what stands for a space.
-        hf_compat: with `skip_special_tokens`, transformers also drops the blanks before it merges repeated symbols, so
-            that LETTER is read as LETER; do the same.
-    """
-
-    def __init__(
-        self,
-        vocabulary: Mapping[str, int] | None = None,
-        *,
-        do_lower_case: bool = False,
-        word_delimiter: str = "|",
-        hf_compat: bool = False,
-    ) -> None:
-        self.hf_compat = hf_compat
-        self.vocabulary = dict(vocabulary or {symbol: i for i, symbol in enumerate(LIBRISPEECH_SYMBOLS)})
-        absent = [one for one in ("<pad>", "<unk>", word_delimiter) if one not in self.vocabulary]
-        if absent:
-            raise ConfigError(f"the vocabulary lacks {', '.join(absent)}")
-        self.symbols = {number: symbol for symbol, number in self.vocabulary.items()}
-        self.do_lower_case = do_lower_case
-        self.word_delimiter = word_delimiter
-        self.pad_token_id = self.vocabulary["<pad>"]
-
-    def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
-        """`input_ids` of one text (U,), or of several, as lists."""
-        if not isinstance(text, str):
-            return {"input_ids": [self._encode(one) for one in text]}
-        return {"input_ids": self._encode(text)}
-
-    def _encode(self, text: str) -> list[int]:
-        text = text.upper() if self.do_lower_case else text
-        unknown = self.vocabulary["<unk>"]
-        return [self.vocabulary.get(one, unknown) for one in text.replace(" ", self.word_delimiter)]
-
-    def decode(
-        self,
-        ids: Sequence[int] | Tensor,
-        skip_special_tokens: bool = False,
-        group_tokens: bool = True,
-        output_char_offsets: bool = False,
-        output_word_offsets: bool = False,
-    ) -> Any:
-        """Ids of frames (T,) -> text, or a mapping of `text`, `char_offsets` and `word_offsets` in frames.
-
-        Args:
-            ids: the likeliest symbol of each frame.
-            skip_special_tokens: leave out `<s>`, `</s>` and `<unk>`, too, before repetitions are counted.
-            group_tokens: count a repeated symbol once.
-            output_char_offsets: also say where each symbol starts and ends.
-            output_word_offsets: also say where each word starts and ends.
-        """
-        numbers = [int(one) for one in ids]
-        if skip_special_tokens:
-            left_out = {self.vocabulary.get(one) for one in SPECIAL_TOKENS if one != "<pad>" or self.hf_compat}
-            numbers = [one for one in numbers if one not in left_out]
-        start = 0
-        found: list[dict[str, Any]] = []
-        for number, run in groupby(numbers):
-            length = sum(1 for _ in run)
-            pieces = [(start, start + length)] if group_tokens else [(start + i, start + i + 1) for i in range(length)]
-            start += length
-            symbol = self.symbols.get(number, "<unk>")
-            if symbol == "<pad>":
-                continue
-            char = " " if symbol == self.word_delimiter else symbol
-            found += [{"char": char, "start_offset": first, "end_offset": last} for first, last in pieces]
-        text = "".join(one["char"] for one in found).strip()
-        if self.do_lower_case:
-            text = text.lower()
-        if not (output_char_offsets or output_word_offsets):
-            return text
-        output: dict[str, Any] = {"text": text}
-        if output_char_offsets:
-            output["char_offsets"] = found
-        if output_word_offsets:
-            output["word_offsets"] = _words(found)
-        return output
-
-    def batch_decode(self, rows: Any, **options: Any) -> list[Any]:
-        """Several rows; see `decode`."""
-        return [self.decode(row, **options) for row in rows]
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CTCTokenizer":
-        """From vocab.json and, if there is one, tokenizer_config.json.
-
-        Raises:
-            ConfigError: there is no vocabulary.
-        """
-        folder = Path(folder)
-        settings = _read(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        return cls(
-            _read(folder / "vocab.json"),
-            do_lower_case=settings.get("do_lower_case", False),
-            word_delimiter=settings.get("word_delimiter_token", "|"),
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write vocab.json and tokenizer_config.json."""
-        folder = Path(folder)
-        _write(folder / "vocab.json", self.vocabulary)
-        content = {
-            "tokenizer_class": "Wav2Vec2CTCTokenizer",
-            "do_lower_case": self.do_lower_case,
-            "word_delimiter_token": self.word_delimiter,
-            **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-        }
-        _write(folder / "tokenizer_config.json", content)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _words(chars: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    words = []
-    for is_space, run in groupby(chars, key=lambda one: one["char"] == " "):
-        run = list(run)
-        if not is_space:
-            word = "".join(one["char"] for one in run)
-            words.append({"word": word, "start_offset": run[0]["start_offset"], "end_offset": run[-1]["end_offset"]})
-    return words
+        write_json(Path(folder) / PREPROCESSOR_NAME, content)
 
 
 def _multiple(length: int, of: int | None) -> int:
     return length if of is None else math.ceil(length / of) * of
-
-
-def _ids(rows: list[list[int]], masks: list[list[int]]) -> dict[str, Any]:
-    return {"input_ids": rows, "attention_mask": masks}
-
-
-def _stacked(values: list[np.ndarray], kind: str | None) -> Any:
-    if kind is None:
-        return values
-    if kind not in ("pt", "np"):
-        raise ValueError(f"return_tensors is 'pt', 'np' or None, got {kind!r}")
-    shapes = {value.shape for value in values}
-    if len(shapes) > 1:
-        raise ValueError(f"samples of different shapes make no tensor: {sorted(shapes)[:3]}; set padding=True")
-    return torch.from_numpy(np.stack(values)) if kind == "pt" else np.stack(values)
 
 
 def _several(images: Any, dimensions: int) -> list[Any]:
@@ -654,20 +343,3 @@ def _pixels(image: "np.ndarray | Tensor | Image", channels: int) -> np.ndarray:
     if x.ndim != 3:
         raise ValueError(f"expected an image (H, W, C), (C, H, W) or (H, W), got an array of shape {x.shape}")
     return x
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path.parent} has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

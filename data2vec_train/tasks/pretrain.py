@@ -21,7 +21,7 @@ from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.hf.convert import PREPROCESSING_FOLDER
-from data2vec_train.hf.preprocessing import TextTokenizer
+from data2vec_train.hf.tokenizers import TextTokenizer
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.probes.callback import ProbeCallback

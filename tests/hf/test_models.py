@@ -355,6 +355,10 @@ class TestText:
         with pytest.raises(ValueError, match=message):
             writer().generate(self.ids[:1], **settings)
 
+    def test_an_encoder_writes_nothing(self):
+        with pytest.raises(ValueError, match="load it with is_decoder=True"):
+            text("Data2VecTextForCausalLM").generate(self.ids[:1])
+
     def test_prompts_padded_on_the_right_are_refused(self):
         with pytest.raises(ValueError, match="pad prompts on the left"):
             text("Data2VecTextForCausalLM", is_decoder=True).generate(self.ids, self.mask)
@@ -496,7 +500,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("wanted", [0, -1, [0, 2], [-2, 1]])
+@pytest.mark.parametrize("wanted", [-1, 2, [0, 2], [-2, 1]])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_some_hidden_states_can_be_chosen(wanted, weighted, tmp_path):
     model = audio("Data2VecAudioForSequenceClassification", use_weighted_layer_sum=weighted, hf_compat=True)
@@ -601,6 +605,19 @@ class TestAll:
         for words in (f"missing: {first}", "unexpected: tampered", f"of another shape: {second}"):
             assert words in str(error.value)
         assert third not in str(error.value)
+
+    def test_a_file_of_the_same_class_has_to_have_its_head(self, family, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        make, _ = MODELS[family]
+        model = make()
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path)
+        last = [name for name in tensors if name.startswith(("lm_head", "classifier"))][-1]
+        save_file({name: one for name, one in tensors.items() if name != last}, path)
+        with pytest.raises(WeightMismatch, match=f"missing: {last}$"):
+            type(model).from_pretrained(tmp_path)
 
     def test_truncated_and_absent_files_are_refused(self, family, tmp_path):
         make, _ = MODELS[family]

@@ -16,13 +16,8 @@ from PIL import Image
 
 import data2vec_train
 from data2vec_train.errors import ConfigError
-from data2vec_train.hf.preprocessing import (
-    LIBRISPEECH_SYMBOLS,
-    AudioFeatureExtractor,
-    CTCTokenizer,
-    ImageProcessor,
-    TextTokenizer,
-)
+from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
+from data2vec_train.hf.tokenizers import LIBRISPEECH_SYMBOLS, CTCTokenizer, TextTokenizer
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
