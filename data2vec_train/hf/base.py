@@ -51,7 +51,8 @@ class PretrainedModel(nn.Module):
             )
         _check_backend(config.attn_implementation)
         self.config = config
-        self.source: Path | None = None  # the folder it was loaded from
+        self.source: Path | None = None  # folder with files that say how inputs are prepared
+        self.preparation: tuple[Any, ...] = ()  # or what prepares them, for weights that come without such files
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts

@@ -15,6 +15,7 @@ from data2vec_train.hf import audio, fairseq, plugin, text, vision
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.configs import (
     CONFIG_NAME,
+    CONFIGS,
     Data2VecAudioConfig,
     Data2VecConfig,
     Data2VecTextConfig,
@@ -23,6 +24,8 @@ from data2vec_train.hf.configs import (
     read_config,
 )
 from data2vec_train.hf.pickles import read_checkpoint
+from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
+from data2vec_train.hf.tokenizers import CTCTokenizer
 from data2vec_train.hf.weights import put_into
 from data2vec_train.layers.positions import sincos_grid
 
@@ -200,7 +203,7 @@ def load_pretrained(
             raise ConfigError(f"{path} holds one set of weights; weights=teacher is for checkpoints of pretraining")
         content = read_config(path)
         name = (content.get("architectures") or [None])[0]
-        kind = CLASSES.get(name) or base_class_of(config_class_of(content, (*_CONFIGS, plugin.PluginConfig)))
+        kind = CLASSES.get(name) or base_class_of(config_class_of(content, (*CONFIGS, plugin.PluginConfig)))
         return kind.from_pretrained(path, **options)
     content = read_checkpoint(path)
     if "state_dict" in content and "config" in content:
@@ -208,9 +211,6 @@ def load_pretrained(
     else:
         model = _from_original(content, str(path), weights, num_heads)
     return model.placed(**options).eval()
-
-
-_CONFIGS = (Data2VecAudioConfig, Data2VecTextConfig, Data2VecVisionConfig)
 
 
 def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
@@ -417,7 +417,22 @@ def _from_original(content: dict[str, Any], where: str, weights: Weights, num_he
         {name: one for name, one in tensors.items() if name in names or not fairseq.is_for_pretraining(name)},
         where=where,
     )
+    model.preparation = _preparation_of(original, arguments, model.config)
     return model
+
+
+def _preparation_of(original: fairseq.Original, arguments: dict[str, Any], config: Data2VecConfig) -> tuple[Any, ...]:
+    """How the original programs prepare speech and images; texts need the files of a tokenizer."""
+    if original.modality == "audio":
+        letters = (CTCTokenizer(),) if "lm_head.weight" in original.head and config.vocab_size == 32 else ()
+        return (AudioFeatureExtractor(), *letters)
+    if original.modality == "vision":
+        # 1.0 is BEiT's code, with its statistics; 2.0 takes those of ImageNet.
+        of_imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+        same = arguments["channels"] == 3
+        more = of_imagenet if original.version == 2 else {}
+        return (ImageProcessor(size=arguments["image_px"], **more),) if same else ()
+    return ()
 
 
 def _head_of(original: fairseq.Original, family: Family) -> tuple[type[PretrainedModel], dict[str, Any]]:
@@ -457,8 +472,19 @@ def save_pretrained(model: PretrainedModel, folder: str | Path, *, preprocessing
         raise ConfigError(f"save_pretrained takes one of the fifteen classes, got {type(model).__name__}{hint}")
     folder = Path(folder)
     model.save_pretrained(folder)
-    source = preprocessing if preprocessing is not None else model.source
-    if source is not None and Path(source).is_dir() and Path(source).resolve() != folder.resolve():
-        for name in PREPROCESSING:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
+    write_preprocessing(model, folder, source=preprocessing)
+
+
+def write_preprocessing(model: PretrainedModel, folder: Path, *, source: str | Path | None = None) -> None:
+    """Put a preprocessor and tokenizer into `folder`: those in `source`, else those that belong to the model's weights.
+
+    Files that are there already stay as they are.
+    """
+    source = model.source if source is None else Path(source)
+    if source is None:
+        for one in model.preparation:
+            one.save_pretrained(folder)
+        return
+    for name in PREPROCESSING:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)

@@ -18,7 +18,7 @@ from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.base import PretrainedModel
-from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained
+from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained, write_preprocessing
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
     unfinished.mkdir(parents=True)
     write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
     comparisons = write(model, unfinished, cfg.format)
-    _copy_preprocessing(model, unfinished)
+    write_preprocessing(model, unfinished)
     for one in comparisons:
         log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
         if not one.largest <= LIMIT:
@@ -286,13 +286,7 @@ def _compare_function(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What stands beside
-
-
-def _copy_preprocessing(model: PretrainedModel, folder: Path) -> None:
-    for name in PREPROCESSING:
-        if model.source is not None and (model.source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(model.source / name, folder / name)
+# The card
 
 
 def _card(cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison], folder: Path) -> str:

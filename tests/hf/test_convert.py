@@ -139,6 +139,19 @@ def test_fine_tuned_speech(tmp_path):
             ours.load_pretrained(tmp_path / "checkpoint.pt", weights="teacher")
 
 
+def test_speech_and_images_come_with_how_they_are_prepared(tmp_path):
+    from data2vec_train.hf.preprocessing import AudioFeatureExtractor
+    from data2vec_train.hf.tokenizers import CTCTokenizer
+
+    head = {"w2v_encoder.proj.weight": torch.randn(32, 32), "w2v_encoder.proj.bias": torch.randn(32)}
+    original_file("audio_v1", tmp_path / "a.pt", prefix="w2v_encoder.w2v_model.", more=head)
+    ours.save_pretrained(ours.load_pretrained(tmp_path / "a.pt"), tmp_path / "a")
+    assert AudioFeatureExtractor.from_pretrained(tmp_path / "a").return_attention_mask
+    assert CTCTokenizer.from_pretrained(tmp_path / "a").decode([5, 5, 0, 6]) == "ET"
+    ours.save_pretrained(ours.load_pretrained(tmp_path / "a"), tmp_path / "again")
+    assert (tmp_path / "again" / "vocab.json").is_file()
+
+
 def test_fine_tuned_images(tmp_path):
     head = {"fc_norm.weight": torch.rand(32), "fc_norm.bias": torch.randn(32)}
     head |= {"head.weight": torch.randn(5, 32), "head.bias": torch.randn(5)}
