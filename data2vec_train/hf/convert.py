@@ -26,7 +26,7 @@ from data2vec_train.hf.configs import (
 from data2vec_train.hf.pickles import read_checkpoint
 from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
 from data2vec_train.hf.tokenizers import CTCTokenizer
-from data2vec_train.hf.weights import put_into
+from data2vec_train.hf.weights import SAFETENSORS_NAME, put_into
 from data2vec_train.layers.positions import sincos_grid
 
 Weights = Literal["student", "teacher"]
@@ -196,6 +196,8 @@ def load_pretrained(
         raise ConfigError(f"weights={weights!r}: expected student or teacher")
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
+    if path.name in (SAFETENSORS_NAME, "pytorch_model.bin") and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent
     if path.is_dir() and not (path / CONFIG_NAME).is_file() and (path / "checkpoints" / "last.ckpt").is_file():
         path = path / "checkpoints" / "last.ckpt"
     if path.is_dir():

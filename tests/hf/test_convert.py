@@ -19,6 +19,7 @@ from torch import Tensor
 
 import data2vec_train as ours
 from data2vec_train.errors import ConfigError, WeightMismatch
+from data2vec_train.hf import fairseq
 from data2vec_train.hf.names import to_ours
 from data2vec_train.hf.pickles import plain, read_checkpoint
 
@@ -109,6 +110,7 @@ def test_what_was_loaded_saves_and_loads_again(name, tmp_path):
     ours.save_pretrained(model, tmp_path / "folder")
     again = ours.load_pretrained(tmp_path / "folder")
     assert type(again) is type(model)
+    assert type(ours.load_pretrained(tmp_path / "folder" / "model.safetensors")) is type(model)
     inputs = inputs_of(recorded)
     assert torch.equal(again(inputs).last_hidden_state, model(inputs).last_hidden_state)
     # transformers reads 1.0, and 2.0 for text, which has the same architecture.
@@ -395,6 +397,24 @@ def test_heads_that_no_tensor_tells(tmp_path):
     with pytest.raises(ConfigError, match="give num_heads"):
         ours.load_pretrained(path)
     assert ours.load_pretrained(path, num_heads=4).config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("written", "strides"),
+    [
+        ("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", [5, 2, 2, 2, 2, 2, 2]),
+        ("[(16,10,5),(16,3,2)]", [5, 2]),
+        ([[16, 10, 5], [16, 3, 2]], [5, 2]),
+    ],
+)
+def test_front_ends_as_fairseq_writes_them(written, strides):
+    assert [layer[2] for layer in fairseq._spec_of(written, "here")] == strides
+
+
+@pytest.mark.parametrize("written", ["__import__('os').getcwd()", "[(1, 2, 3)] * x", "[(1, 2"])
+def test_front_ends_are_not_evaluated(written):
+    with pytest.raises(ConfigError, match="cannot be understood"):
+        fairseq._spec_of(written, "here")
 
 
 def test_names_are_taken_apart_and_put_together_again():
