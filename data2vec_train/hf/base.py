@@ -212,6 +212,7 @@ class PretrainedModel(nn.Module):
             ConfigError: there is no such model, or a setting cannot be met.
             WeightMismatch: tensors are missing, in excess, or of another shape.
         """
+        dtype = changes.pop("torch_dtype", dtype)  # its name in transformers 4
         tensors = {name: tensor for name, tensor in read_tensors(path).items() if not name.endswith(COMPUTED)}
         if config is None:
             config = cls.config_class.from_pretrained(path, **changes)

@@ -152,8 +152,9 @@ class Data2VecTextModel(TextPretrainedModel):
         config, embedder = self.config, self.encoder.embedder
         given = input_ids if input_ids is not None else inputs_embeds
         num_rows, num_tokens = given.shape[:2]
-        if not config.is_decoder:
-            use_cache = False
+        recomputes = self.training and self.is_gradient_checkpointing
+        if not config.is_decoder or recomputes:
+            use_cache = False  # recomputing a block would append its keys a second time
         elif use_cache is None:
             use_cache = config.use_cache
         cache = KeyValueCache() if use_cache and past_key_values is None else past_key_values

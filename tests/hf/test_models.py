@@ -355,6 +355,21 @@ class TestText:
         with pytest.raises(ValueError, match=message):
             writer().generate(self.ids[:1], **settings)
 
+    def test_recomputing_activations_of_a_decoder(self):
+        gradients = []
+        for recompute in (False, True):
+            model = writer().train()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0
+            if recompute:
+                model.gradient_checkpointing_enable()
+            model(self.ids[:1]).logits.square().sum().backward()
+            gradients.append(model.lm_head.dense.weight.grad)
+        assert torch.equal(*gradients)
+
     def test_an_encoder_writes_nothing(self):
         with pytest.raises(ValueError, match="load it with is_decoder=True"):
             text("Data2VecTextForCausalLM").generate(self.ids[:1])
@@ -578,6 +593,7 @@ class TestAll:
         assert low.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
         low.save_pretrained(tmp_path / "low")
         assert type(model).from_pretrained(tmp_path / "low").dtype == low.dtype
+        assert type(model).from_pretrained(tmp_path, torch_dtype=dtype).dtype == low.dtype
         assert type(model).from_pretrained(tmp_path / "low", dtype="float32").dtype == torch.float32
 
     def test_bfloat16_is_near_float32(self, family):
