@@ -1,19 +1,14 @@
 """Writing text with a causal language model: greedy, or sampling with temperature, top-k and top-p."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from data2vec_train.hf.text import Data2VecTextForCausalLM
+from data2vec_train.hf.base import PretrainedModel
 
 
 @torch.no_grad()
 def generate(
-    model: Data2VecTextForCausalLM,
+    model: PretrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -35,7 +30,7 @@ def generate(
     `config.hf_compat` does the same.
 
     Args:
-        model: a decoder.
+        model: a `Data2VecTextForCausalLM` that is a decoder.
         input_ids: prompts; shorter ones are padded on the left.
         attention_mask: (B, T), 1 = real; None = everything that is not padding.
         max_new_tokens: how many tokens to write at most; default 20.

@@ -17,6 +17,7 @@ from data2vec_train.heads.losses import classification_loss, infer_problem_type,
 from data2vec_train.heads.text import LanguageHead, Pooler, SentenceHead
 from data2vec_train.hf.base import Layers, PretrainedModel, attentions_of, hidden_states_of
 from data2vec_train.hf.configs import Data2VecTextConfig
+from data2vec_train.hf.generation import generate
 from data2vec_train.hf.names import hf_text
 from data2vec_train.hf.outputs import ModelOutput
 
@@ -350,8 +351,6 @@ class Data2VecTextForCausalLM(LanguageModel):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Continue texts; see `hf.generation.generate`."""
-        from data2vec_train.hf.generation import generate
-
         return generate(self, input_ids, attention_mask, **settings)
 
 
