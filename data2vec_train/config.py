@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from data2vec_train.errors import CollapseError, ConfigError, DataError
 from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults, nodes_of, plugin_packages, preflight, target_fault
+
+MODEL_FOLDER = "model"  # of a run directory of fine-tuning
 
 # What a bug in one sweep member can raise; exits and interrupts still end the whole sweep.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError)
@@ -94,8 +97,10 @@ def build(node: DictConfig | ListConfig | Mapping | None, **supplied: object) ->
 # The command
 
 
-def main(task: Callable[[DictConfig], object], *, config_name: str) -> None:
+def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str | None = None) -> None:
     """Runs `task` on what the command line describes: the whole of `python -m data2vec_train`.
+
+    `weights` names the setting with trained weights: unless the command says `modality=`, it is that of the weights.
 
     Exits with 2 for a fault in the command, the config or the data, with 3 for a collapse, with 130 when interrupted
     and with 1 for anything else, which keeps its stack trace. A sweep goes on when a member fails, and exits with the
@@ -107,6 +112,8 @@ def main(task: Callable[[DictConfig], object], *, config_name: str) -> None:
     # Overrides may stand on both sides of a flag, as in `modality=audio -m seed=0,1`.
     args, unknown = parser.parse_known_intermixed_args()
     unknown += ["--experimental-rerun"] if args.experimental_rerun else []  # unpickles whatever file it is given
+    if weights is not None:
+        args.overrides += _modality_of_weights(args.overrides, weights)
     statuses: list[int] = []
     try:
         load_plugins()
@@ -127,6 +134,25 @@ def main(task: Callable[[DictConfig], object], *, config_name: str) -> None:
         sys.exit(130)
     if statuses:
         sys.exit(max(statuses))
+
+
+def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
+    """`["modality=audio"]` when the command leaves the modality out and a file beside the weights says it."""
+    given = dict(one.partition("=")[::2] for one in overrides)
+    if setting not in given or any(name.lstrip("+") in ("modality", "recipes") for name in given):
+        return []
+    path = Path(given[setting].strip("'\"")).expanduser()
+    folders = [path, path / MODEL_FOLDER, path.parent, path.parent.parent]
+    for folder in folders:
+        for name, pattern in (("config.json", r'"model_type": "data2vec(?:_train)?-(\w+)"'), ("config.yaml", _NAMED)):
+            file = folder / name
+            found = re.search(pattern, file.read_text(encoding="utf-8")) if file.is_file() else None
+            if found:
+                return [f"modality={found[1]}"]
+    return []
+
+
+_NAMED = r"(?m)^modality:\n(?:  .*\n)*?  name: (\w+)$"  # in the config.yaml of a run
 
 
 def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:

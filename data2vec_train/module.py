@@ -14,61 +14,45 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.optim import Schedule, set_lr
 
 
-class Data2VecModule(L.LightningModule):
-    """Training of a `Data2Vec` objective.
+class TrainingModule(L.LightningModule):
+    """What pretraining and fine-tuning share: gradients of a whole step, clipping, the learning rate, the log.
 
     Args:
-        objective: student, teacher, decoder and loss.
-        optimizer: makes the optimizer from the modules to train, such as `optim.adamw`.
         schedule: finished steps -> learning rate.
-        seed: of the run; dropout and decoder noise of a step follow from (seed, step) alone.
+        seed: of the run; what is random in a step follows from (seed, step) alone.
         log_every_n_steps: how often `measured` is filled.
     """
 
-    def __init__(
-        self,
-        *,
-        objective: Data2Vec,
-        optimizer: Callable[..., Optimizer],
-        schedule: Schedule,
-        seed: int,
-        log_every_n_steps: int,
-    ) -> None:
+    def __init__(self, *, schedule: Schedule, seed: int, log_every_n_steps: int) -> None:
         super().__init__()
-        self.objective = objective
-        self.make_optimizer = optimizer
         self.schedule = schedule
         self.seed = seed
         self.log_every_n_steps = log_every_n_steps
         self.measured: dict[str, Tensor | float] = {}  # of the last logged step; tensors until somebody reads them
-        self._counts: list[int] = []  # hidden tokens of each micro-batch since the last optimizer step
+        self._counts: list[int] = []  # hidden tokens, or samples, of each micro-batch since the last optimizer step
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
-        step = self.trainer.global_step
-        torch.manual_seed(torch_seed(self.seed, "step", step, len(self._counts), self.global_rank))
-        output: Data2VecOutput = self.objective(batch)
-        self._counts.append(batch.masks.hidden.numel())
-        if self._logs_after(step + 1):
-            self._measure(output)
-        return output.loss * (self._counts[-1] / self._counts[0])
+    def seed_step(self) -> None:
+        """Make dropout and noise of this micro-batch follow from (seed, step)."""
+        torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, len(self._counts), self.global_rank))
 
-    def _measure(self, output: Data2VecOutput) -> None:
-        """Keep what is logged of this step, the mean over its micro-batches."""
-        values = {"train/loss": output.loss.detach()}
-        if len(output.terms) > 1:
-            values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
-        values["train/target_std"] = std_over_rows(output.targets)
-        values["train/prediction_std"] = std_over_rows(output.predictions.detach())
+    def weighted(self, loss: Tensor, count: int) -> Tensor:
+        """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`."""
+        self._counts.append(count)
+        return loss * (count / self._counts[0])
+
+    def measure(self, values: dict[str, Tensor]) -> None:
+        """Keep what is logged of this step, the mean over its micro-batches; after `weighted`."""
+        if not self.logs_after(self.trainer.global_step + 1):
+            return
         before = self.measured if len(self._counts) > 1 else {}
         share = 1 / self.trainer.accumulate_grad_batches
         self.measured = {name: before.get(name, 0.0) + share * value for name, value in values.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradient that of the mean over all hidden tokens of the step.
+        """Make the gradient that of the mean over all that the step has seen.
 
-        Micro-batches may hide different numbers of tokens and Lightning takes their plain mean. Each was weighted with
-        its count relative to the first; what remains is one factor, known on the host, and 1 when counts are equal.
+        Micro-batches may count differently and Lightning takes their plain mean. Each was weighted with its count
+        relative to the first; what remains is one factor, known on the host, and 1 when counts are equal.
         """
         factor = self.trainer.accumulate_grad_batches * self._counts[0] / sum(self._counts)
         self._counts.clear()
@@ -89,7 +73,7 @@ class Data2VecModule(L.LightningModule):
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
-        if gradient_clip_val or self._logs_after(self.trainer.global_step + 1):
+        if gradient_clip_val or self.logs_after(self.trainer.global_step + 1):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
             self.measured["train/grad_norm"] = norm
@@ -101,23 +85,65 @@ class Data2VecModule(L.LightningModule):
         optimizer: Optimizer,
         optimizer_closure: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """One optimizer step, and directly after it one step of the teacher.
-
-        Lightning calls this once per optimizer step, whatever the accumulation. Moving the teacher in a later hook
-        would be too late: checkpoint callbacks run before it and would save a teacher that is one step behind.
-        """
-        finished = self.trainer.global_step
-        lr = self.schedule(finished)
+        """One optimizer step with the learning rate of the schedule; Lightning calls this whatever the accumulation."""
+        lr = self.schedule(self.trainer.global_step)
         set_lr(optimizer, lr)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.measured["train/tau"] = self.objective.step_teacher(finished + 1)
         self.measured["train/lr"] = lr
+
+    def logs_after(self, step: int) -> bool:
+        """Whether the step that ends with so many finished ones is logged."""
+        return step == 1 or step % self.log_every_n_steps == 0 or step == self.trainer.max_steps
+
+
+class Data2VecModule(TrainingModule):
+    """Training of a `Data2Vec` objective.
+
+    Args:
+        objective: student, teacher, decoder and loss.
+        optimizer: makes the optimizer from the modules to train, such as `optim.adamw`.
+        schedule, seed, log_every_n_steps: see `TrainingModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Data2Vec,
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule,
+        seed: int,
+        log_every_n_steps: int,
+    ) -> None:
+        super().__init__(schedule=schedule, seed=seed, log_every_n_steps=log_every_n_steps)
+        self.objective = objective
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
+        self.seed_step()
+        output: Data2VecOutput = self.objective(batch)
+        loss = self.weighted(output.loss, batch.masks.hidden.numel())
+        if self.logs_after(self.trainer.global_step + 1):
+            values = {"train/loss": output.loss.detach()}
+            if len(output.terms) > 1:
+                values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
+            values["train/target_std"] = std_over_rows(output.targets)
+            values["train/prediction_std"] = std_over_rows(output.predictions.detach())
+            self.measure(values)
+        return loss
+
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        """One optimizer step, and directly after it one step of the teacher.
+
+        Moving the teacher in a later hook would be too late: checkpoint callbacks run before it and would save a
+        teacher that is one step behind.
+        """
+        finished = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        self.measured["train/tau"] = self.objective.step_teacher(finished + 1)
 
     def configure_optimizers(self) -> Optimizer:
         """The teacher has no trainable parameters and is in no group."""
         return self.make_optimizer(
             [self.objective.student, self.objective.decoder], no_decay=self.objective.student.no_decay
         )
-
-    def _logs_after(self, step: int) -> bool:
-        return step == 1 or step % self.log_every_n_steps == 0 or step == self.trainer.max_steps

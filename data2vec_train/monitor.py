@@ -13,9 +13,8 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data2vec_train.data.datamodule import DataModule
 from data2vec_train.errors import CollapseError, ConfigError
-from data2vec_train.module import Data2VecModule
+from data2vec_train.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -75,19 +74,25 @@ class CSVLog(Logger):
 class Monitor(L.Callback):
     """Composes the row of each logged step, hands it to the loggers and the progress bar, and checks for collapse.
 
-    Must come after `ProbeCallback` in the list of callbacks, whose results it reads.
+    Must come after the callback that measures (`ProbeCallback`, `Evaluation`) in the list, whose results it reads.
 
     Args:
-        min_target_std: a lower `train/target_std` is a collapse.
-        min_prediction_std: a lower `train/prediction_std` is a collapse.
+        min_target_std: a lower `train/target_std` is a collapse; None = it is not judged.
+        min_prediction_std: likewise for `train/prediction_std`.
         grace_steps: before this step nothing is judged.
         progress: "bar", "lines" (one line per logged step), "none", or "auto": a bar on a terminal, lines elsewhere.
     """
 
     def __init__(
-        self, *, min_target_std: float, min_prediction_std: float, grace_steps: int, progress: str = "auto"
+        self,
+        *,
+        min_target_std: float | None,
+        min_prediction_std: float | None,
+        grace_steps: int,
+        progress: str = "auto",
     ) -> None:
-        self.limits = {"train/target_std": min_target_std, "train/prediction_std": min_prediction_std}
+        limits = {"train/target_std": min_target_std, "train/prediction_std": min_prediction_std}
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.grace_steps = grace_steps
         if progress not in ("auto", "bar", "lines", "none"):
             raise ValueError(f"progress is auto, bar, lines or none, got {progress!r}")
@@ -107,23 +112,23 @@ class Monitor(L.Callback):
         """Start the clock after the baselines of the probes."""
         if self.progress == "bar" and trainer.is_global_zero:
             self._bar = _Bar(trainer.max_steps, trainer.global_step)
-        probe = _probe_callback(trainer)
+        probe = _measuring(trainer)
         self._log_row(trainer, dict(probe.metrics) if probe else {})
         self._probed_at = trainer.global_step
         self._waited_before = trainer.datamodule.loader.waited_seconds
         self._started = time.perf_counter() - (probe.seconds if probe else 0.0)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Data2VecModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: L.Trainer, pl_module: TrainingModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Runs after the probes of this step; their seconds are not training."""
         self.samples += len(batch) * trainer.world_size
         step = trainer.global_step
         if self._bar is not None:
             self._bar.advance(step)
-        probe = _probe_callback(trainer)
+        probe = _measuring(trainer)
         just_measured = probe is not None and probe.measured_at == step and step > self._probed_at
-        if "train/loss" not in pl_module.measured or "train/tau" not in pl_module.measured:
+        if "train/loss" not in pl_module.measured or "train/lr" not in pl_module.measured:
             if just_measured:  # between two logged steps
                 self._probed_at = step
                 self._log_row(trainer, probe.metrics)
@@ -138,7 +143,7 @@ class Monitor(L.Callback):
         self._log_row(trainer, row)
         self._check_collapse(step, row)
 
-    def _throughput(self, data: DataModule) -> dict[str, float]:
+    def _throughput(self, data: L.LightningDataModule) -> dict[str, float]:
         self.waited_seconds = data.loader.waited_seconds - self._waited_before
         seconds, samples, waits = self._since_log
         self._since_log = (self.train_seconds, self.samples, self.waited_seconds)
@@ -215,13 +220,13 @@ def describe(row: dict[str, float]) -> str:
         "probe/linear": "linear {:.1%}",
         "probe/rankme": "RankMe {:.1f}",
     }
+    formats |= {name: name.removeprefix("test/") + " {:.4g}" for name in row if name.startswith("test/")}
     return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
 
 
-def _probe_callback(trainer: L.Trainer):
-    from data2vec_train.probes.callback import ProbeCallback
-
-    return next((callback for callback in trainer.callbacks if isinstance(callback, ProbeCallback)), None)
+def _measuring(trainer: L.Trainer) -> "L.Callback | None":
+    """The callback with the scores of the latest measurement."""
+    return next((callback for callback in trainer.callbacks if hasattr(callback, "measured_at")), None)
 
 
 def _clock_time(seconds: float) -> str:

@@ -126,6 +126,48 @@ def adamw(
     return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
 
 
+def layered_adamw(
+    model: nn.Module,
+    *,
+    block_of: Callable[[str], int],
+    no_decay: frozenset[str],
+    lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    decay_all: bool,
+    fused: bool,
+    layer_decay: float,
+) -> AdamW:
+    """AdamW for fine-tuning: lower blocks learn slower.
+
+    Args:
+        model: encoder and head; frozen parameters are left out.
+        block_of: name of a parameter -> how many layers lie above it; 0 = it learns at the full rate.
+        no_decay: see `parameter_groups`.
+        lr: of the top.
+        betas: see `adamw`.
+        eps: see `adamw`.
+        weight_decay: see `adamw`.
+        decay_all: see `adamw`.
+        fused: see `adamw`.
+        layer_decay: rate of a layer as a share of that of the layer above; 1 = all alike.
+
+    Source: BEiT (spec 4.3).
+    """
+    rows: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        leaf = name.rpartition(".")[2]
+        free = (parameter.ndim == 1 or leaf.endswith("bias") or leaf in no_decay) and not decay_all
+        rows.setdefault((layer_decay ** block_of(name), 0.0 if free else weight_decay), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale} for (scale, decay), parameters in rows.items()
+    ]
+    return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give every group `lr`, times the group's own `lr_scale` where it has one (layer-wise decay)."""
     for group in optimizer.param_groups:

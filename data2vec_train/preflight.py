@@ -75,7 +75,10 @@ def find_faults(
         read = [_read(line, configs, multirun) for line in overrides]
         faults = [fault for _, wrong in read for fault in wrong]
         if not names_only:
-            faults += _faults_of_members([values for values, _ in read if values], configs)
+            pairs = zip(overrides, read, strict=True)
+            wrong = [line.partition("=")[0] for line, (values, found) in pairs if found and not values]
+            more = _faults_of_members([values for values, _ in read if values], configs)
+            faults += [one for one in more if not any(f": {group} is not set" in one for group in wrong)]
     return list(dict.fromkeys(faults))
 
 
@@ -252,7 +255,9 @@ def _retyped(base: DictConfig, cfg: DictConfig, key: str) -> dict[str, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 300, placeholder="...")
+    text = textwrap.shorten(str(error), 300, placeholder="...")
+    asked = re.match(r"You must specify '(\w+)', e.g, \w+=<OPTION> Available options: (.*)", text)
+    return f"{asked[1]} is not set; say which: {asked[1]}=... one of {', '.join(asked[2].split())}" if asked else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,6 +600,22 @@ def _weights_can_be_read(cfg: DictConfig) -> str | None:
     return None
 
 
+def _head_suits_the_modality(cfg: DictConfig) -> str | None:
+    target, modality = _get(cfg, "head._target_", str), _get(cfg, "modality.name", str)
+    module = str(target).rpartition(".")[0].rpartition(".")[2]
+    wanted = {"speech": "audio", "text": "text", "vision": "vision"}.get(module)
+    if target is None or wanted is None or modality in (None, wanted):
+        return None
+    return f"head: {target.rpartition('.')[2]} is for modality={wanted}, and this is modality={modality}"
+
+
+def _out_is_free(cfg: DictConfig) -> str | None:
+    out = OmegaConf.select(cfg, "out", throw_on_missing=False)
+    if not isinstance(out, str) or OmegaConf.select(cfg, "format") is not None:
+        return None
+    return f"out: {out} exists already; choose another name, or remove it" if Path(out).expanduser().exists() else None
+
+
 def _export_format_exists(cfg: DictConfig) -> str | None:
     formats = ("hf", "safetensors", "onnx", "torch_export")
     found = OmegaConf.select(cfg, "format")
@@ -619,4 +640,6 @@ RULES: list[Callable[[DictConfig], str | None]] = [
     _devices_are_countable,
     _weights_can_be_read,
     _export_format_exists,
+    _head_suits_the_modality,
+    _out_is_free,
 ]

@@ -80,31 +80,42 @@ def curves_section(metrics: Metrics, *, baselines: dict) -> Section:
         baselines: `summary["probe"]`, that is {"knn": {"untrained": 0.35, "raw_input": 0.84}, "linear": {...}} with
             accuracies as fractions. Without baselines an accuracy cannot be judged: {} hides both accuracy panels.
     """
-    shown = []
-    for title, columns in PANELS.items():
-        lines = {label: metrics[column] for label, column in columns.items() if column in metrics}
-        if not lines or ("accuracy" in title and not baselines):
-            continue
-        levels = {"k-NN probe accuracy": "knn", "Linear probe accuracy": "linear"}.get(title)
-        png = _curve_png(
-            lines,
-            levels=baselines.get(levels) or {},
-            fraction=any(word in title for word in ("accuracy", "Share", "variance")),
-            from_zero=any(word in title for word in ("accuracy", "Share", "std")),
-        )
-        broken = sum(int((~np.isfinite(values)).sum()) for _, values in lines.values())
-        note = f' <span class="bad">{broken} values are not finite</span>' if broken else ""
-        shown.append(
-            f"<figure><figcaption>{title}{note}</figcaption>{image_tag(png, alt=title + ' over steps')}</figure>"
-        )
+    panels = {title: columns for title, columns in PANELS.items() if baselines or "accuracy" not in title}
     return Section(
         "Training curves",
         "In data2vec the loss often falls, then rises and levels off as the targets get richer, so a low loss is not a "
         "measure of success. Look at the spread and the probes: a std near 0 means collapse (every position gives the "
         "same features), and a probe above the dashed line of the untrained encoder means that something was learnt. "
         "Where lines are faint and strong, the faint one is what was logged and the strong one its moving average.",
-        f'<div class="charts">{"".join(shown)}</div>' if shown else "<p>No metrics were logged.</p>",
+        charts(metrics, panels, baselines),
     )
+
+
+def charts(metrics: Metrics, panels: Mapping[str, Mapping[str, str]], baselines: Mapping | None = None) -> str:
+    """Small multiples, HTML; a panel without data is left out.
+
+    Args:
+        metrics: what `read_metrics` gives.
+        panels: {title: {label of a line: column}}.
+        baselines: see `curves_section`.
+    """
+    shown = []
+    for title, columns in panels.items():
+        lines = {label: metrics[column] for label, column in columns.items() if column in metrics}
+        if not lines:
+            continue
+        levels = {"k-NN probe accuracy": "knn", "Linear probe accuracy": "linear"}.get(title)
+        png = _curve_png(
+            lines,
+            levels=(baselines or {}).get(levels) or {},
+            fraction=any(word in title for word in ("accuracy", "Share", "variance")),
+            from_zero=any(word in title for word in ("accuracy", "Share", "std")),
+        )
+        broken = sum(int((~np.isfinite(values)).sum()) for _, values in lines.values())
+        note = f' <span class="bad">{broken} values are not finite</span>' if broken else ""
+        picture = image_tag(png, alt=f"{title} over steps")
+        shown.append(f"<figure><figcaption>{escape(title)}{note}</figcaption>{picture}</figure>")
+    return f'<div class="charts">{"".join(shown)}</div>' if shown else "<p>No metrics were logged.</p>"
 
 
 def probe_section(summary: dict) -> Section:
@@ -198,12 +209,12 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
     masked = np.asarray(masked, bool)
     rows = []
     for image, masks in zip(images, masked, strict=True):
-        tile = _tile(image, side=TILE_PX)
+        tile = tiled(image, side=TILE_PX)
         views = [
-            image_tag(_png(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
+            image_tag(png_of(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
             for hidden in masks[:SHOWN_MASKS]
         ]
-        rows.append([_td(cell) for cell in (image_tag(_png(tile), alt="image"), *views)])
+        rows.append([_td(cell) for cell in (image_tag(png_of(tile), alt="image"), *views)])
     lowest, highest = masked.mean(-1).min(), masked.mean(-1).max()
     between = f" (between {lowest:.1%} and {highest:.1%})" if highest - lowest > 5e-4 else ""
     return Section(
@@ -230,11 +241,11 @@ def pca_section(
     trained, trained_share = pca_colours(patches_trained)
     rows = []
     for image, *maps in zip(images, untrained, trained, strict=True):
-        tile = _tile(image, side=TILE_PX)
+        tile = tiled(image, side=TILE_PX)
         squares = [Image.fromarray(np.uint8(255 * colours.reshape(*grid, 3))) for colours in maps]
         pictures = [tile, *(map_.resize(tile.shape[1::-1], Image.Resampling.NEAREST) for map_ in squares)]
         names = ("input", "untrained", "trained")
-        rows.append([_td(image_tag(_png(np.asarray(p)), alt=name)) for p, name in zip(pictures, names, strict=True)])
+        rows.append([_td(image_tag(png_of(np.asarray(p)), alt=name)) for p, name in zip(pictures, names, strict=True)])
     return Section(
         "Patch features as colours",
         "Patches of like colour have like features. Good features give the parts of an object their own colour, the "
@@ -265,7 +276,7 @@ def neighbours_section(
 
     def cell(image: np.ndarray, label: int | None, *, frame: str) -> str:
         name = "" if label is None else str(label if class_names is None else class_names[int(label)])
-        picture = image_tag(_png(_tile(image, side=NEIGHBOUR_TILE_PX)), alt=f"{frame} {name}", css=frame)
+        picture = image_tag(png_of(tiled(image, side=NEIGHBOUR_TILE_PX)), alt=f"{frame} {name}", css=frame)
         return _td(f'{picture}<span class="name">{escape(name)}</span>')
 
     labelled = query_labels is not None and found_labels is not None
@@ -377,7 +388,7 @@ def pca_colours(patches: np.ndarray) -> tuple[np.ndarray, float]:
     return colours, float((strength[:3] ** 2).sum() / (strength**2).sum())
 
 
-def _tile(image: np.ndarray, *, side: int) -> np.ndarray:
+def tiled(image: np.ndarray, *, side: int) -> np.ndarray:
     """(H, W, C) in [0, 1] -> uint8 RGB with a longest edge of about `side`; small images grow by whole pixels."""
     channels = np.nan_to_num(np.asarray(image if image.shape[-1] == 3 else image[..., :1], np.float32))
     rgb = np.uint8(channels.clip(0, 1) * 255 + 0.5).repeat(3 // channels.shape[-1], axis=2)
@@ -397,7 +408,7 @@ def _covered(tile: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return np.uint8(tile * (1 - opacity) + HIDDEN_COLOUR * opacity)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png_of(pixels: np.ndarray) -> bytes:
     """PNG with 256 colours, a third of the size of a full one: enough to look at."""
     file = io.BytesIO()
     Image.fromarray(pixels).quantize(256).save(file, "PNG", optimize=True)

@@ -22,11 +22,11 @@ CHECKOUT = Path(__file__).parents[1]
 def composed() -> Callable[..., DictConfig]:
     """Compose the real configuration with overrides."""
 
-    def _compose(*overrides: str) -> DictConfig:
+    def _compose(*overrides: str, config_name: str = "train") -> DictConfig:
         os.environ.setdefault("DATA2VEC_RECIPES", str(recipes_parent()))
         register_resolvers()
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return compose("train", overrides=list(overrides))
+            return compose(config_name, overrides=list(overrides))
 
     return _compose
 

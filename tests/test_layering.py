@@ -38,8 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"torch", "numpy", "safetensors", "tokenizers", "PIL", "layers", "encoders", "heads", "hf", "errors"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
+COMMANDS = ("export", "finetune", "probe", "embed", "predict")
 FORBIDDEN_BELOW_TASKS = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = ("config", "places", "preflight", "tasks", "__main__", "export")
+MAY_USE_HYDRA = ("config", "places", "preflight", "tasks", "__main__", *COMMANDS)
 HEAVY = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "PIL", "transformers", "torchvision"}
 NO_OBJECTIVE = {"data2vec", "teacher", "targets", "decoders", "module", "monitor", "probes", "optim", "tasks", "config"}
 
@@ -127,7 +128,7 @@ def test_every_rule_is_about_something_that_exists():
         (
             "data.vision",
             "from omegaconf import DictConfig",
-            "only config, places, preflight, tasks, __main__, export may",
+            "only config, places, preflight, tasks, __main__, export, finetune, probe, embed, predict may",
         ),
         ("data.collate", "from data2vec_train.data2vec import Data2Vec", "data must not know"),
         ("monitor", "from data2vec_train.config import build", "entry points are imported by entry points only"),

@@ -133,7 +133,7 @@ def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, see
         masker = InverseBlockMasker(hidden_fraction=0.75, adjust_fraction=0.1, block_patches=2)
     return DataModule(
         source=Noise(),
-        probe_source=None,
+        test_source=None,
         held_out_fraction=0.0,
         max_probe_samples=0,
         decode=untouched,

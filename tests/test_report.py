@@ -8,7 +8,7 @@ from data2vec_train.report import (
     PANELS,
     Section,
     _covered,
-    _tile,
+    tiled,
     curves_section,
     explained_section,
     facts_section,
@@ -165,7 +165,7 @@ def test_masks_tell_the_hidden_share_and_cover_exactly_the_hidden_patches(images
     assert "71.4%" in section.explanation
     assert "between" not in section.explanation
     assert section.html.count("<img") == 3 * (1 + 4)
-    tile = _tile(images[0], side=140)
+    tile = tiled(images[0], side=140)
     changed = (_covered(tile, masked[0, 0].reshape(7, 7)) != tile).any(-1)
     assert changed[:100].mean() > 0.99  # 5 of 7 rows of patches, 20 px each
     assert changed[100:].mean() < 0.15  # patch borders only
@@ -192,7 +192,7 @@ def test_pca_colours_tell_two_kinds_of_patches_apart():
 
 def test_images_with_five_channels_show_the_first_one():
     images = np.random.default_rng(0).random((2, 8, 8, 5))
-    tile = _tile(images[0], side=16)
+    tile = tiled(images[0], side=16)
     assert tile.shape == (16, 16, 3)
     assert (tile[::2, ::2, 1] == np.round(images[0, :, :, 0] * 255)).all()
     assert "5 channels" in masks_section(images, np.ones((2, 1, 4), bool), (2, 2), drawn_as="x").explanation

@@ -263,13 +263,18 @@ class AudioSegments(Source):
     def __getitem__(self, index: int) -> RawSample:
         raw = self.source[int(self._records[index])]
         if not self._cut[index]:
-            return RawSample(raw.key, Segment(raw.value, 0.0, None), raw.label)
+            return RawSample(raw.key, Segment(raw.value, 0.0, None), raw.label, raw.fields)
         return _segment(raw, float(self._part[index] * self._seconds[index]), float(self._seconds[index]))
 
     def labels(self) -> np.ndarray | None:
         """Labels of the recordings, one for each utterance."""
         labels = self.source.labels()
         return None if labels is None else labels[self._records]
+
+    def column(self, name: str) -> list[Any]:
+        """That of the recordings, one for each utterance."""
+        values = self.source.column(name)
+        return [values[row] for row in self._records]
 
     def groups(self) -> np.ndarray:
         """Number of the recording, or of the group it belongs to."""
@@ -309,7 +314,7 @@ class StreamedSegments(StreamingSource):
 
 
 def _segment(raw: RawSample, start: float, seconds: float) -> RawSample:
-    return RawSample(f"{raw.key}@{start:.0f}s", Segment(raw.value, start, seconds), raw.label)
+    return RawSample(f"{raw.key}@{start:.0f}s", Segment(raw.value, start, seconds), raw.label, raw.fields)
 
 
 def _seconds(value: bytes | Path | np.ndarray | str, sample_rate_hz: int) -> float:

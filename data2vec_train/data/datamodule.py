@@ -48,15 +48,15 @@ class TimedLoader:
 class DataModule(L.LightningDataModule):
     """Batches for pretraining, and samples that never train the encoder, to measure it on.
 
-    Labels never reach the objective. Without a `probe_source` a share of the source is held out from training, a
+    Labels never reach the objective. Without a `test_source` a share of the source is held out from training, a
     stratified one where there are labels; records that belong together (`Source.groups`) stay together. The probes are
     fitted on samples that train the encoder too, and tested on those held out.
 
     Args:
         source: where training samples come from.
-        probe_source: test samples of another source, with labels where the source has them; or None.
+        test_source: test samples of another source, with labels where the source has them; or None.
         held_out_fraction: share of a source that is kept out of training, without labels at most
-            `UNLABELLED_HELD_OUT` samples; ignored with a `probe_source`.
+            `UNLABELLED_HELD_OUT` samples; ignored with a `test_source`.
         max_probe_samples: at most so many samples to fit the probes on, and to test them on.
         decode: encoded value -> decoded.
         transform: has `train` and `evaluate`, decoded -> tensor.
@@ -77,7 +77,7 @@ class DataModule(L.LightningDataModule):
         self,
         *,
         source: Source | StreamingSource,
-        probe_source: Source | None,
+        test_source: Source | None,
         held_out_fraction: float,
         max_probe_samples: int,
         decode: Callable[[Any], Any],
@@ -100,7 +100,7 @@ class DataModule(L.LightningDataModule):
         self.batching = batching
         self.seed = seed
         self.batch_size = batch_size_per_device
-        self.num_workers = _available_workers() if num_workers == "auto" else num_workers
+        self.num_workers = available_workers() if num_workers == "auto" else num_workers
         self.collate = collator
         self.loader: TimedLoader | None = None
 
@@ -114,27 +114,27 @@ class DataModule(L.LightningDataModule):
         if streaming:
             self.probe_note = "a stream: probes and RankMe off"
         labels = None if streaming else source.labels()
-        if probe_source is not None:
-            _check_same_classes(source, probe_source)
+        if test_source is not None:
+            _check_same_classes(source, test_source)
         held_out = np.empty(0, dtype=np.int64)
-        if not streaming and probe_source is None:
-            held_out = _held_out(labels, source.groups(), len(source), held_out_fraction)
+        if not streaming and test_source is None:
+            held_out = held_out_rows(labels, source.groups(), len(source), held_out_fraction)
             self.indices = np.setdiff1d(self.indices, held_out)
         if labels is not None:
-            test = _labelled(probe_source) if probe_source else held_out[labels[held_out] >= 0]
+            test = _labelled(test_source) if test_source else held_out[labels[held_out] >= 0]
             self.probe_note = "too few samples of each class to hold any out: probes off, RankMe on"
             if len(test):
                 self.probe_note = f"probes on {min(len(test), max_probe_samples)} held-out samples"
                 fit = np.intersect1d(self.indices, _labelled(source))
                 self.fit_set = self._evaluation(source, _spread(fit, max_probe_samples))
-                self.test_set = self._evaluation(probe_source or source, _spread(test, max_probe_samples))
-        if probe_source is not None or len(held_out):
-            rows = np.arange(len(probe_source)) if probe_source else held_out
-            self.held_out_set = self._evaluation(probe_source or source, _spread(rows, UNLABELLED_HELD_OUT))
+                self.test_set = self._evaluation(test_source or source, _spread(test, max_probe_samples))
+        if test_source is not None or len(held_out):
+            rows = np.arange(len(test_source)) if test_source else held_out
+            self.held_out_set = self._evaluation(test_source or source, _spread(rows, UNLABELLED_HELD_OUT))
         if not streaming and not len(self.indices):
             raise DataError("no samples are left to train on")
         self.num_samples = None if streaming else len(self.indices)
-        sources = [one for one in (source, probe_source) if isinstance(one, Source)]
+        sources = [one for one in (source, test_source) if isinstance(one, Source)]
         rejected = tuple(pair for one in sources for pair in one.rejected)
         self.quarantine = Quarantine(
             path=quarantine_path,
@@ -180,7 +180,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=on_gpu,
             prefetch_factor=4 if self.num_workers else None,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             **batches,
         )
         self.loader = TimedLoader(loader)
@@ -201,20 +201,26 @@ class DataModule(L.LightningDataModule):
         """Lightning would wait for the copy of anything that is not a plain tensor."""
         return batch.to(device, non_blocking=True)
 
-    def evaluation_batches(self, dataset: EvaluationDataset, *, masked: bool = False) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, dataset: EvaluationDataset, *, masked: bool = False, shuffle: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
         """Unaugmented batches of `dataset`; broken samples are noted and left out.
 
         Args:
             dataset: a part of the evaluation.
             masked: with the masks of epoch 0, the same every time.
+            shuffle: draws the order of the batches; None = from short to long.
 
         Raises:
             DataError: too many are broken, or all.
         """
         usable = 0
+        order = self._evaluation_order(dataset)
+        if shuffle is not None:
+            order = [order[place] for place in shuffle.permutation(len(order))]
         loader = DataLoader(
             dataset,
-            batch_sampler=self._evaluation_order(dataset),
+            batch_sampler=order,
             collate_fn=self.collate if masked else self.collate.without_masks(),
             num_workers=self.num_workers,
         )
@@ -254,12 +260,13 @@ class DataModule(L.LightningDataModule):
         return self.transform.evaluate(decoded)
 
 
-def _ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the main one decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _available_workers() -> int:
+def available_workers() -> int:
+    """One process less than there are cores, between 1 and 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores - 1))
 
@@ -269,18 +276,18 @@ def _labelled(source: Source) -> np.ndarray:
     return np.flatnonzero(source.labels() >= 0)
 
 
-def _check_same_classes(source: Source | StreamingSource, probe_source: Source) -> None:
+def _check_same_classes(source: Source | StreamingSource, test_source: Source) -> None:
     """The probes are fitted on the one and tested on the other: labels must mean the same."""
     if isinstance(source, StreamingSource):
-        raise ConfigError("data.probe_source: a stream cannot fit probes; set it to null, or read with data=hf")
-    if source.labels() is None and probe_source.labels() is None:  # then it serves the pretext task only
+        raise ConfigError("data.test_source: a stream cannot fit probes; set it to null, or read with data=hf")
+    if source.labels() is None and test_source.labels() is None:  # then it serves the pretext task only
         return
-    for name, one in (("source", source), ("probe_source", probe_source)):
+    for name, one in (("source", source), ("test_source", test_source)):
         if one.labels() is None:
-            raise ConfigError(f"data.{name} has no labels, and the probes need them; set data.probe_source to null")
-    if source.class_names != probe_source.class_names:
-        theirs, ours = source.class_names[:10], probe_source.class_names[:10]
-        raise ConfigError(f"data.source has the classes {theirs}, data.probe_source {ours}; they must be the same")
+            raise ConfigError(f"data.{name} has no labels, and the probes need them; set data.test_source to null")
+    if source.class_names != test_source.class_names:
+        theirs, ours = source.class_names[:10], test_source.class_names[:10]
+        raise ConfigError(f"data.source has the classes {theirs}, data.test_source {ours}; they must be the same")
 
 
 def _check_lengths(source: Source, token_count: Callable[[int], int], batching: LengthBatching | None) -> None:
@@ -296,7 +303,7 @@ def _check_lengths(source: Source, token_count: Callable[[int], int], batching: 
         )
 
 
-def _held_out(labels: np.ndarray | None, groups: np.ndarray | None, count: int, fraction: float) -> np.ndarray:
+def held_out_rows(labels: np.ndarray | None, groups: np.ndarray | None, count: int, fraction: float) -> np.ndarray:
     """Indices to keep out of training, whole groups of them; ascending."""
     groups = np.arange(count) if groups is None else groups
     unique, first = np.unique(groups, return_index=True)

@@ -27,6 +27,7 @@ class Sample:
     id: int
     label: int | None
     rejected: tuple[tuple[str, str], ...]  # (key, reason) of what was tried before
+    key: str = ""  # of the record, where somebody wants to know
 
 
 class TrainingDataset(Dataset[Sample]):
@@ -129,7 +130,7 @@ class EvaluationDataset(Dataset[Sample]):
         try:
             raw = self.source[record_id]
             key = raw.key
-            return Sample(self.transform(self.decode(raw.value)), 0, record_id, raw.label, ())
+            return Sample(self.transform(self.decode(raw.value)), 0, record_id, raw.label, (), key)
         except BadSample as error:
             return Sample(None, 0, record_id, None, ((key, str(error)),))
 

@@ -11,13 +11,14 @@ import textwrap
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from data2vec_train.data.metadata import classes_of, find_metadata, join_metadata, read_metadata
 from data2vec_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,13 @@ class RawSample:
         value: Encoded content, a file to read, an array that is already decoded, or a text. Empty bytes if the record
             has no content.
         label: Index into `class_names`, None if unlabelled.
+        fields: Other columns of the record that were asked for, as they were found.
     """
 
     key: str
     value: bytes | Path | np.ndarray | str
     label: int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -73,6 +76,14 @@ class Source(ABC):
     @abstractmethod
     def labels(self) -> np.ndarray | None:
         """Labels of all records, (len,) int64, -1 where one is missing; None without labels. Reads no sample."""
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one of `fields` for all records; reads no sample.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        raise KeyError(name)
 
     def groups(self) -> np.ndarray | None:
         """(len,) int64: records with the same number belong together (pieces of one recording, one document), and a
@@ -175,14 +186,26 @@ class FolderSource(Source):
         extensions: Accepted endings, with or without the dot, upper or lower case alike.
         class_from_folder: True: the first-level sub-folders are the classes. False: no labels. "auto": classes if every
             file lies in a sub-folder and there are at least 2 and fewer than half as many sub-folders as files.
+        metadata: A file that describes the others, see `data.metadata`; "auto": the one that lies in the folder, if
+            fields are asked for. Files that it does not name are left out.
+        label_column: The column of `metadata` with the classes; they then do not come from folders.
+        fields: Columns of `metadata` that come along with each file.
 
     Raises:
-        ConfigError: `path` is a file, or `class_from_folder` asks for classes that the folders do not give.
-        DataError: a folder is missing or unreadable, or holds no accepted file.
+        ConfigError: `path` is a file, or `class_from_folder` asks for classes that the folders do not give, or there is
+            no such column.
+        DataError: a folder is missing or unreadable, or holds no accepted file; or `metadata` names other files.
     """
 
     def __init__(
-        self, *, path: str | Sequence[str], extensions: Sequence[str], class_from_folder: bool | Literal["auto"]
+        self,
+        *,
+        path: str | Sequence[str],
+        extensions: Sequence[str],
+        class_from_folder: bool | Literal["auto"],
+        metadata: str | None = None,
+        label_column: str | None = None,
+        fields: Sequence[str] = (),
     ):
         if not path:
             raise ConfigError("path is empty; give the folder of the data")
@@ -193,37 +216,76 @@ class FolderSource(Source):
 
         ignored: Counter[str] = Counter()
         found = [sorted(_accepted_files(root, accepted, ignored)) for root in self._roots]
-        files = [file for below in found for file in below]
         where = ", ".join(map(str, self._roots))
-        if not files:
+        if not any(found):
             raise DataError(_nothing_found(where, ignored, accepted))
+        self._fields: list[dict[str, Any]] | None = None
+        if metadata is not None and (fields or label_column):
+            found = self._describe(found, metadata, list(dict.fromkeys([*fields, *filter(None, [label_column])])))
+        files = [file for below in found for file in below]
 
         self._root_ends = np.cumsum([len(below) for below in found])
         # One array: a million small Python objects would be copied into every forked worker, one memory page at a time,
         # as the workers touch their reference counts.
         self._files = np.array([os.fsencode(file) for file in files])
-        self.class_names, self._labels = _folder_classes(files, where, class_from_folder)
+        if label_column is None:
+            self.class_names, self._labels = _folder_classes(files, where, class_from_folder)
+        elif self._fields is None:
+            raise ConfigError(f"label_column={label_column} needs metadata, the file that has this column")
+        else:
+            self.class_names, self._labels = classes_of(one[label_column] for one in self._fields)
         log.info(
             "%s: %d files, %d ignored because of their extension, %s",
             where,
             len(files),
             ignored.total(),
-            f"{len(self.class_names)} classes from folder names" if self.class_names else "no labels",
+            f"{len(self.class_names)} classes" if self.class_names else "no labels",
         )
+
+    def _describe(self, found: list[list[str]], metadata: str, wanted: list[str]) -> list[list[str]]:
+        """The files that metadata describes, and their columns in `_fields`."""
+        kept, self._fields = [], []
+        for root, files in zip(self._roots, found, strict=True):
+            paths = find_metadata(root) if metadata == "auto" else [Path(metadata).expanduser()]
+            if not paths:
+                raise DataError(
+                    f"{root} has no metadata.csv, metadata.jsonl or *.trans.txt that gives {', '.join(wanted)} for its "
+                    "files; add one with a column file_name, or name it with data.metadata"
+                )
+            described = {name: row for path in paths for name, row in read_metadata(path, root).items()}
+            known = dict.fromkeys(column for row in described.values() for column in row)
+            absent = [column for column in wanted if column not in known]
+            if absent:
+                raise ConfigError(f"{paths[0]} has no column {', '.join(absent)}; it has {', '.join(known)}")
+            columns = join_metadata(files, described, str(paths[0])) if files else []
+            pairs = [(file, row) for file, row in zip(files, columns, strict=True) if row is not None]
+            self.left_out += tuple(
+                (file, f"{paths[0].name} does not name it")
+                for file, row in zip(files, columns, strict=True)
+                if row is None
+            )
+            kept.append([file for file, _ in pairs])
+            self._fields += [{column: row.get(column) for column in wanted} for _, row in pairs]
+        return kept
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> RawSample:
+        index = range(len(self))[index]
         relative = os.fsdecode(self._files[index])
-        # A negative index must find the same root as its positive twin.
-        root = self._roots[int(np.searchsorted(self._root_ends, index % len(self), side="right"))]
-        label = None if self._labels is None else int(self._labels[index])
-        return RawSample(relative if len(self._roots) == 1 else str(root / relative), root / relative, label)
+        root = self._roots[int(np.searchsorted(self._root_ends, index, side="right"))]
+        label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+        key = relative if len(self._roots) == 1 else str(root / relative)
+        return RawSample(key, root / relative, label, {} if self._fields is None else self._fields[index])
 
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, or None."""
         return self._labels
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        return [one[name] for one in self._fields or ()]
 
 
 class ManifestSource(Source):
@@ -231,14 +293,17 @@ class ManifestSource(Source):
 
     Args:
         path: The .tsv file.
+        fields: Only `text` is there: the transcripts in the .wrd or .ltr file beside the manifest.
 
     Raises:
-        DataError: the manifest is missing, is not one, is empty, or its root directory does not exist.
+        ConfigError: another field is asked for.
+        DataError: the manifest is missing, is not one, is empty, or its root directory does not exist; or it has no
+            transcripts, or another number of them.
     """
 
     class_names = None
 
-    def __init__(self, *, path: str):
+    def __init__(self, *, path: str, fields: Sequence[str] = ()):
         manifest = Path(path).expanduser()
         try:
             lines = manifest.read_text(encoding="utf-8").splitlines()
@@ -258,17 +323,37 @@ class ManifestSource(Source):
                 raise DataError(f"{manifest}, line {number}: expected path<TAB>frames, got {line[:80]!r}")
             files.append(os.fsencode(file))
         self._files = np.array(files)
+        if set(fields) - {"text"}:
+            raise ConfigError(f"a manifest has no column {', '.join(fields)}; it gives transcripts, called text")
+        self._texts = _transcripts_beside(manifest, len(files)) if fields else None
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> RawSample:
         relative = os.fsdecode(self._files[index])
-        return RawSample(relative, self._root / relative)
+        fields = {} if self._texts is None else {"text": self._texts[index]}
+        return RawSample(relative, self._root / relative, None, fields)
 
     def labels(self) -> None:
         """A manifest has no labels."""
         return
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        return list(self._texts or ())
+
+
+def _transcripts_beside(manifest: Path, count: int) -> list[str]:
+    """Words of each recording: a line of the .wrd file each, or letters apart, "A N D |", of the .ltr file."""
+    for suffix in (".wrd", ".ltr"):
+        path = manifest.with_suffix(suffix)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if len(lines) != count:
+                raise DataError(f"{path} has {len(lines)} lines, {manifest} lists {count} recordings")
+            return lines if suffix == ".wrd" else [line.replace(" ", "").replace("|", " ").strip() for line in lines]
+    raise DataError(f"{manifest} has no transcripts: expected {manifest.with_suffix('.wrd').name} or .ltr beside it")
 
 
 def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]) -> Iterator[str]:

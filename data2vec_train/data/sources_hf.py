@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class HFSource(Source):
         revision: Commit, tag or branch of a hub dataset.
         cache_dir: Where the arrow cache is written; None: the library's own place.
         kind: What is looked for when `column` is None, and how that column is read.
+        fields: Other columns that come along with each record; images among them stay encoded.
 
     Raises:
         ConfigError: no such split or column, or settings that do not fit.
@@ -81,6 +82,7 @@ class HFSource(Source):
         revision: str | None,
         cache_dir: str | None,
         kind: Kind = "image",
+        fields: Sequence[str] = (),
     ):
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
         dataset = load(path, split, kind, column, options, streaming=False)
@@ -94,7 +96,12 @@ class HFSource(Source):
         self.class_names, self._labels = _column_classes(dataset, path, label)
         self._columns = columns
         self._name = _record_name(path, data_files, split)
-        self._dataset = _undecoded(dataset, columns, kind)
+        absent = [name for name in fields if name not in dataset.features]
+        if absent:
+            listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())
+            raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
+        self._fields = list(fields)
+        self._dataset = _undecoded(dataset, columns, kind, fields)
         log.info("%s: %d records, %d classes", path, len(self), len(self.class_names or ()))
 
     def __len__(self) -> int:
@@ -103,11 +110,18 @@ class HFSource(Source):
     def __getitem__(self, index: int) -> RawSample:
         index = range(len(self))[index]
         label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
-        return _raw_sample(self._dataset[index], self._columns, f"{self._name}:{index}", label)
+        record = self._dataset[index]
+        fields = {name: _with_names(self._dataset.features[name], record[name]) for name in self._fields}
+        return _raw_sample(record, self._columns, f"{self._name}:{index}", label, fields)
 
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, -1 where one is missing; None without labels."""
         return self._labels
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        feature = self._dataset.features[name]
+        return [_with_names(feature, one) for one in self._dataset.select_columns(name)[:][name]]
 
 
 class HFStreamingSource(StreamingSource):
@@ -153,7 +167,7 @@ class HFStreamingSource(StreamingSource):
         self._name = _record_name(path, data_files, split)
         self._path = path
         self._shuffle_buffer = shuffle_buffer
-        self._dataset = _undecoded(dataset, self._columns, kind, label=label)
+        self._dataset = _undecoded(dataset, self._columns, kind, [label] if label else [])
         log.info("%s: streaming %d shards", path, dataset.num_shards)
 
     def stream(
@@ -396,6 +410,14 @@ def _is_class_label(feature: object) -> bool:
     return isinstance(feature, datasets.ClassLabel)
 
 
+def _with_names(feature: object, value: Any) -> Any:
+    """A class, or a list of them, by name."""
+    if _is_class_label(feature):
+        return None if value is None or value < 0 else feature.names[value]
+    inner = getattr(feature, "feature", None)
+    return [_with_names(inner, one) for one in value] if _is_class_label(inner) and value is not None else value
+
+
 def _is_integer(feature: object) -> bool:
     return re.fullmatch(r"u?int\d+", str(getattr(feature, "dtype", ""))) is not None
 
@@ -408,12 +430,15 @@ def _describe(feature: object) -> str:
     return str(getattr(feature, "dtype", kind)) if kind == "Value" else kind
 
 
-def _undecoded(dataset, columns: list[str], kind: Kind, label: str | None = None):
-    """The data set with nothing but its samples, not decoded, their place in a tar, and labels."""
-    extra = [name for name in (label, "__key__", "__url__") if name in dataset.features]
-    dataset = dataset.select_columns([*columns, *extra])
+def _undecoded(dataset, columns: list[str], kind: Kind, more: Sequence[str] = ()):
+    """The data set with nothing but its samples, not decoded, their place in a tar, and some other columns."""
+    extra = [name for name in (*more, "__key__", "__url__") if name in dataset.features]
+    dataset = dataset.select_columns(list(dict.fromkeys([*columns, *extra])))
     for column in columns if kind != "text" else ():
         dataset = dataset.cast_column(column, _encoded_feature(kind))
+    for column in more:
+        if _is_kind(dataset.features[column], "image") and column not in columns:
+            dataset = dataset.cast_column(column, _encoded_feature("image"))
     return dataset
 
 
@@ -444,7 +469,9 @@ def _column_classes(
 # Its records
 
 
-def _raw_sample(record: Mapping, columns: Sequence[str], key: str, label: int | None) -> RawSample:
+def _raw_sample(
+    record: Mapping, columns: Sequence[str], key: str, label: int | None, fields: Mapping[str, object] | None = None
+) -> RawSample:
     """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
 
     Raises:
@@ -457,7 +484,7 @@ def _raw_sample(record: Mapping, columns: Sequence[str], key: str, label: int | 
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:
             key, value = path, _read_remote(path) if "://" in path else Path(path)
-    return RawSample(key, b"" if value is None else value, label)
+    return RawSample(key, b"" if value is None else value, label, fields or {})
 
 
 def _read_remote(url: str) -> bytes:

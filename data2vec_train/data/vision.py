@@ -209,6 +209,10 @@ class ImageTransform:
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         mean: Per channel, or one for all, of values in 0..1.
         std: As `mean`.
+        rand_augment: How many random changes of colour or shape, and their strength from 0 to 30; None: none. Of
+            torchvision; timm's "m9" is 27 here.
+        erase: Probability that a random rectangle becomes noise.
+        fit: "cover" keeps the aspect of images that are not augmented, see `evaluate`; "stretch" resizes both sides.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -227,6 +231,9 @@ class ImageTransform:
         interpolation: Literal["bicubic", "bilinear"],
         mean: Sequence[float],
         std: Sequence[float],
+        rand_augment: Sequence[int] | None = None,
+        erase: float = 0.0,
+        fit: Literal["cover", "stretch"] = "cover",
     ):
         size = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
         if len(size) != 2 or min(size) < 1:
@@ -253,7 +260,9 @@ class ImageTransform:
             raise ConfigError(f"interpolation={interpolation!r}; expected bicubic or bilinear")
         from torchvision.transforms import v2
 
-        self.size, self.channels = size, channels
+        if fit not in ("cover", "stretch"):
+            raise ConfigError(f"fit={fit!r}; expected cover or stretch")
+        self.size, self.channels, self.fit = size, channels, fit
         self._interpolation = v2.InterpolationMode(interpolation)
         self._mean, self._std = per_channel("mean", mean, channels), per_channel("std", std, channels)  # (C, 1, 1)
         if self._std.min() <= 0:
@@ -269,32 +278,45 @@ class ImageTransform:
             steps.append(functools.partial(self._cover, resized=size))
         if shift_px:
             steps.append(v2.RandomCrop(size, padding=shift_px))
+        if rand_augment is not None:
+            if len(rand_augment) != 2 or not 0 <= rand_augment[1] <= 30 or channels not in (1, 3):
+                raise ConfigError(f"rand_augment={list(rand_augment)}; expected [changes, 0 to 30] and 1 or 3 channels")
+            steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=self._interpolation))
+        # Each pixel of an erased rectangle is noise of its own: it stands where images are normalised already.
+        self._erase = v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random") if erase else None
         self._augment = v2.Compose(steps)
         # (x / 255 - mean) / std, as one multiplication and one addition.
         self._gain, self._offset = 1 / (255 * self._std), -self._mean / self._std
 
     def train(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32, augmented with draws from torch's global CPU generator."""
-        return self._normalise(self._augment(to_tensor(image)))
+        pixels = self.normalise(self._augment(to_tensor(image)))
+        return pixels if self._erase is None else self._erase(pixels)
 
     def evaluate(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32: the centre, without randomness.
 
         An image of exactly (H, W) is left alone. A larger one is resized so that (H, W) is 0.875 of it, a smaller one
-        so that it covers (H, W).
+        so that it covers (H, W). With fit "stretch" all are resized to (H, W).
         """
         pixels = to_tensor(image)  # (C, h, w) uint8
+        if self.fit == "stretch":
+            from torchvision.transforms.v2 import functional
+
+            resized = functional.resize(pixels, list(self.size), self._interpolation, antialias=True)
+            return self.normalise(resized)
         larger = all(have >= want for have, want in zip(pixels.shape[1:], self.size, strict=True))
         if pixels.shape[1:] != self.size and larger:
-            return self._normalise(self._cover(pixels, tuple(round(side / EVAL_CROP) for side in self.size)))
-        return self._normalise(self._cover(pixels, self.size))
+            return self.normalise(self._cover(pixels, tuple(round(side / EVAL_CROP) for side in self.size)))
+        return self.normalise(self._cover(pixels, self.size))
 
     def display(self, tensor: torch.Tensor) -> np.ndarray:
         """(H, W, C) float32 in [0, 1] from (C, H, W): a picture of what the model got."""
         pixels = tensor.detach().float().cpu() * self._std + self._mean
         return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
 
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(C, H, W) uint8 -> float32 with the mean and deviation that models expect."""
         return pixels.float().mul_(self._gain).add_(self._offset)
 
     def _cover(self, pixels: torch.Tensor, resized: tuple[int, int]) -> torch.Tensor:

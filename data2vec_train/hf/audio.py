@@ -239,6 +239,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: Layers | None = None,
         return_dict: bool | None = None,
+        mask_feature_indices: Tensor | None = None,
     ) -> ModelOutput | tuple:
         """Waveforms (B, S), normalised, and masks -> `last_hidden_state` (B, T, D), `extract_features` (B, T, C').
 
@@ -250,13 +251,14 @@ class Data2VecAudioModel(AudioPretrainedModel):
             output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
             output_hidden_states: also return the first block's input and every block's output; numbers choose some.
             return_dict: False = a tuple of what is not None.
+            mask_feature_indices: (B, D) bool, channels to set to 0 in all frames, in training and evaluation; ours.
 
         Raises:
             ConfigError: frames are to be hidden, and the model has no mask token.
         """
         encoder = self.encoder
         features, mask = encoder.local_features(input_values, None if attention_mask is None else attention_mask.bool())
-        tokens = self._hide(encoder.project(features), mask, mask_time_indices)
+        tokens = self._hide(encoder.project(features), mask, mask_time_indices, mask_feature_indices)
         if mask is not None:
             tokens = tokens * mask[..., None]
         extras = self._extras(output_attentions, output_hidden_states)
@@ -269,11 +271,11 @@ class Data2VecAudioModel(AudioPretrainedModel):
         )
         return self._result(return_dict, output)
 
-    def _hide(self, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None) -> Tensor:
-        """SpecAugment: given frames, or in training random spans of frames and of channels."""
+    def _hide(self, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None, channels: Tensor | None) -> Tensor:
+        """SpecAugment: given frames and channels, or in training random spans of them."""
         config = self.config
         num_rows, num_tokens, dim = tokens.shape
-        if not config.apply_spec_augment and (config.hf_compat or hidden is None):
+        if not config.apply_spec_augment and config.hf_compat:
             return tokens
         random = self.training and config.apply_spec_augment
         if hidden is None and random and config.mask_time_prob > 0:
@@ -293,15 +295,15 @@ class Data2VecAudioModel(AudioPretrainedModel):
             # 2.0 has no mask token; what is hidden from it is zero, or noise around it (spec 4.1).
             token = tokens.new_zeros(()) if self.encoder.mask_token is None else self.encoder.mask_token
             tokens = torch.where(hidden.bool()[..., None], token.to(tokens.dtype), tokens)
-        if random and config.mask_feature_prob > 0:
+        if channels is None and random and config.mask_feature_prob > 0:
             drawn = spans(
                 (num_rows, dim),
                 fraction=config.mask_feature_prob,
                 length=config.mask_feature_length,
                 min_spans=config.mask_feature_min_masks,
             )
-            tokens = tokens.masked_fill(torch.from_numpy(drawn).to(tokens.device)[:, None], 0.0)
-        return tokens
+            channels = torch.from_numpy(drawn).to(tokens.device)
+        return tokens if channels is None else tokens.masked_fill(channels.bool()[:, None], 0.0)
 
 
 class Data2VecAudioForCTC(AudioPretrainedModel):

@@ -1,5 +1,6 @@
 """Weights in and out: whatever a file is, it becomes one of the fifteen classes, and they become files."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ PREPROCESSING = (
     "merges.txt",
 )
 PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
+MODEL_FOLDER = "model"  # of a run directory of fine-tuning
 # Arguments of encoders that do not change what a trained encoder computes, or that a model sets when it is loaded.
 LOOSE = {
     *("attention", "activation_checkpointing", "embed_gradient", "reference_padding", "init", "prenet_depth"),
@@ -182,7 +184,7 @@ def load_pretrained(
     inside.
 
     Args:
-        path: the file or folder; a run directory stands for its checkpoints/last.ckpt.
+        path: the file or folder; a run directory stands for its checkpoints/last.ckpt, after fine-tuning for model/.
         weights: of a checkpoint, the student's or the teacher's.
         num_heads: attention heads, for a file that does not say and whose width is none of the published ones.
         **options: see `PretrainedModel.from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
@@ -198,6 +200,8 @@ def load_pretrained(
         raise ConfigError(f"{path}: there is no such file or folder")
     if path.name in (SAFETENSORS_NAME, "pytorch_model.bin") and (path.parent / CONFIG_NAME).is_file():
         path = path.parent
+    if path.is_dir() and (path / MODEL_FOLDER / CONFIG_NAME).is_file():
+        path = path / MODEL_FOLDER
     if path.is_dir() and not (path / CONFIG_NAME).is_file() and (path / "checkpoints" / "last.ckpt").is_file():
         path = path / "checkpoints" / "last.ckpt"
     if path.is_dir():
@@ -208,7 +212,9 @@ def load_pretrained(
         kind = CLASSES.get(name) or base_class_of(config_class_of(content, (*CONFIGS, plugin.PluginConfig)))
         return kind.from_pretrained(path, **options)
     content = read_checkpoint(path)
-    if "state_dict" in content and "config" in content:
+    if "state_dict" in content and "model" in content:
+        model = _from_finetuning(content, str(path), weights)
+    elif "state_dict" in content and "config" in content:
         model = _from_run(content, str(path), weights)
     else:
         model = _from_original(content, str(path), weights, num_heads)
@@ -298,6 +304,97 @@ def _without_pooler(kind: type[PretrainedModel], config: Data2VecConfig) -> Pret
     return kind(config, add_pooling_layer=False) if kind is text.Data2VecTextModel else kind(config)
 
 
+# What trains with which regularisation: our name -> the field of each family's config.
+RATES: dict[str, dict[str, str]] = {
+    "audio": {
+        "dropout": "hidden_dropout",
+        "attention_dropout": "attention_dropout",
+        "activation_dropout": "activation_dropout",
+        "input_dropout": "feat_proj_dropout",
+        "layer_drop": "layerdrop",
+        "head_dropout": "final_dropout",
+    },
+    "text": {
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "head_dropout": "classifier_dropout",
+    },
+    "vision": {
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "drop_path": "drop_path_rate",
+    },
+}
+
+
+def with_head(
+    model: PretrainedModel,
+    class_name: str,
+    *,
+    settings: dict[str, Any],
+    rates: dict[str, float],
+    random_weights: bool = False,
+    keep_head: bool = False,
+) -> tuple[PretrainedModel, list[str]]:
+    """A model of another class of the family with this one's encoder, and what is new in it, in sentences.
+
+    Args:
+        model: what to start from.
+        class_name: of the fifteen.
+        settings: fields of its config.
+        rates: dropout and the like by our names, see `RATES`; those that the family does not have must be 0.
+        random_weights: keep the architecture only, and draw its weights as before pretraining.
+        keep_head: the head's weights come along, if `model` has one of the same shape.
+
+    Raises:
+        ConfigError: the class is of another family, or a rate of another modality.
+    """
+    kind = CLASSES[class_name]
+    modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
+    if kind.config_class is not type(model.config) or modality is None:
+        raise ConfigError(f"{class_name} cannot go on a {type(model).__name__}: it is for another modality")
+    config = copy.deepcopy(model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    if settings.get("id2label") is not None:
+        config.__post_init__()
+    inside = config.encoder is not None
+    for name, value in rates.items():
+        if inside and name in config.encoder:
+            config.encoder[name] = value
+        known = RATES[modality].get(name)
+        if known is not None:
+            setattr(config, known, value)
+        elif value and not (inside and name in config.encoder):
+            raise ConfigError(f"rates.{name}={value}: {modality} encoders like this one have no such rate; set it to 0")
+    encoder = model.get_encoder()
+    if modality == "audio":
+        config.keep_mask_token = True if not inside else None
+    made = kind(config)
+    if random_weights:
+        encoder = type(encoder)(**FAMILIES[modality].arguments(config))
+    missing, excess = made.get_encoder().load_state_dict(encoder.state_dict(), strict=False)
+    # A norm after the last block gives way to the one in the head; a vector for hidden frames may be new.
+    wrong = [name for name in (*missing, *excess) if name != "mask_token" and not name.startswith("final_norm.")]
+    if wrong:
+        raise ConfigError(f"the encoder of {type(model).__name__} does not fit {class_name}: {', '.join(wrong[:5])}")
+    notes = [f"the {name} is new" for name in missing]
+    if random_weights:
+        notes.append("encoder: random weights")
+    inner = f"{made.base_model_prefix}.encoder."
+    ours = {name: one for name, one in made.state_dict().items() if not name.startswith(inner)}
+    theirs = {name: one for name, one in model.state_dict().items() if name in ours}
+    same = type(model) is kind and keep_head and not random_weights
+    if same and {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}:
+        made.load_state_dict(theirs, strict=False)
+        notes.append("the head goes on from its own weights")
+    else:
+        notes.append("the head is new")
+    made.tie_weights()
+    made.source, made.preparation = model.source, model.preparation
+    return made, notes
+
+
 @dataclass(frozen=True)
 class Start:
     """What a pretraining run can begin with."""
@@ -312,7 +409,7 @@ def load_start(path: str | Path) -> Start:
     model = load_pretrained(path)
     found = Path(path).expanduser()
     found = found / "checkpoints" / "last.ckpt" if found.is_dir() else found
-    if not found.is_file():
+    if not found.is_file() or model.base_model is not model:
         return Start(model, None, {})
     content = read_checkpoint(found)
     if "state_dict" in content:
@@ -364,6 +461,25 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     student = {name: one.float() if one.is_floating_point() else one for name, one in student.items()}
     model = wrap(target, node, student, where=where)
     beside = Path(where).resolve().parent.parent / PREPROCESSING_FOLDER
+    model.source = beside if beside.is_dir() else None
+    return model
+
+
+def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:
+    """A checkpoint of ours with a head."""
+    if weights == "teacher":
+        raise ConfigError(f"{where} is a fine-tuned model and has no teacher; choose weights=student")
+    try:
+        kind, facts = CLASSES[content["model"]["class"]], content["model"]["config"]
+        state = _below(content["state_dict"], "model.")
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where} does not say which model it holds") from error
+    config = kind.config_class.from_dict(facts)
+    config.keep_mask_token = any(name.endswith("encoder.mask_token") for name in state)
+    model = kind(config)
+    put_into(model, {name: name for name in model.state_dict()}, state, where=where)
+    model.tie_weights()
+    beside = Path(where).resolve().parent.parent / MODEL_FOLDER
     model.source = beside if beside.is_dir() else None
     return model
 

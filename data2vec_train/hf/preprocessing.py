@@ -9,7 +9,7 @@ Letters: B samples, S audio samples, C channels, (H, W) pixels. Source: contract
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -162,6 +162,9 @@ class ImageProcessor:
         do_reduce_labels: in segmentation maps, 0 becomes 255 (no class), the others decrease by 1.
         hf_compat: resize segmentation maps bicubically, which invents classes (contract, bug 8), instead of taking the
             nearest pixel.
+        fit: "stretch" resizes both sides to `size`; "cover", which transformers does not have, says that a model was
+            trained on `data.vision.ImageTransform`, which keeps the aspect and cuts the middle out. It is a note for
+            our programs: `__call__` stretches.
     """
 
     def __init__(
@@ -175,9 +178,13 @@ class ImageProcessor:
         image_std: Sequence[float] | None = (0.5, 0.5, 0.5),
         do_reduce_labels: bool = False,
         hf_compat: bool = False,
+        fit: Literal["stretch", "cover"] = "stretch",
     ) -> None:
         if (image_mean is None) != (image_std is None):
             raise ConfigError("image_mean and image_std go together")
+        if fit not in ("stretch", "cover"):
+            raise ConfigError(f"fit is stretch or cover, got {fit!r}")
+        self.fit = fit
         self.size = (size, size) if isinstance(size, int) else size
         self.resample = resample
         self.crop_size = crop_size
@@ -291,6 +298,7 @@ class ImageProcessor:
             image_std=content.get("image_std", [0.5] * 3) if normalise else None,
             do_reduce_labels=content.get("do_reduce_labels", content.get("reduce_labels", False)),
             hf_compat=hf_compat,
+            fit=content.get("fit", "stretch"),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -310,6 +318,7 @@ class ImageProcessor:
             "image_mean": list(self.image_mean or [0.5] * 3),
             "image_std": list(self.image_std or [0.5] * 3),
             "do_reduce_labels": self.do_reduce_labels,
+            "fit": self.fit,
         }
         write_json(Path(folder) / PREPROCESSOR_NAME, content)
 

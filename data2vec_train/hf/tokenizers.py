@@ -162,6 +162,28 @@ class TextTokenizer:
             for name, values in _ids(rows, masks).items()
         }
 
+    def windows(
+        self, text: str, pair: str | None = None, *, max_length: int, stride: int | None = None
+    ) -> list["tokenizers.Encoding"]:
+        """One text, or two, with the place of each token in them; several windows where `stride` says so.
+
+        Args:
+            text: the first.
+            pair: the second.
+            max_length: of a window, tokens, special ones included; what is longer is cut.
+            stride: tokens that neighbouring windows of the second text share; None = only the first window.
+
+        Raises:
+            ValueError: the first text alone fills a window, so that there is no room for the second.
+        """
+        strategy = "longest_first" if stride is None else "only_second"
+        try:
+            self._inner.enable_truncation(max_length, stride=stride or 0, strategy=strategy)
+            found = self._inner.encode(text, pair)
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"{text[:60]!r} leaves no room in {max_length} tokens ({error})") from error
+        return [found] if stride is None else [found, *found.overflowing]
+
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Ids (T,) to a text."""
         return self._inner.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)

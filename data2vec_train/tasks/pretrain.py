@@ -57,12 +57,12 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
     """The DataModule of a composed config, for an encoder that says how many tokens an input gives."""
     data, modality = cfg.data, cfg.modality
     source = build(data.source)
-    probe_source = build(OmegaConf.merge(data.source, data.probe_source)) if data.probe_source else None
+    test_source = build(OmegaConf.merge(data.source, data.test_source)) if data.test_source else None
     prepare = build(modality.prepare)
     if prepare is not None:
         source = prepare(source)
         shared = {"tokenizer": source.tokenizer} if hasattr(source, "tokenizer") else {}
-        probe_source = None if probe_source is None else prepare(probe_source, **shared)
+        test_source = None if test_source is None else prepare(test_source, **shared)
     collator = Collator(
         masker=build(modality.masker),
         views=cfg.objective.views,
@@ -75,7 +75,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
     )
     return DataModule(
         source=source,
-        probe_source=probe_source,
+        test_source=test_source,
         held_out_fraction=data.held_out_fraction,
         max_probe_samples=data.max_probe_samples,
         decode=build(modality.decode),
@@ -111,7 +111,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     `quarantine.jsonl` when samples were broken.
     """
     started = time.perf_counter()
-    _quiet_libraries()
+    quiet_libraries()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if (run_dir / "metrics.csv").exists():
         raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
@@ -137,7 +137,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
     probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
-    loggers = [CSVLog(path=run_dir / "metrics.csv"), *_loggers(cfg, run_dir)]
+    loggers = [CSVLog(path=run_dir / "metrics.csv"), *loggers_of(cfg, run_dir)]
     trainer: L.Trainer = build(
         cfg.trainer,
         callbacks=[
@@ -152,7 +152,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         **cfg.strategy,
     )
     _describe(cfg, objective, data, run_dir)
-    collapse = _fit(trainer, module, data)
+    collapse = fit_or_collapse(trainer, module, data)
     if collapse is None and trainer.global_step % cfg.callbacks.checkpoint.every_n_steps:
         trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
 
@@ -170,7 +170,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
 
 
-def _fit(trainer: L.Trainer, module: Data2VecModule, data: DataModule) -> CollapseError | None:
+def fit_or_collapse(trainer: L.Trainer, module: Data2VecModule, data: DataModule) -> CollapseError | None:
     """Train; a collapse comes back instead of being raised, since its curves are worth a report."""
     try:
         trainer.fit(module, datamodule=data)
@@ -197,7 +197,8 @@ def _checkpoints(cfg: DictConfig, data: DataModule, run_dir: Path) -> list[Model
     ]
 
 
-def _loggers(cfg: DictConfig, run_dir: Path) -> list:
+def loggers_of(cfg: DictConfig, run_dir: Path) -> list:
+    """Those that the config names, besides metrics.csv."""
     return [build(node)(save_dir=str(run_dir)) for node in cfg.logger.values()]
 
 
@@ -247,7 +248,7 @@ def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: P
     log.info("run directory: %s", run_dir)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Lightning's advertisements and hints that do not apply here; its warnings about real trouble stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -52,9 +52,9 @@ def write_run_report(cfg: DictConfig, *, run_dir: Path, objective: Data2Vec, dat
     )
 
 
-def command_line() -> str:
+def command_line(module: str = "data2vec_train") -> str:
     """A command that makes this run again, also when it was a member of a sweep."""
-    return shlex.join(["python", "-m", "data2vec_train", *HydraConfig.get().overrides.task])
+    return shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])
 
 
 def _pictures(cfg: DictConfig, student: ModalityEncoder, data: DataModule) -> list[Section]:

@@ -83,7 +83,7 @@ def training_set(count: int = 10, broken: tuple[int, ...] = (), indices=None, se
 def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes) -> DataModule:
     stages = Breaks(broken)
     options = {
-        "probe_source": None,
+        "test_source": None,
         "held_out_fraction": 0.2,
         "max_probe_samples": 1000,
         "batching": None,
@@ -363,8 +363,8 @@ def test_probes_see_at_most_so_many_samples_of_all_classes(tmp_path):
     assert {int(index) % 2 for index in data.fit_set.indices} == {0, 1}
 
 
-def test_a_probe_source_leaves_the_whole_source_for_training(tmp_path):
-    data = data_module(tmp_path, Numbers(20, labelled=True), probe_source=Numbers(7, labelled=True))
+def test_a_test_source_leaves_the_whole_source_for_training(tmp_path):
+    data = data_module(tmp_path, Numbers(20, labelled=True), test_source=Numbers(7, labelled=True))
     assert data.num_samples == 20
     assert len(data.test_set) == 7
     assert data.test_set.source is not data.fit_set.source
@@ -426,8 +426,8 @@ def test_a_source_whose_labels_are_all_missing_trains_without_probes(tmp_path):
 def test_settings_that_do_not_fit_the_data_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"held_out_fraction must lie in \[0, 1\), got 1"):
         data_module(tmp_path, Numbers(20, labelled=True), held_out_fraction=1)
-    with pytest.raises(ConfigError, match="probe_source has no labels"):
-        data_module(tmp_path, Numbers(20, labelled=True), probe_source=Numbers(7))
+    with pytest.raises(ConfigError, match="test_source has no labels"):
+        data_module(tmp_path, Numbers(20, labelled=True), test_source=Numbers(7))
     with pytest.raises(DataError, match="no samples"):
         data_module(tmp_path, Numbers(0))
 

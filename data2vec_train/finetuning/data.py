@@ -1,0 +1,275 @@
+"""Labelled records as batches: which train, which test, and the loaders for both."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data2vec_train.data.datamodule import TimedLoader, available_workers, held_out_rows, ignore_interrupts
+from data2vec_train.data.dataset import EvaluationDataset, Sample, TrainingDataset
+from data2vec_train.data.metadata import classes_of
+from data2vec_train.data.quarantine import Quarantine
+from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
+from data2vec_train.data.seeding import generator, torch_seeded
+from data2vec_train.data.sources import RawSample, Source
+from data2vec_train.errors import BadSample, DataError
+from data2vec_train.finetuning.base import Collate, Examples, HeadTask
+
+EVALUATION_BATCH = 32
+
+
+class ExampleTrainingDataset(TrainingDataset):
+    """Training examples of a task; the same key gives the same example, bit for bit, in any process."""
+
+    def __init__(self, *, task: HeadTask, source: Source, indices: np.ndarray, seed: int) -> None:
+        super().__init__(source=source, indices=indices, decode=None, transform=None, seed=seed)
+        self.task = task
+
+    def _try(self, record_id: int, epoch: int, length: int | None) -> Sample | tuple[str, str]:
+        return _example(self.task, self.source, record_id, epoch, seed=self.seed, train=True)
+
+
+class ExampleTestDataset(EvaluationDataset):
+    """Examples of a task without augmentation, in order."""
+
+    def __init__(self, *, task: HeadTask, source: Source, indices: np.ndarray) -> None:
+        super().__init__(source=source, indices=indices, decode=None, transform=None)
+        self.task = task
+
+    def __getitem__(self, index: int) -> Sample:
+        record_id = int(self.indices[index])
+        found = _example(self.task, self.source, record_id, 0, seed=0, train=False)
+        return found if isinstance(found, Sample) else Sample(None, 0, record_id, None, (found,))
+
+
+def _example(
+    task: HeadTask, source: Source, record_id: int, epoch: int, *, seed: int, train: bool
+) -> Sample | tuple[str, str]:
+    key = f"#{record_id}"
+    try:
+        raw = source[record_id]
+        key = raw.key
+        with torch_seeded(seed, "augment", epoch, record_id):
+            example = task.example(raw, train=train, rng=generator(seed, "augment", epoch, record_id))
+        return Sample(example, epoch, record_id, raw.label, ())
+    except BadSample as error:
+        return key, str(error)
+
+
+class Relabelled(Source):
+    """A source whose classes are numbered as in another one."""
+
+    def __init__(self, source: Source, class_names: list[str]) -> None:
+        number = {name: index for index, name in enumerate(class_names)}
+        self.source = source
+        self.class_names = class_names
+        self.lengths, self.rejected, self.left_out = source.lengths, source.rejected, source.left_out
+        self._labels = np.array([number[name] for name in source.class_names] + [-1])[source.labels()]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> RawSample:
+        raw, label = self.source[index], int(self._labels[index])
+        return RawSample(raw.key, raw.value, None if label < 0 else label, raw.fields)
+
+    def labels(self) -> np.ndarray:
+        """See `Source.labels`."""
+        return self._labels
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        return self.source.column(name)
+
+
+class FinetuneData(L.LightningDataModule):
+    """Batches for fine-tuning, and examples that never train, to test on.
+
+    Without a `test_source` a share of the records is held out, the same share of every class; records that belong
+    together stay together.
+
+    Args:
+        task: makes examples of records; it studies the training records here.
+        source: where labelled records come from.
+        test_source: test records of another source; or None.
+        held_out_fraction: share of `source` that is held out; ignored with a `test_source`. 0 = no test.
+        group_column: records with the same value are held out together; None = each on its own.
+        train_samples: train on so many records only, about as many of each class, drawn by the seed; None = all.
+        batching: how records of different lengths share batches; None where all are alike.
+        batch_size_per_device: records per batch and process; with `batching` the most, None = as its budget allows.
+        num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
+        max_bad_fraction: share of broken records above which the run stops.
+        tolerated_bad_samples: so few broken records never stop it.
+        quarantine_path: where broken records are listed.
+        seed: of the run.
+
+    Raises:
+        DataError: records that cannot teach or test the head.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: HeadTask,
+        source: Source,
+        test_source: Source | None,
+        held_out_fraction: float,
+        group_column: str | None,
+        train_samples: int | None,
+        batching: LengthBatching | None,
+        batch_size_per_device: int | None,
+        num_workers: int | Literal["auto"],
+        max_bad_fraction: float,
+        tolerated_bad_samples: int,
+        quarantine_path: Path,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.source = source
+        self.batching = batching
+        self.batch_size = batch_size_per_device
+        self.num_workers = available_workers() if num_workers == "auto" else num_workers
+        self.seed = seed
+        self.loader: TimedLoader | None = None
+
+        rows = task.usable(source)
+        left_out: list[tuple[str, str]] = []
+        if source.lengths is not None and batching is not None and not task.may_crop:
+            long = source.lengths[rows] > batching.max_length
+            why = "longer than the longest that training takes (modality.max_seconds, modality.block_tokens)"
+            left_out = [(source[int(row)].key, why) for row in rows[long][:100]]
+            rows = rows[~long]
+        test_rows = None
+        if test_source is None:
+            groups = source.groups()
+            if group_column is not None:
+                _, groups = classes_of(source.column(group_column))
+            labels = source.labels() if task.needs_classes and group_column is None else None
+            test_rows = np.intersect1d(rows, held_out_rows(labels, groups, len(source), held_out_fraction))
+            rows = np.setdiff1d(rows, test_rows)
+        if train_samples is not None:
+            rows = few_of(source.labels() if task.needs_classes else None, rows, train_samples, seed=seed)
+        if not len(rows):
+            raise DataError("no records are left to train on")
+        task.study(source, rows)
+        if test_source is not None:
+            self._check_classes(test_source)
+            if task.needs_classes and test_source.class_names != source.class_names and task.same_classes:
+                test_source = Relabelled(test_source, task.class_names)
+            test_rows = task.usable(test_source)
+        self.rows = rows
+        self.num_samples = len(rows)
+        self.test_set = None
+        if len(test_rows):
+            self.test_set = ExampleTestDataset(task=task, source=test_source or source, indices=test_rows)
+        sources = [one for one in (source, test_source) if one is not None]
+        rejected = tuple(pair for one in sources for pair in one.rejected)
+        self.quarantine = Quarantine(
+            path=quarantine_path,
+            num_samples=sum(map(len, sources)) + len(rejected),
+            max_bad_fraction=max_bad_fraction,
+            tolerated=tolerated_bad_samples,
+        )
+        self.quarantine.add(rejected, num_good=0)
+        self.quarantine.write([*left_out, *(pair for one in sources for pair in one.left_out)])
+
+    def _check_classes(self, test_source: Source) -> None:
+        """New classes in the test are an error; fewer of them are not."""
+        names = test_source.class_names
+        if self.task.needs_classes and self.task.same_classes and names and set(names) <= set(self.task.class_names):
+            return
+        self.task.check_test(test_source)
+
+    def train_dataloader(self) -> TimedLoader:
+        """An endless loader of training batches."""
+        place = {"rank": 0, "world_size": 1}
+        if self.trainer is not None:
+            place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        dataset = ExampleTrainingDataset(task=self.task, source=self.source, indices=self.rows, seed=self.seed)
+        order = {"seed": self.seed, **place}
+        if self.batching is None or self.source.lengths is None:
+            size = min(self.batch_size, len(dataset))
+            sampler = EndlessBatchSampler(num_samples=len(dataset), batch_size=size, **order)
+        else:
+            lengths = np.minimum(self.source.lengths[self.rows], self.batching.max_length)
+            sampler = LengthBatchSampler(lengths=lengths, batching=self.batching, batch_size=self.batch_size, **order)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Collate(self.task, train=True, seed=self.seed),
+            num_workers=self.num_workers,
+            pin_memory=on_gpu,
+            prefetch_factor=4 if self.num_workers else None,
+            worker_init_fn=ignore_interrupts,
+        )
+        self.loader = TimedLoader(loader)
+        return self.loader
+
+    def on_before_batch_transfer(self, batch: Examples, dataloader_idx: int) -> Examples:
+        """Take note of broken records while the batch is still on the host.
+
+        Raises:
+            DataError: too many are broken, or nothing in the batch could be used or replaced.
+        """
+        self.quarantine.add(batch.rejected, num_good=len(batch))
+        if not len(batch):
+            self.quarantine.stop("nothing usable was found in a whole batch")
+        return batch
+
+    def transfer_batch_to_device(self, batch: Examples, device: torch.device, dataloader_idx: int) -> Examples:
+        """Lightning would wait for the copy of anything that is not a plain tensor."""
+        return batch.to(device, non_blocking=True)
+
+    def test_batches(self) -> Iterator[Examples]:
+        """The test examples; broken ones are noted and left out.
+
+        Raises:
+            DataError: too many are broken, or all.
+        """
+        usable = 0
+        for batch in test_loader(self.test_set, self.task, self.batching, self.num_workers):
+            self.quarantine.add(batch.rejected, num_good=len(batch))
+            usable += len(batch)
+            if len(batch):
+                yield batch
+        if not usable:
+            self.quarantine.stop("nothing usable was found among the test records")
+
+
+def test_loader(
+    dataset: ExampleTestDataset, task: HeadTask, batching: LengthBatching | None, num_workers: int
+) -> DataLoader:
+    """Batches in file order or, where lengths are known, from short to long."""
+    order = np.arange(len(dataset)) if dataset.lengths is None else np.argsort(dataset.lengths, kind="stable")
+    batches: list[list[int]] = [[]]
+    for row in order:
+        length = 0 if dataset.lengths is None else int(dataset.lengths[row])
+        budget = None if batching is None else 2 * batching.budget
+        if len(batches[-1]) == EVALUATION_BATCH or (budget and (len(batches[-1]) + 1) * length > budget):
+            batches.append([])
+        batches[-1].append(int(row))
+    return DataLoader(
+        dataset,
+        batch_sampler=[batch for batch in batches if batch],
+        collate_fn=Collate(task, train=False, seed=0),
+        num_workers=num_workers,
+    )
+
+
+def few_of(labels: np.ndarray | None, rows: np.ndarray, count: int, *, seed: int) -> np.ndarray:
+    """`count` of the rows, about as many of each class, drawn by the seed; ascending."""
+    shuffled = generator(seed, "order", len(rows)).permutation(rows)
+    if labels is not None:
+        seen: dict[int, int] = {}
+        turn = []
+        for row in shuffled:
+            turn.append(seen.setdefault(int(labels[row]), 0))
+            seen[int(labels[row])] += 1
+        shuffled = shuffled[np.argsort(turn, kind="stable")]  # every class's first, then every class's second, ...
+    return np.sort(shuffled[:count])

@@ -1,0 +1,552 @@
+"""The four heads of speech: transcripts, a class for a recording, classes over time, vectors of speakers.
+
+Letters: B recordings, S samples, T frames, U symbols, D width.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data2vec_train.data.dataset import random_crop
+from data2vec_train.data.sources import RawSample, Source
+from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.finetuning.base import NO_LABEL, Examples, HeadTask, Inputs, Scores, padded, real_places
+from data2vec_train.finetuning.metrics import classification_scores, equal_error_rate, transcript_scores
+from data2vec_train.finetuning.transcribe import BeamDecoder
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.tokenizers import LIBRISPEECH_SYMBOLS, CTCTokenizer
+from data2vec_train.masking import SpanMasker
+
+FIRST_SYMBOLS = LIBRISPEECH_SYMBOLS[:5]  # blank, start, end, unknown, word boundary
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugment:
+    """What is hidden from the encoder in training: spans of frames, and of channels in all frames (spec 4.1).
+
+    Attributes:
+        time_fraction: share of the frames that spans would hide if none overlapped; 0 = none.
+        time_span: frames of a span.
+        channel_fraction: likewise of the channels.
+        channel_span: of all channels, the share that a span takes; 64 of 768 in the originals.
+    """
+
+    time_fraction: float
+    time_span: int
+    channel_fraction: float
+    channel_span: float
+
+    def __post_init__(self) -> None:
+        for name in ("time_fraction", "channel_fraction", "channel_span"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"head.masks.{name} is a share from 0 to below 1, got {getattr(self, name)}")
+
+    def frames(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """(count,) bool, True = hidden."""
+        return _hidden(count, self.time_fraction, self.time_span, rng)
+
+    def channels(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """(count,) bool, True = hidden."""
+        return _hidden(count, self.channel_fraction, max(1, round(self.channel_span * count)), rng)
+
+
+def _hidden(count: int, fraction: float, span: int, rng: np.random.Generator) -> np.ndarray:
+    if fraction == 0 or count <= span + 1:  # a span would hide everything
+        return np.zeros(count, dtype=bool)
+    rule = {"min_spans": 1, "starts": "inside", "equalise_by": "none"}
+    return SpanMasker(nominal_fraction=fraction, span_tokens=span, **rule)(count, None, rng)
+
+
+class SpeechTask(HeadTask):
+    """What the four have in common: waveforms in, frames and channels hidden at random in training.
+
+    Args:
+        inputs: see `Inputs`.
+        masks: what is hidden in training.
+        max_seconds: longer recordings are cropped, at random in training; None = never.
+    """
+
+    modality = "audio"
+
+    def __init__(self, *, inputs: Inputs, masks: SpecAugment, max_seconds: float | None) -> None:
+        super().__init__(inputs=inputs)
+        self.masks = masks
+        self.may_crop = max_seconds is not None
+        self.max_samples = None if max_seconds is None else round(max_seconds * inputs.sample_rate_hz)
+
+    def waveform(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> Tensor:
+        """(S,), or (C, S), normalised over the recording, and cropped where that is allowed."""
+        wave = self.inputs.transform.train(self.inputs.decode(raw.value))
+        if self.max_samples is not None and wave.shape[-1] > self.max_samples:
+            wave = random_crop(wave, self.max_samples, rng) if train else wave[..., : self.max_samples].clone()
+        return wave
+
+    def batch_of(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> dict:
+        """The model's arguments: waveforms, their mask, and in training what to hide."""
+        waves = [one["wave"] for one in examples]
+        lengths = [wave.shape[-1] for wave in waves]
+        rows = padded([wave.mT if wave.dim() == 2 else wave for wave in waves], 0.0)
+        rows = rows.mT if rows.dim() == 3 else rows  # (B, S) or (B, C, S)
+        inputs = {"input_values": rows, "attention_mask": real_places(lengths)}
+        frames = [int(self.inputs.token_count(length)) for length in lengths]
+        if train and self.masks.time_fraction:
+            inputs["mask_time_indices"] = padded([self.masks.frames(count, rng) for count in frames], False)
+        if train and self.masks.channel_fraction:
+            rows = [self.masks.channels(self.inputs.dim, rng) for _ in frames]
+            inputs["mask_feature_indices"] = padded(rows, False)
+        return inputs
+
+    def model_settings(self) -> dict[str, Any]:
+        """Masks come from here, not from the model: its own need the host in every step."""
+        return super().model_settings() | {"apply_spec_augment": False}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transcripts
+
+
+class CTC(SpeechTask):
+    """Speech to text by connectionist temporal classification: a letter or nothing for every frame.
+
+    Source: spec 4.1: the loss is a sum over symbols, divided by the number of recordings; utterances that cannot be
+    spelt in their frames count 0.
+
+    Args:
+        text_column: of the transcripts.
+        vocabulary: "letters" = those of the training transcripts, "librispeech" = the 32 symbols of the released
+            models, "keep" = those of the weights that training starts from.
+        case: "upper" or "lower" turns transcripts into it, "keep" leaves them.
+        remove: regular expression; what matches is taken out of transcripts. None = nothing.
+        words: what stands in the column -> how it is spoken, for columns of numbers or codes; None = transcripts.
+        beam: arguments of `BeamDecoder`; None = the likeliest symbol of each frame.
+        inputs, masks: see `SpeechTask`.
+    """
+
+    model_class = "Data2VecAudioForCTC"
+    metric = "wer"
+    lower_is_better = True
+
+    def __init__(
+        self,
+        *,
+        text_column: str,
+        vocabulary: Literal["letters", "librispeech", "keep"],
+        case: Literal["upper", "lower", "keep"],
+        remove: str | None,
+        words: Mapping[Any, str] | None,
+        beam: Mapping[str, Any] | None,
+        inputs: Inputs,
+        masks: SpecAugment,
+    ) -> None:
+        super().__init__(inputs=inputs, masks=masks, max_seconds=None)
+        if case not in ("upper", "lower", "keep"):
+            raise ConfigError(f"head.case is upper, lower or keep, got {case!r}")
+        self.text_column = text_column
+        self.vocabulary = vocabulary
+        self.case = case
+        self.remove = None if remove is None else _compiled(remove)
+        self.words = None if words is None else {str(name): word for name, word in words.items()}
+        self.beam = beam
+        self.tokenizer: CTCTokenizer | None = None
+        self._beam_decoder: BeamDecoder | None = None
+
+    @property
+    def label_fields(self) -> list[str]:
+        """See `HeadTask.label_fields`."""
+        return [self.text_column]
+
+    def text_of(self, raw: Any) -> str:
+        """What stands in the column, as it is spelt in training; "" for nothing."""
+        if raw is not None and self.words is not None:
+            raw = self.words.get(str(raw))
+        if not isinstance(raw, str):
+            return ""
+        text = raw if self.remove is None else self.remove.sub("", raw)
+        text = {"upper": str.upper, "lower": str.lower}.get(self.case, str)(text)
+        return " ".join(text.split())
+
+    def study(self, source: Source, rows: np.ndarray) -> None:
+        """Check the transcripts, and collect their letters.
+
+        Raises:
+            DataError: a transcript is missing or empty.
+        """
+        column = source.column(self.text_column)
+        texts = []
+        empty = []
+        for row in rows:
+            text = self.text_of(column[row])
+            (texts if text else empty).append(text if text else int(row))
+        if empty:
+            raise DataError(
+                f"{len(empty)} of {len(rows)} transcripts are empty; the first is that of {source[empty[0]].key} "
+                f"(column {self.text_column}). A recording without words teaches nothing: remove such records"
+            )
+        if self.vocabulary == "librispeech":
+            self.tokenizer = CTCTokenizer()
+        elif self.vocabulary == "letters":
+            letters = sorted(set("".join(texts)) - {" ", "|"})
+            self.tokenizer = CTCTokenizer({symbol: i for i, symbol in enumerate((*FIRST_SYMBOLS, *letters))})
+        elif self.tokenizer is None:
+            raise ConfigError("head.vocabulary=keep needs weights with a CTC tokenizer beside them; choose letters")
+        known = set(self.tokenizer.vocabulary) | {" "}
+        unknown = next((text for text in texts if set(text) - known), None)
+        if unknown is not None:
+            letters = " ".join(sorted(set(unknown) - known))
+            raise DataError(
+                f"the transcript {unknown[:60]!r} has {letters}, which head.vocabulary={self.vocabulary} does not; "
+                "choose head.vocabulary=letters, or take such letters out with head.remove"
+            )
+
+    def adopt(self, model: PretrainedModel) -> None:
+        """The tokenizer that lies beside the weights."""
+        source = model.source
+        own = next((one for one in model.preparation if isinstance(one, CTCTokenizer)), None)
+        if own is None and (source is None or not (source / "vocab.json").is_file()):
+            raise ConfigError(f"{source or 'the weights'} has no vocab.json, which says what letters the outputs are")
+        self.tokenizer = own or CTCTokenizer.from_pretrained(source)
+
+    def continues(self, model: PretrainedModel) -> bool:
+        """See `HeadTask.continues`."""
+        if model.source is None or not (model.source / "vocab.json").is_file():
+            return any(self.tokenizer.vocabulary == getattr(one, "vocabulary", None) for one in model.preparation)
+        return CTCTokenizer.from_pretrained(model.source).vocabulary == self.tokenizer.vocabulary
+
+    def model_settings(self) -> dict[str, Any]:
+        """See `HeadTask.model_settings`."""
+        special = {"pad_token_id": self.tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2}
+        size = max(self.tokenizer.vocabulary.values()) + 1
+        ours = {"vocab_size": size, "ctc_loss_reduction": "sum", "ctc_zero_infinity": True}
+        return super().model_settings() | special | ours
+
+    def save(self, folder: Path) -> None:
+        """The tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+    def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `HeadTask.example`."""
+        wave = self.waveform(raw, train=train, rng=rng)
+        text = self.text_of(raw.fields.get(self.text_column))
+        if not text:
+            return {"key": raw.key, "wave": wave, "text": None}
+        frames = int(self.inputs.token_count(wave.shape[-1]))
+        if train and len(text) > frames:
+            raise BadSample(f"{len(text)} letters in {frames} frames: CTC needs a frame for each")
+        return {"key": raw.key, "wave": wave, "text": text}
+
+    def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
+        """See `HeadTask.collate`."""
+        inputs = self.batch_of(examples, train=train, rng=rng)
+        texts = tuple(one["text"] for one in examples)
+        host = {"frames": torch.tensor([int(self.inputs.token_count(one["wave"].shape[-1])) for one in examples])}
+        targets = {}
+        if all(text is not None for text in texts):
+            rows = self.tokenizer(list(texts))["input_ids"]
+            host["symbols"] = torch.tensor([len(row) for row in rows])
+            targets["labels"] = padded([np.array(row, dtype=np.int64) for row in rows], 0)
+        return Examples(inputs, targets, host, texts)
+
+    def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """As the model's own loss; lengths come from the host, so that nothing on the device has to be counted."""
+        outputs = model(**batch.inputs)
+        if "labels" not in batch.targets:
+            return None, outputs
+        scores = outputs["logits"].log_softmax(dim=-1, dtype=torch.float32).transpose(0, 1)  # (T, B, V)
+        with torch.backends.cudnn.flags(enabled=False):
+            loss = F.ctc_loss(
+                scores,
+                batch.targets["labels"],
+                batch.host["frames"],
+                batch.host["symbols"],
+                blank=self.tokenizer.pad_token_id,
+                reduction="sum",
+                zero_infinity=True,
+            )
+        return loss / len(batch), outputs
+
+    def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[str]:
+        """Transcripts."""
+        logits = outputs["logits"]
+        frames = batch.host["frames"].tolist()
+        if self.beam is not None:
+            if self._beam_decoder is None:
+                self._beam_decoder = BeamDecoder(self.tokenizer, **self.beam)
+            return self._beam_decoder(logits, frames)
+        best = logits.argmax(dim=-1).cpu()
+        return [self.tokenizer.decode(row[:count]) for row, count in zip(best, frames, strict=True)]
+
+    def score(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+        """Word and letter error rates; above 1 when more is inserted than was said."""
+        return transcript_scores(predictions, references)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_beam_decoder": None}  # the loader's processes do not decode
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"head.remove={pattern!r} is no regular expression ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes
+
+
+class UtteranceClassification(SpeechTask):
+    """A class for a recording.
+
+    Args:
+        layer_sum: read a learnt average of all layers instead of the last one, as SUPERB does with frozen encoders.
+        inputs, masks, max_seconds: see `SpeechTask`.
+    """
+
+    model_class = "Data2VecAudioForSequenceClassification"
+    metric = "accuracy"
+    needs_classes = True
+
+    def __init__(self, *, layer_sum: bool, inputs: Inputs, masks: SpecAugment, max_seconds: float | None) -> None:
+        super().__init__(inputs=inputs, masks=masks, max_seconds=max_seconds)
+        self.layer_sum = layer_sum
+
+    def model_settings(self) -> dict[str, Any]:
+        """See `HeadTask.model_settings`."""
+        return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum}
+
+    def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `HeadTask.example`."""
+        return {"key": raw.key, "wave": self.waveform(raw, train=train, rng=rng), "label": raw.label}
+
+    def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
+        """See `HeadTask.collate`."""
+        inputs = self.batch_of(examples, train=train, rng=rng)
+        labels = tuple(one["label"] for one in examples)
+        if all(label is not None for label in labels):
+            inputs["labels"] = torch.tensor(labels)
+        return Examples(inputs, references=labels)
+
+    def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[dict[str, Any]]:
+        """Class names with their probabilities."""
+        return class_predictions(outputs["logits"], self.class_names)
+
+    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[int]) -> Scores:
+        """See `HeadTask.score`."""
+        return classification_scores([one["index"] for one in predictions], references, len(self.class_names))
+
+
+class FrameClassification(SpeechTask):
+    """A class for every frame.
+
+    Args:
+        labels_column: of records, either a list of {start, end, label} with seconds, or a list of labels that are
+            spread evenly over the recording.
+        background: class of frames that no segment covers; None = they count for nothing.
+        layer_sum: see `UtteranceClassification`.
+        inputs, masks: see `SpeechTask`.
+    """
+
+    model_class = "Data2VecAudioForAudioFrameClassification"
+    metric = "accuracy"
+
+    def __init__(
+        self, *, labels_column: str, background: str | None, layer_sum: bool, inputs: Inputs, masks: SpecAugment
+    ) -> None:
+        super().__init__(inputs=inputs, masks=masks, max_seconds=None)
+        self.labels_column = labels_column
+        self.background = background
+        self.layer_sum = layer_sum
+
+    @property
+    def label_fields(self) -> list[str]:
+        """See `HeadTask.label_fields`."""
+        return [self.labels_column]
+
+    def study(self, source: Source, rows: np.ndarray) -> None:
+        """Collect the classes."""
+        column = source.column(self.labels_column)
+        names = {str(_name(one)) for row in rows for one in _list_of(column[row])}
+        names |= set() if self.background is None else {self.background}
+        if len(names) < 2:
+            raise DataError(
+                f"column {self.labels_column} has the classes {sorted(names) or 'none'}; expected at least two, in "
+                "lists of {start, end, label} or of labels"
+            )
+        self.class_names = sorted(names)
+
+    def check_test(self, source: Source) -> None:
+        """See `HeadTask.check_test`."""
+        names = {str(_name(one)) for labels in source.column(self.labels_column) for one in _list_of(labels)}
+        new = sorted(names - set(self.class_names))
+        if new:
+            raise DataError(f"test records have the class {new[0]}, which no training record has")
+
+    def model_settings(self) -> dict[str, Any]:
+        """See `HeadTask.model_settings`."""
+        return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum}
+
+    def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `HeadTask.example`."""
+        wave = self.waveform(raw, train=train, rng=rng)
+        labels = raw.fields.get(self.labels_column)
+        frames = int(self.inputs.token_count(wave.shape[-1]))
+        classes = None if labels is None else self._classes(_list_of(labels), frames, wave.shape[-1])
+        return {"key": raw.key, "wave": wave, "classes": classes}
+
+    def _classes(self, labels: list[Any], frames: int, samples: int) -> np.ndarray:
+        """(T,) int64: the class at the middle of each frame."""
+        number = {name: index for index, name in enumerate(self.class_names)}
+        middle = (np.arange(frames) + 0.5) * samples / frames / self.inputs.sample_rate_hz
+        empty = NO_LABEL if self.background is None else number[self.background]
+        if labels and not isinstance(labels[0], Mapping):
+            place = np.minimum((np.arange(frames) + 0.5) * len(labels) / frames, len(labels) - 1).astype(np.int64)
+            names = [str(labels[one]) for one in place]
+            unknown = next((name for name in names if name not in number), None)
+            if unknown is not None:
+                raise BadSample(f"the class {unknown} is none of {', '.join(self.class_names[:10])}")
+            return np.array([number[name] for name in names], dtype=np.int64)
+        classes = np.full(frames, empty, dtype=np.int64)
+        for one in labels:
+            try:
+                start, end, name = float(one["start"]), float(one["end"]), str(one["label"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadSample(f"a segment of {one!r}; expected start, end and label") from error
+            if name not in number:
+                raise BadSample(f"the class {name} is none of {', '.join(self.class_names[:10])}")
+            classes[(middle >= start) & (middle < end)] = number[name]
+        return classes
+
+    def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
+        """See `HeadTask.collate`."""
+        inputs = self.batch_of(examples, train=train, rng=rng)
+        classes = tuple(one["classes"] for one in examples)
+        if all(one is not None for one in classes):
+            inputs["labels"] = padded(classes, NO_LABEL)
+        frames = torch.tensor([int(self.inputs.token_count(one["wave"].shape[-1])) for one in examples])
+        samples = torch.tensor([one["wave"].shape[-1] for one in examples])
+        return Examples(inputs, host={"frames": frames, "samples": samples}, references=classes)
+
+    def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[dict[str, Any]]:
+        """Segments of frames with the same class, and the class of each frame."""
+        best = outputs["logits"].argmax(dim=-1).cpu().numpy()
+        return [
+            {
+                "segments": self._segments(row[:count], samples / count / self.inputs.sample_rate_hz),
+                "frames": row[:count],
+            }
+            for row, count, samples in zip(
+                best, batch.host["frames"].tolist(), batch.host["samples"].tolist(), strict=True
+            )
+        ]
+
+    def _segments(self, classes: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+        edges = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), len(classes)]
+        return [
+            {
+                "start": round(first * seconds, 3),
+                "end": round(last * seconds, 3),
+                "label": self.class_names[classes[first]],
+            }
+            for first, last in zip(edges[:-1], edges[1:], strict=True)
+        ]
+
+    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[np.ndarray]) -> Scores:
+        """Over all frames that have a class."""
+        found = np.concatenate([one["frames"] for one in predictions])
+        wanted = np.concatenate(list(references))
+        real = wanted != NO_LABEL
+        return classification_scores(found[real], wanted[real], len(self.class_names))
+
+
+def _list_of(labels: Any) -> list[Any]:
+    if isinstance(labels, Mapping):  # a list of structs as `datasets` may store it
+        return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
+    return [] if labels is None else list(labels)
+
+
+def _name(one: Any) -> Any:
+    return one.get("label") if isinstance(one, Mapping) else one
+
+
+class SpeakerVerification(SpeechTask):
+    """Vectors that tell speakers apart, also speakers that were never heard in training (x-vectors).
+
+    The score is the equal error rate over all pairs of test recordings, by cosine; test speakers may be new ones.
+
+    Args:
+        layer_sum: see `UtteranceClassification`.
+        vector_dim: width of a speaker's vector.
+        tdnn_dim: widths of the time-delay layers.
+        inputs, masks, max_seconds: see `SpeechTask`.
+    """
+
+    model_class = "Data2VecAudioForXVector"
+    metric = "eer"
+    lower_is_better = True
+    same_classes = False
+    needs_classes = True
+
+    def __init__(
+        self,
+        *,
+        layer_sum: bool,
+        vector_dim: int,
+        tdnn_dim: Sequence[int],
+        inputs: Inputs,
+        masks: SpecAugment,
+        max_seconds: float | None,
+    ) -> None:
+        super().__init__(inputs=inputs, masks=masks, max_seconds=max_seconds)
+        self.layer_sum = layer_sum
+        self.vector_dim = vector_dim
+        self.tdnn_dim = list(tdnn_dim)
+
+    def check_test(self, source: Source) -> None:
+        """Test speakers may be others."""
+        if source.labels() is None:
+            raise DataError("test records have no speakers; name their column with data.label_column")
+
+    def model_settings(self) -> dict[str, Any]:
+        """See `HeadTask.model_settings`."""
+        own = {"xvector_output_dim": self.vector_dim, "tdnn_dim": self.tdnn_dim}
+        return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum} | own
+
+    def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `HeadTask.example`."""
+        wave = self.waveform(raw, train=train, rng=rng)
+        frames = int(self.inputs.token_count(wave.shape[-1]))
+        if frames < 15:  # what the time-delay layers reach over
+            raise BadSample(f"{frames} frames; speaker vectors need at least 15")
+        return {"key": raw.key, "wave": wave, "label": raw.label}
+
+    def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
+        """See `HeadTask.collate`."""
+        inputs = self.batch_of(examples, train=train, rng=rng)
+        labels = tuple(one["label"] for one in examples)
+        # The loss knows the speakers of the training records only.
+        if train and all(label is not None for label in labels):
+            inputs["labels"] = torch.tensor(labels)
+        return Examples(inputs, references=labels)
+
+    def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[np.ndarray]:
+        """Speaker vectors of length 1."""
+        return list(F.normalize(outputs["embeddings"].float(), dim=-1).cpu().numpy())
+
+    def score(self, predictions: Sequence[np.ndarray], references: Sequence[int]) -> Scores:
+        """See `metrics.equal_error_rate`."""
+        return {"eer": equal_error_rate(np.stack(list(predictions)), np.array(references))}
+
+
+def class_predictions(logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The likeliest class of each row of logits (B, C): its name, number and probability."""
+    shares = logits.float().softmax(dim=-1)
+    best = shares.argmax(dim=-1)
+    pairs = zip(best.tolist(), shares.gather(1, best[:, None])[:, 0].tolist(), strict=True)
+    return [{"label": names[index], "index": index, "probability": share} for index, share in pairs]

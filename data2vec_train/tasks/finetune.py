@@ -1,0 +1,284 @@
+"""Fine-tuning: a head on trained weights, from records to a folder that transformers and `predict` read."""
+
+import copy
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from data2vec_train.config import build
+from data2vec_train.data.sources import Source, StreamingSource
+from data2vec_train.errors import ConfigError
+from data2vec_train.finetuning.base import HeadTask, Inputs
+from data2vec_train.finetuning.data import FinetuneData
+from data2vec_train.finetuning.module import Evaluation, FinetuneModule
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.convert import MODEL_FOLDER, load_pretrained, with_head
+from data2vec_train.hf.files import write_json
+from data2vec_train.monitor import CSVLog, Monitor
+from data2vec_train.tasks.inputs import inherit, inputs_of
+from data2vec_train.tasks.pretrain import RunCheckpoints, fit_or_collapse, loggers_of, quiet_libraries
+
+log = logging.getLogger(__name__)
+
+FACTS_NAME = "finetuning.json"  # beside the weights: the head's settings, and how inputs are prepared
+
+
+class FinetuneCheckpoints(RunCheckpoints):
+    """Puts into every checkpoint what the model is, besides the config."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: FinetuneModule, checkpoint: dict) -> None:
+        """Add the keys `config` and `model`, so that the model can be rebuilt from the file."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        model = pl_module.model
+        checkpoint["model"] = {"class": type(model).__name__, "config": model.config.to_dict()}
+
+
+def finetune(cfg: DictConfig) -> float | None:
+    """Train one head and return its best test score, for sweeps that optimise; None without test records.
+
+    Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`,
+    `model/` with the best weights, their preprocessing and class names, and `quarantine.jsonl` with broken records.
+    """
+    started = time.perf_counter()
+    quiet_libraries()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if (run_dir / "metrics.csv").exists():
+        raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+
+    start = load_pretrained(cfg.init_from, weights=cfg.weights)
+    inherit(cfg, start, f"init_from={cfg.init_from}")
+    inputs = inputs_of(cfg, start)
+    task: HeadTask = build(cfg.head)(inputs=inputs)
+    if task.modality != cfg.modality.name:
+        raise ConfigError(f"this head is for {task.modality}, and modality={cfg.modality.name}")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    if getattr(task, "vocabulary", None) == "keep":
+        task.adopt(start)
+    data = build_records(cfg, task, run_dir)
+    model, notes = with_head(
+        start,
+        task.model_class,
+        settings=task.model_settings() | _pooling(task),
+        rates=dict(cfg.rates),
+        random_weights=cfg.random_weights,
+        keep_head=task.continues(start),
+    )
+    model.set_attn_implementation(cfg.attention.backend)
+    log.info("%s: %s", cfg.init_from, "; ".join(notes))
+    module = FinetuneModule(
+        model=model,
+        task=task,
+        optimizer=build(cfg.optimizer),
+        encoder_frozen_steps=cfg.freeze.encoder_steps,
+        front_end_frozen=cfg.freeze.front_end,
+        decay_embeddings=cfg.layer_decay.embeddings,
+        schedule=build(cfg.scheduler),
+        seed=cfg.seed,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+    )
+    evaluation, monitor = build(cfg.callbacks.evaluation), build(cfg.callbacks.monitor)
+    trainer: L.Trainer = build(
+        cfg.trainer,
+        callbacks=[
+            evaluation,
+            monitor,
+            FinetuneCheckpoints(config, run_dir / "checkpoints"),
+            *_checkpoints(cfg, task, data, run_dir),
+        ],
+        logger=[CSVLog(path=run_dir / "metrics.csv"), *loggers_of(cfg, run_dir)],
+        default_root_dir=run_dir,
+        precision=cfg.precision.trainer,
+        **cfg.strategy,
+    )
+    _describe(task, model, data, run_dir)
+    collapse = fit_or_collapse(trainer, module, data)
+    if collapse is not None:
+        raise collapse
+    if trainer.global_step % cfg.callbacks.checkpoint.every_n_steps:
+        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=time.perf_counter() - started)
+    if trainer.is_global_zero:
+        model = _best(run_dir, model, evaluation)
+        save_finetuned(cfg, model, task, run_dir / MODEL_FOLDER)
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        log.info("weights: %s", run_dir / MODEL_FOLDER)
+        if cfg.report:
+            from data2vec_train.tasks.finetune_report import write_finetune_report
+
+            log.info("report: %s", write_finetune_report(cfg, run_dir, model, task, data, summary))
+    return evaluation.best.get(task.metric)
+
+
+def _pooling(task: HeadTask) -> dict[str, Any]:
+    """Image classes read the normalised mean of the patches (spec 4.3); the class token was never trained for them."""
+    return {"use_mean_pooling": True} if task.model_class.endswith("ImageClassification") else {}
+
+
+def build_source(
+    cfg: DictConfig, task: HeadTask, changes: DictConfig | None = None, *, labelled: bool = True
+) -> Source:
+    """The records of a composed config, with the columns that the task reads.
+
+    Args:
+        cfg: the config.
+        task: what they are for.
+        changes: what differs, as `data.test_source` says.
+        labelled: whether the records say what is right.
+
+    Raises:
+        ConfigError: a stream, which cannot be studied.
+    """
+    merged = cfg.data.source if changes is None else OmegaConf.merge(cfg.data.source, changes)
+    node = OmegaConf.to_container(merged, resolve=True)
+    target = node["_target_"].rpartition(".")[2]
+    fields = [*task.input_fields, *(task.label_fields if labelled else [])]
+    group_column = cfg.data.get("group_column") if labelled else None
+    fields = list(dict.fromkeys([*fields, *([group_column] if group_column else [])]))
+    if target in ("HFSource", "HFStreamingSource"):
+        column = node["column"] or task.column
+        node |= {"column": column, "fields": [one for one in fields if one != column]}
+        # A column that a task reads itself is not a class, and need not look like one.
+        node |= {} if task.needs_classes and labelled else {"label_column": False}
+    elif target == "FolderSource" and (fields or (labelled and node["label_column"])):
+        node |= {"metadata": node["metadata"] or "auto", "fields": fields, "class_from_folder": False}
+    elif target == "FolderSource":
+        node |= {"class_from_folder": task.needs_classes and labelled, "label_column": None}
+    elif target == "ManifestSource":
+        node |= {"fields": fields}
+    source = build(node)
+    if isinstance(source, StreamingSource):
+        raise ConfigError("data=stream cannot be used here: labels are looked at before training; choose data=hf")
+    if cfg.modality.name == "audio":
+        source = build(cfg.modality.prepare)(source)
+    return task.prepare(source) if labelled else source
+
+
+def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneData:
+    """Training and test records of a composed config."""
+    data = cfg.data
+    batching = build(cfg.modality.batching)
+    return FinetuneData(
+        task=task,
+        source=build_source(cfg, task),
+        test_source=build_source(cfg, task, data.test_source) if data.test_source else None,
+        held_out_fraction=data.held_out_fraction,
+        group_column=data.group_column,
+        train_samples=data.train_samples,
+        batching=batching,
+        batch_size_per_device=data.batch_size_per_device,
+        num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
+        tolerated_bad_samples=data.tolerated_bad_samples,
+        quarantine_path=run_dir / "quarantine.jsonl",
+        seed=cfg.seed,
+    )
+
+
+def save_finetuned(cfg: DictConfig, model: PretrainedModel, task: HeadTask, folder: Path) -> None:
+    """Weights, config with class names, preprocessing, and the head's settings, in one folder.
+
+    transformers reads it too, where it knows the encoder (1.0, and text).
+    """
+    model.save_pretrained(folder)
+    described = build(cfg.modality.preprocessing)
+    if described is not None:
+        described.save_pretrained(folder)
+    if task.inputs.tokenizer is not None:
+        tokenizer = copy.copy(task.inputs.tokenizer)
+        tokenizer.model_max_length = task.inputs.max_tokens
+        tokenizer.save_pretrained(folder)
+    task.save(folder)
+    write_json(folder / FACTS_NAME, {"head": OmegaConf.to_container(cfg.head, resolve=True)})
+    model.source = folder
+
+
+def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> HeadTask:
+    """What a trained model's head is for, from its settings."""
+    task: HeadTask = build(head)(inputs=inputs)
+    if type(model).__name__ != task.model_class:
+        raise ConfigError(f"the settings are those of {task.model_class}, the weights are a {type(model).__name__}")
+    task.adopt(model)
+    return task
+
+
+def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation) -> PretrainedModel:
+    """The model of the best evaluation."""
+    path = run_dir / "checkpoints" / "best.ckpt"
+    if path.is_file() and evaluation.best and evaluation.best["step"] != evaluation.measured_at:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("model."): one for name, one in content["state_dict"].items()}
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def _checkpoints(cfg: DictConfig, task: HeadTask, data: FinetuneData, run_dir: Path) -> list[ModelCheckpoint]:
+    """`last.ckpt`, and with test records `best.ckpt`."""
+    common = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
+    last = ModelCheckpoint(filename="last", every_n_train_steps=cfg.callbacks.checkpoint.every_n_steps, **common)
+    if data.test_set is None:
+        return [last]
+    every, mode = cfg.callbacks.evaluation.every_n_steps, "min" if task.lower_is_better else "max"
+    best = {"monitor": f"test/{task.metric}", "mode": mode, "every_n_train_steps": every}
+    return [last, ModelCheckpoint(filename="best", **best, **common)]
+
+
+def _describe(task: HeadTask, model: PretrainedModel, data: FinetuneData, run_dir: Path) -> None:
+    tested = "no test records" if data.test_set is None else f"{len(data.test_set)} test records"
+    classes = "" if task.class_names is None else f", {len(task.class_names)} classes"
+    millions = model.num_parameters() / 1e6
+    log.info(
+        "%s, %.2f M parameters; %d training records, %s%s",
+        type(model).__name__,
+        millions,
+        data.num_samples,
+        tested,
+        classes,
+    )
+    log.info("run directory: %s", run_dir)
+
+
+def _summary(
+    cfg: DictConfig,
+    task: HeadTask,
+    trainer: L.Trainer,
+    monitor: Monitor,
+    evaluation: Evaluation,
+    data: FinetuneData,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "modality": cfg.modality.name,
+        "head": HydraConfig.get().runtime.choices["head"],
+        "status": "finished",
+        "seed": cfg.seed,
+        "init_from": str(cfg.init_from),
+        "random_weights": cfg.random_weights,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 1),
+        "train_seconds": round(monitor.train_seconds, 1),
+        "samples_per_second": round(monitor.samples / max(monitor.train_seconds, 1e-9), 1),
+        "loss_first": monitor.first.get("train/loss"),
+        "loss_last": monitor.last.get("train/loss"),
+        "metric": task.metric,
+        "best": dict(evaluation.best) or None,
+        "last": {name.removeprefix("test/"): value for name, value in evaluation.metrics.items()} or None,
+        "train_records": data.num_samples,
+        "test_records": 0 if data.test_set is None else len(data.test_set),
+        "classes": None if task.class_names is None else len(task.class_names),
+        "broken_samples": len(data.quarantine.reasons),
+    }

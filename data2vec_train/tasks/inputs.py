@@ -1,0 +1,116 @@
+"""How inputs have to be prepared for weights that are in files: what the files say goes before the config."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from data2vec_train.config import build
+from data2vec_train.encoders.audio import AudioEncoder
+from data2vec_train.encoders.text import TextEncoder
+from data2vec_train.encoders.vision import VisionEncoder
+from data2vec_train.errors import ConfigError
+from data2vec_train.finetuning.base import Inputs
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME, AudioFeatureExtractor, ImageProcessor
+from data2vec_train.hf.tokenizers import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+MODALITIES = {"audio": AudioEncoder, "text": TextEncoder, "vision": VisionEncoder}
+
+
+def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
+    """Make `cfg.modality` prepare inputs as the weights want them, but for what the command line sets itself.
+
+    Raises:
+        ConfigError: the weights are of another modality.
+    """
+    encoder = model.get_encoder()
+    modality = next((name for name, kind in MODALITIES.items() if isinstance(encoder, kind)), None)
+    if modality is not None and modality != cfg.modality.name:
+        raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
+    given = {one.partition("=")[0].lstrip("+~") for one in HydraConfig.get().overrides.task}
+    facts = {"audio": _audio, "text": _text, "vision": _vision}[cfg.modality.name](model)
+    with open_dict(cfg):
+        for name, value in facts.items():
+            if f"modality.{name}" not in given:
+                OmegaConf.update(cfg.modality, name, value)
+        if modality == "text":
+            longest = min(encoder.max_tokens, cfg.modality.block_tokens)
+            cfg.modality.block_tokens = longest
+
+
+def _described(model: PretrainedModel, kind: type, file: str) -> Any:
+    """The object of that kind that came with the weights; None if there is none."""
+    if model.source is not None and (model.source / file).is_file():
+        return kind.from_pretrained(model.source)
+    found = next((one for one in model.preparation if isinstance(one, kind)), None)
+    if found is None:
+        log.warning("no %s beside the weights: inputs are prepared as modality.* says", file)
+    return found
+
+
+def _audio(model: PretrainedModel) -> dict[str, Any]:
+    facts = {"channels": model.get_encoder().channels}
+    found = _described(model, AudioFeatureExtractor, PREPROCESSOR_NAME)
+    return facts if found is None else facts | {"sample_rate_hz": found.sampling_rate, "normalise": found.do_normalize}
+
+
+def _vision(model: PretrainedModel) -> dict[str, Any]:
+    encoder = model.get_encoder()
+    height, width = encoder.image_size
+    facts: dict[str, Any] = {
+        "image_px": height if height == width else [height, width],
+        "patch_px": encoder.patch_px,
+        "channels": encoder.embedder.project.in_channels,
+    }
+    found = _described(model, ImageProcessor, PREPROCESSOR_NAME)
+    if found is None:
+        return facts
+    known = found.image_mean is not None
+    facts |= {"mean": list(found.image_mean), "std": list(found.image_std)} if known else {"mean": [0.0], "std": [1.0]}
+    return facts | {"fit": found.fit}
+
+
+def _text(model: PretrainedModel) -> dict[str, Any]:
+    folder = model.source
+    if folder is None or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        log.warning("no tokenizer beside the weights: the one that modality.tokenizer.path names is used")
+        return {}
+    return {"tokenizer.path": str(folder), "tokenizer.train_vocab_size": None}
+
+
+def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
+    """How records become inputs of the model's encoder; after `inherit`.
+
+    Raises:
+        ConfigError: the tokenizer is not the encoder's.
+    """
+    encoder = model.get_encoder()
+    common = {"token_count": encoder.token_count, "dim": encoder.dim}
+    if cfg.modality.name != "text":
+        rate = cfg.modality.get("sample_rate_hz", 0)
+        how = {"decode": build(cfg.modality.decode), "transform": build(cfg.modality.transform)}
+        return Inputs(**how, sample_rate_hz=rate, **common)
+    tokenizer = text_tokenizer(cfg)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the encoder {model.config.vocab_size}; set "
+            "modality.tokenizer.path to the one it was trained with"
+        )
+    blocks = build(cfg.modality.prepare)
+    return Inputs(tokenizer=tokenizer, max_tokens=encoder.max_tokens, blocks=blocks, **common)
+
+
+def text_tokenizer(cfg: DictConfig) -> TextTokenizer:
+    """The tokenizer of a composed config, with RoBERTa's special tokens."""
+    from data2vec_train.data.tokenizer import Tokenizer
+
+    path = cfg.modality.tokenizer.path
+    folder = None if path is None else Path(path).expanduser()
+    if folder is not None and folder.is_dir() and (folder / "tokenizer_config.json").is_file():
+        return TextTokenizer.from_pretrained(folder)
+    return TextTokenizer.from_json(Tokenizer.load(path).to_json())

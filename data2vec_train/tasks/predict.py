@@ -1,0 +1,135 @@
+"""What a fine-tuned model says about files: transcripts, classes, answers, maps."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from data2vec_train.data.datamodule import available_workers
+from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.finetuning.data import ExampleTestDataset, test_loader
+from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.hf.files import read_json
+from data2vec_train.places import config_directory
+from data2vec_train.tasks.finetune import FACTS_NAME, build_source, task_of
+from data2vec_train.tasks.inputs import inherit, inputs_of
+from data2vec_train.tasks.pretrain import quiet_libraries
+
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # predictions that are printed
+
+
+def predict(cfg: DictConfig) -> int:
+    """Write `cfg.out` and return how many records it speaks of.
+
+    One line of JSON for each record, {"key": ..., "prediction": ...}; records that could not be used have "error"
+    instead. Class maps become .png files in the folder `cfg.out`, with their names in `predictions.jsonl` there.
+
+    Raises:
+        ConfigError: the weights have no head, or `out` exists.
+        DataError: no record can be used.
+    """
+    quiet_libraries()
+    started = time.monotonic()
+    out = Path(cfg.out).expanduser()
+    if out.exists():
+        raise ConfigError(f"out={out} exists already; choose another name, or remove it")
+    model = load_pretrained(cfg.checkpoint)
+    if model.base_model is model:
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint} is a {type(model).__name__}, an encoder without a head: fine-tune it first "
+            "(python -m data2vec_train.finetune), or ask for features (python -m data2vec_train.embed)"
+        )
+    inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
+    task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
+    source = build_source(cfg, task, labelled=False)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    model = model.to(device).eval()
+    dataset = ExampleTestDataset(task=task, source=source, indices=np.arange(len(source)))
+    workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers
+    maps = task.model_class.endswith("SemanticSegmentation")
+    if maps:
+        out.mkdir(parents=True)
+    path = out / "predictions.jsonl" if maps else out
+    unfinished = path.with_name(path.name + ".unfinished")
+    shown = good = bad = 0
+    with unfinished.open("w", encoding="utf-8") as file, torch.no_grad():
+        for key, why in (*source.rejected, *source.left_out):
+            bad += 1
+            file.write(json.dumps({"key": key, "error": why}) + "\n")
+        for batch in test_loader(dataset, task, None, workers):
+            for key, why in batch.rejected:
+                bad += 1
+                file.write(json.dumps({"key": key, "error": why}) + "\n")
+            found = task.predict(model, batch.to(device)) if len(batch) else []
+            for key, one in zip(batch.keys, found, strict=True):
+                said = _map_file(out, key, one) if maps else _plain(one)
+                file.write(json.dumps({"key": key, "prediction": said}, ensure_ascii=False) + "\n")
+                if shown < SHOWN:
+                    shown += 1
+                    log.info("%s: %s", key, str(said)[:200])
+                good += 1
+    unfinished.replace(path)
+    if not good:
+        raise DataError(f"none of {bad} records can be used; see {path}")
+    failed = f", {bad} cannot be used" if bad else ""
+    log.info("%d predictions%s: %s (%.0f s)", good, failed, path, time.monotonic() - started)
+    return good
+
+
+def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
+    """Those that the model was fine-tuned with, or else the defaults of its head; then what the command says."""
+    facts = None if model.source is None else model.source / FACTS_NAME
+    if facts is not None and facts.is_file():
+        settings = read_json(facts)["head"]
+    else:
+        settings = _default_settings(cfg, model)
+    wrong = sorted(set(cfg.head) - set(settings))
+    if wrong:
+        raise ConfigError(f"head.{wrong[0]}: this head has {', '.join(one for one in settings if one[0] != '_')}")
+    return settings | OmegaConf.to_container(cfg.head, resolve=True)
+
+
+def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
+    from data2vec_train.hf.convert import CLASSES
+    from data2vec_train.signatures import find
+
+    for path in sorted((config_directory() / "head").glob("*.yaml")):
+        node = OmegaConf.load(path)
+        if "_target_" not in node:
+            continue
+        definition = find(node._target_)
+        names = [getattr(one.value, "value", None) for one in definition.node.body if hasattr(one, "targets")]
+        if type(model).__name__ in names:
+            merged = OmegaConf.merge(cfg, {"head": node, "data": {"label_column": None}})
+            if OmegaConf.is_missing(merged.head, "classes"):
+                merged.head.classes = model.config.num_labels
+                merged.head.maps = "."
+            return OmegaConf.to_container(merged.head, resolve=True)
+    raise ConfigError(f"{type(model).__name__} of {CLASSES and model.source} has no predictions")
+
+
+def _plain(one: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(one, np.ndarray):
+        return [round(float(value), 6) for value in one]
+    if isinstance(one, dict):
+        return {name: value for name, value in one.items() if name in ("label", "probability", "labels", "segments")}
+    return one
+
+
+def _map_file(out: Path, key: str, classes: np.ndarray) -> str:
+    from PIL import Image
+
+    name = Path(key.replace(":", "_")).with_suffix(".png")
+    name = Path(*[part for part in name.parts if part not in ("/", "..")])
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(classes).save(out / name)
+    return str(name)
