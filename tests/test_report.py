@@ -8,7 +8,6 @@ from data2vec_train.report import (
     PANELS,
     Section,
     _covered,
-    tiled,
     curves_section,
     explained_section,
     facts_section,
@@ -19,6 +18,7 @@ from data2vec_train.report import (
     pca_section,
     probe_section,
     read_metrics,
+    tiled,
     write_report,
 )
 

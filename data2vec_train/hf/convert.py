@@ -42,6 +42,7 @@ PREPROCESSING = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "finetuning.json",  # of a head: what `predict` needs to know
 )
 PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning

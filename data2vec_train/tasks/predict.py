@@ -98,7 +98,6 @@ def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
 
 
 def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
-    from data2vec_train.hf.convert import CLASSES
     from data2vec_train.signatures import find
 
     for path in sorted((config_directory() / "head").glob("*.yaml")):
@@ -108,12 +107,12 @@ def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]
         definition = find(node._target_)
         names = [getattr(one.value, "value", None) for one in definition.node.body if hasattr(one, "targets")]
         if type(model).__name__ in names:
-            merged = OmegaConf.merge(cfg, {"head": node, "data": {"label_column": None}})
-            if OmegaConf.is_missing(merged.head, "classes"):
-                merged.head.classes = model.config.num_labels
-                merged.head.maps = "."
-            return OmegaConf.to_container(merged.head, resolve=True)
-    raise ConfigError(f"{type(model).__name__} of {CLASSES and model.source} has no predictions")
+            if OmegaConf.is_missing(node, "classes"):
+                node.classes, node.map_column = model.config.num_labels, "map"
+            whole = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+            whole.head = node
+            return OmegaConf.to_container(whole.head, resolve=True)
+    raise ConfigError(f"{type(model).__name__} has no predictions")
 
 
 def _plain(one: Any) -> Any:

@@ -1,0 +1,497 @@
+"""What is done with trained weights: errors, freezing, export, features, probes, predictions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+
+import data2vec_train as ours
+from data2vec_train.data.metadata import classes_of
+from data2vec_train.embedding import embed_inputs
+from data2vec_train.finetuning.data import few_of
+from data2vec_train.finetuning.metrics import (
+    answer_scores,
+    classification_scores,
+    entity_scores,
+    equal_error_rate,
+    segmentation_scores,
+    transcript_scores,
+)
+from data2vec_train.finetuning.transcribe import BeamDecoder
+from data2vec_train.hf.tokenizers import CTCTokenizer
+from data2vec_train.optim import layered_adamw
+from data2vec_train.tasks import embed as embedding_task
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One clear error each
+
+
+def one_error(capsys) -> str:
+    """The only line on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(("error:", "  "))]
+    assert len(said) == 1, lines
+    assert not any("Traceback" in line for line in lines)
+    return said[0]
+
+
+def test_a_head_of_another_modality(program_of, weights, capsys):
+    given = ["modality=vision", "head=ctc", f"init_from={weights('vision')}", "data=folder", "data.path=."]
+    assert program_of("finetune", *given) == 2
+    assert "CTC is for modality=audio" in one_error(capsys)
+
+
+def test_weights_of_another_modality(program_of, weights, records, tmp_path, capsys):
+    path = records("utterance", tmp_path / "rows.parquet")
+    given = ["modality=audio", "head=utterance", f"init_from={weights('vision')}", "data=hf", f"data.path={path}"]
+    assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
+    assert "is a model for vision; choose modality=vision" in one_error(capsys)
+
+
+def test_pixels_of_a_class_that_there_is_not(command, capsys):
+    status, _ = command("segmentation", "head.classes=2", steps=1)
+    assert status == 2
+    assert "its map has the class 2; head.classes says 0 to 1" in one_error(capsys)
+
+
+def test_metadata_that_names_other_files(program_of, weights, rows, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, row in enumerate(rows("ctc")):
+        (folder / f"{number}.wav").write_bytes(row["audio"]["bytes"])
+    (folder / "metadata.csv").write_text("file_name,text\n0.wav,A B\n99.wav,B A\n")
+    given = ["modality=audio", "head=ctc", f"init_from={weights('audio')}", "data=folder", f"data.path={folder}"]
+    assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
+    assert "names 1 of 2 files that are not there; the first is 99.wav" in one_error(capsys)
+
+
+def test_an_empty_transcript(command, rows, capsys):
+    changed = rows("ctc")
+    changed[3]["text"] = " "
+    status, _ = command("ctc", steps=1, rows=changed)
+    assert status == 2
+    assert "1 of 16 transcripts are empty; the first is that of ctc.parquet:3" in one_error(capsys)
+
+
+def test_weights_of_another_size(program_of, weights, records, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "weights"
+    shutil.copytree(weights("vision"), broken)
+    content = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(content | {"hidden_size": 32}))
+    path = records("image", tmp_path / "rows.parquet")
+    given = ["modality=vision", "head=image", f"init_from={broken}", "data=hf", f"data.path={path}"]
+    assert program_of("finetune", *given, "data.label_column=kind", f"hydra.run.dir={tmp_path}/run") == 2
+    assert "shape" in one_error(capsys)
+
+
+def test_test_records_of_an_unknown_class(program_of, weights, rows, tmp_path, capsys):
+    import pyarrow
+
+    some = rows("image")
+    parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / "train.parquet")
+    other = [row | {"kind": "neither"} if number == 0 else row for number, row in enumerate(some)]
+    parquet.write_table(pyarrow.Table.from_pylist(other), tmp_path / "test.parquet")
+    given = [f"init_from={weights('vision')}", "data=hf", f"data.path={tmp_path}/train.parquet", "head=image"]
+    given += [f"data.test_source={{path:{tmp_path}/test.parquet}}", "data.label_column=kind", "modality=vision"]
+    assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
+    assert "test records have the class neither, which no training record has" in one_error(capsys)
+
+
+def test_an_encoder_has_no_predictions(program_of, weights, records, tmp_path, capsys):
+    path = records("image", tmp_path / "rows.parquet")
+    given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", f"out={tmp_path}/out.jsonl"]
+    assert program_of("predict", *given) == 2
+    assert "an encoder without a head" in one_error(capsys)
+
+
+def test_probing_without_classes(program_of, weights, records, tmp_path, capsys):
+    path = records("image", tmp_path / "rows.parquet")
+    given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", f"hydra.run.dir={tmp_path}/run"]
+    assert program_of("probe", *given) == 2
+    assert "the records have no classes" in one_error(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def encoder_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.partition("encoder.")[2]: one for name, one in content.items() if ".encoder." in name}
+
+
+@pytest.mark.parametrize(
+    ("setting", "moves"),
+    [("freeze.encoder_steps=2", False), ("freeze.encoder_steps=1", True), ("freeze.encoder_steps=null", False)],
+)
+def test_a_frozen_encoder_stays_as_it_is(command, weights, setting, moves):
+    status, run_dir = command("image", setting, "report=false", steps=2)
+    assert status == 0
+    before = ours.load_pretrained(weights("vision")).get_encoder().state_dict()
+    after = encoder_of(run_dir)
+    assert any(not torch.equal(before[name], after[name]) for name in after if name in before) == moves
+
+
+def test_a_frozen_front_end_stays_as_it_is(command, weights):
+    status, run_dir = command("utterance", "freeze.front_end=true", "report=false", steps=2)
+    assert status == 0
+    before, after = ours.load_pretrained(weights("audio")).get_encoder().state_dict(), encoder_of(run_dir)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith("embedder.features") for name in changed)
+    assert any(name.startswith("transformer") for name in changed)
+
+
+def test_random_weights_keep_the_architecture_only(command, weights):
+    status, run_dir = command("utterance", "random_weights=true", "report=false", "optimizer.lr=0.0", steps=1)
+    assert status == 0
+    before, after = ours.load_pretrained(weights("audio")).get_encoder().state_dict(), encoder_of(run_dir)
+    name = "transformer.blocks.0.ffn.fc1.weight"
+    assert before[name].shape == after[name].shape
+    assert not torch.equal(before[name], after[name])
+
+
+def test_lower_layers_learn_slower():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("low", "middle", "top")})
+    above = {"low": 2, "middle": 1, "top": 0}
+    rest = {"lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decay_all": False, "fused": False}
+    optimizer = layered_adamw(
+        model, block_of=lambda name: above[name.split(".")[0]], no_decay=frozenset(), layer_decay=0.5, **rest
+    )
+    found = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is one for one in group["params"])
+    }
+    assert found["low.weight"] == (0.25, 0.1)
+    assert found["low.bias"] == (0.25, 0.0)
+    assert found["middle.weight"] == (0.5, 0.1)
+    assert found["top.weight"] == (1.0, 0.1)
+
+
+def test_few_records_are_about_as_many_of_each_class():
+    labels = np.array([0] * 50 + [1] * 5 + [2] * 45)
+    rows = few_of(labels, np.arange(100), 12, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [4, 4, 4]
+    assert not np.array_equal(rows, few_of(labels, np.arange(100), 12, seed=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_scores_are_what_they_are_by_hand():
+    assert transcript_scores(["a b c", "d"], ["a x c", "d e"])["wer"] == pytest.approx(2 / 5)
+    scores = classification_scores([0, 1, 1, 1], [0, 0, 1, 1], 2)
+    assert scores["accuracy"] == pytest.approx(0.75)
+    assert scores["f1"] == pytest.approx(0.8)
+    assert scores["matthews"] == pytest.approx(1 / 3**0.5)
+    tags = ["B-a", "I-a", "O", "B-b", "B-b"]
+    assert entity_scores([tags], [["B-a", "I-a", "O", "B-b", "I-b"]])["entity_f1"] == pytest.approx(2 * 1 / (3 + 2))
+    found = answer_scores(["the red house", ""], [["red house"], [""]])
+    assert found == {"exact_match": 1.0, "f1": 1.0}  # SQuAD takes articles out
+    confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    assert segmentation_scores(confusion)["miou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+
+
+def test_equal_error_rate_of_perfect_and_of_useless_vectors():
+    labels = np.repeat(np.arange(4), 5)
+    assert equal_error_rate(np.eye(4)[labels], labels) == pytest.approx(0.0, abs=1e-6)
+    rng = np.random.default_rng(0)
+    useless = rng.standard_normal((200, 16))
+    useless /= np.linalg.norm(useless, axis=1, keepdims=True)
+    assert equal_error_rate(useless, rng.integers(0, 4, 200)) == pytest.approx(0.5, abs=0.05)
+    assert np.isnan(equal_error_rate(np.eye(3), np.arange(3)))
+
+
+def test_classes_in_order_and_missing_ones():
+    names, numbers = classes_of(["b", None, "a", "", "b"])
+    assert names == ["a", "b"]
+    assert numbers.tolist() == [1, -1, 0, -1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transcripts
+
+ARPA = r"""\data\
+ngram 1=5
+ngram 2=3
+
+\1-grams:
+-1.0	<unk>
+-9	<s>	-0.3
+-1.0	</s>
+-0.5	ABBA	-0.3
+-2.0	AB	-0.3
+
+\2-grams:
+-0.1	<s> ABBA
+-2.0	<s> AB
+-0.1	ABBA </s>
+
+\end\
+"""
+
+
+def spelt(tokenizer: CTCTokenizer, text: str, sure: float = 6.0) -> torch.Tensor:
+    """Logits (1, T, V) of a text, a frame for each symbol and a blank behind it."""
+    ids = [one for symbol in tokenizer(text)["input_ids"] for one in (symbol, 0)]
+    logits = torch.zeros(1, len(ids), len(tokenizer.vocabulary))
+    logits[0, torch.arange(len(ids)), torch.tensor(ids)] = sure
+    return logits
+
+
+def test_beam_search_without_a_language_model_reads_what_is_there(tmp_path):
+    tokenizer = CTCTokenizer()
+    plain = {"beam_size": 20, "beam_threshold": 50.0, "lm_weight": 0.0, "word_score": 0.0}
+    decoder = BeamDecoder(tokenizer, lm=None, lexicon=None, **plain)
+    logits = spelt(tokenizer, "LETTER BOX")
+    assert decoder(logits, [logits.shape[1]]) == ["LETTER BOX"]
+
+
+def test_a_language_model_changes_what_is_read(tmp_path):
+    tokenizer = CTCTokenizer()
+    (tmp_path / "words.arpa").write_text(ARPA)
+    settings = {"beam_size": 50, "beam_threshold": 100.0, "lm": str(tmp_path / "words.arpa"), "lexicon": None}
+    decoder = BeamDecoder(tokenizer, lm_weight=2.0, word_score=0.0, **settings)
+    heard = spelt(tokenizer, "ABXA ", sure=2.0)  # no word
+    assert decoder(heard, [heard.shape[1]]) == ["ABBA"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export and predictions
+
+
+def test_a_fine_tuned_ctc_model_is_the_same_in_transformers(command, program_of, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    status, run_dir = command("ctc", "optimizer.lr=3e-3", "report=false", steps=200)
+    assert status == 0
+    assert program_of("export", f"checkpoint={run_dir}", "format=hf", f"out={tmp_path}/hf") == 0
+    mine = ours.load_pretrained(run_dir)
+    theirs = transformers.Data2VecAudioForCTC.from_pretrained(tmp_path / "hf").eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "hf")
+    path = tmp_path / "ctc.parquet"
+    given = [f"checkpoint={tmp_path}/hf", "data=hf", f"data.path={path}", f"out={tmp_path}/said.jsonl"]
+    assert program_of("predict", *given, "data.num_workers=0") == 0
+    said = {
+        row["key"]: row["prediction"] for row in map(json.loads, (tmp_path / "said.jsonl").read_text().splitlines())
+    }
+    assert len(set(said.values())) > 1
+    import io
+
+    import soundfile
+
+    for number, row in enumerate(parquet.read_table(path).to_pylist()):
+        wave, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        inputs = extractor(wave, sampling_rate=rate, return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(inputs["input_values"]).logits
+            found = mine(inputs["input_values"]).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert tokenizer.decode(expected[0].argmax(-1)) == said[f"ctc.parquet:{number}"]
+
+
+@pytest.mark.parametrize("head", ["frame", "speaker", "sequence", "token", "qa", "multiple_choice", "image"])
+def test_predictions_of_a_head(command, program_of, head, tmp_path):
+    status, run_dir = command(head, "report=false", steps=1)
+    assert status == 0
+    out = tmp_path / "said.jsonl"
+    given = [f"checkpoint={run_dir}", "data=hf", f"data.path={tmp_path}/{head}.parquet", f"out={out}"]
+    assert program_of("predict", *given, "data.num_workers=0") == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 16
+    assert all("prediction" in line for line in lines)
+
+
+def test_maps_are_written_as_pictures(command, program_of, tmp_path):
+    from PIL import Image
+
+    status, run_dir = command("segmentation", "report=false", steps=1)
+    assert status == 0
+    given = [f"checkpoint={run_dir}", "data=hf", f"data.path={tmp_path}/segmentation.parquet", f"out={tmp_path}/maps"]
+    assert program_of("predict", *given, "data.num_workers=0") == 0
+    lines = [json.loads(line) for line in (tmp_path / "maps" / "predictions.jsonl").read_text().splitlines()]
+    classes = np.array(Image.open(tmp_path / "maps" / lines[0]["prediction"]))
+    assert classes.shape == (32, 32)
+    assert classes.max() <= 2
+
+
+def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
+    import pyarrow
+
+    texts = pyarrow.table({"text": ["alpha beta <mask> delta"]})
+    parquet.write_table(texts, tmp_path / "texts.parquet")
+    for head in ("masked_lm", "causal_lm"):
+        status, run_dir = command(head, "report=false", f"hydra.run.dir={tmp_path}/{head}", steps=1)
+        assert status == 0
+        out = tmp_path / f"{head}.jsonl"
+        given = [f"checkpoint={tmp_path}/{head}", "data=hf", f"data.path={tmp_path}/texts.parquet", f"out={out}"]
+        assert program_of("predict", *given, "data.num_workers=0") == 0
+        [line] = [json.loads(one) for one in out.read_text().splitlines()]
+        assert len(line["prediction"][0]) == 5 if head == "masked_lm" else isinstance(line["prediction"], str)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+def images(folder: Path, count: int, side: int = 32) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / f"{number:06d}.png")
+    return folder
+
+
+def embed_command(checkpoint: Path, folder: Path, out: Path, *more: str) -> list[str]:
+    given = [f"checkpoint={checkpoint}", "data=folder", f"data.path={folder}", f"out={out}", "rows_per_part=8"]
+    return [*given, "data.num_workers=0", *more]
+
+
+def test_features_are_those_of_the_layers(program_of, weights, tmp_path):
+    folder = images(tmp_path / "images", 10)
+    out = tmp_path / "out.parquet"
+    assert program_of("embed", *embed_command(weights("vision"), folder, out, "layers=[0,2,4]")) == 0
+    table = parquet.read_table(out)
+    assert table.column_names == ["key", "layer_0", "layer_2", "layer_4"]
+    assert table["key"].to_pylist() == [f"{number:06d}.png" for number in range(10)]
+    paths = [folder / name for name in table["key"].to_pylist()]
+    called = embed_inputs(weights("vision"), paths, layers=[0, 2, 4])
+    for place, name in enumerate(table.column_names[1:]):
+        expected = np.stack([one[place] for one in called])
+        assert np.allclose(np.array(table[name].to_pylist()), expected, atol=1e-6)
+    from PIL import Image
+
+    from data2vec_train.hf.preprocessing import ImageProcessor
+
+    model = ours.load_pretrained(weights("vision"))
+    pixels = ImageProcessor.from_pretrained(weights("vision"))(Image.open(paths[3]), return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**pixels, output_hidden_states=True).hidden_states[2][0, 1:].mean(dim=0)
+    assert np.allclose(called[3][1], hidden.numpy(), atol=1e-5)
+
+
+def test_features_of_every_token_and_of_texts(program_of, weights, tmp_path):
+    found = embed_inputs(weights("text"), ["alpha beta", "alpha beta gamma delta red"], pooling="none")
+    alone = embed_inputs(weights("text"), ["alpha beta"], pooling="none")
+    assert found[0][0].shape[0] < found[1][0].shape[0]
+    assert np.allclose(found[0][0], alone[0][0], atol=1e-5)
+    folder = images(tmp_path / "images", 3)
+    out = tmp_path / "out.parquet"
+    assert program_of("embed", *embed_command(weights("vision"), folder, out, "pooling=none", "dtype=float16")) == 0
+    assert np.array(parquet.read_table(out)["layer_4"][0].as_py()).shape == (64, 64)
+
+
+def test_broken_files_are_left_out_and_listed(program_of, weights, tmp_path):
+    folder = images(tmp_path / "images", 5)
+    (folder / "000002.png").write_bytes(b"nothing")
+    out = tmp_path / "out.parquet"
+    assert program_of("embed", *embed_command(weights("vision"), folder, out)) == 0
+    assert len(parquet.read_table(out)) == 4
+    [line] = [json.loads(one) for one in (tmp_path / "out.parquet.rejected.jsonl").read_text().splitlines()]
+    assert line["key"] == "000002.png"
+
+
+def test_an_interrupted_embedding_goes_on(program_of, weights, tmp_path, monkeypatch, capsys):
+    folder = images(tmp_path / "images", 40)
+    assert program_of("embed", *embed_command(weights("vision"), folder, tmp_path / "whole.parquet")) == 0
+    write, written = embedding_task._write_part, []
+
+    def two_parts(parts, number, *more):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(number)
+        write(parts, number, *more)
+
+    monkeypatch.setattr(embedding_task, "_write_part", two_parts)
+    again = embed_command(weights("vision"), folder, tmp_path / "again.parquet")
+    assert program_of("embed", *again) == 130
+    monkeypatch.setattr(embedding_task, "_write_part", write)
+    assert program_of("embed", *again[:-1], "pooling=mean_std", again[-1]) == 2
+    assert "holds parts made with other weights, data or settings" in capsys.readouterr().err
+    assert program_of("embed", *again) == 0
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not (tmp_path / "again.parquet.parts").exists()
+
+
+@pytest.mark.slow
+def test_kill_nine_in_the_middle_changes_nothing(weights, tmp_path):
+    folder = images(tmp_path / "images", 4000)
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "data2vec_train.embed", *embed_command(weights("vision"), folder, out)]
+        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole.parquet").wait(timeout=300) == 0
+    out = tmp_path / "again.parquet"
+    for kills in (20, 150, 300):
+        process = start(out)
+        parts = out.with_name("again.parquet.parts")
+        while process.poll() is None and len(list(parts.glob("part-*.parquet"))) < kills:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+    assert start(out).wait(timeout=300) == 0
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_images_in_flat_memory(weights, tmp_path):
+    folder = images(tmp_path / "images", 1000)
+    for copy in range(1, 100):
+        below = folder / f"{copy:03d}"
+        below.mkdir()
+        for number in range(1000):
+            os.link(folder / f"{number:06d}.png", below / f"{number:06d}.png")
+    given = [f"checkpoint={weights('vision')}", "data=folder", f"data.path={folder}", f"out={tmp_path}/out.parquet"]
+    command = [sys.executable, "-m", "data2vec_train.embed", *given, "data.num_workers=0"]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out.parquet.parts"
+    sizes: list[tuple[int, int]] = []
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        resident = next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), None)
+        if resident:
+            sizes.append((len(list(parts.glob("part-*.parquet"))), resident))
+        time.sleep(0.5)
+    assert process.returncode == 0
+    assert parquet.ParquetFile(tmp_path / "out.parquet").metadata.num_rows == 100_000
+    early = max(size for done, size in sizes if 5 <= done <= 40)
+    late = max(size for done, size in sizes if done >= 120)
+    assert late < 1.1 * early, f"{early / 1024:.0f} MiB early, {late / 1024:.0f} MiB late"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes
+
+
+def test_every_layer_is_probed_beside_untrained_ones(program_of, weights, records, tmp_path):
+    path = records("image", tmp_path / "rows.parquet")
+    given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", "data.label_column=kind"]
+    given += [f"data.test_source={{path:{path}}}", f"hydra.run.dir={tmp_path}/run", "attentive.epochs=20"]
+    assert program_of("probe", *given, "data.num_workers=0", "neighbours=3") == 0
+    found = json.loads((tmp_path / "run" / "probe.json").read_text())
+    for which in ("trained", "untrained"):
+        assert all(len(found[which][name]) == 5 for name in ("knn", "linear", "attentive"))
+    assert max(found["trained"]["attentive"]) == 1.0
+    assert set(found["raw"]) == {"knn", "linear"}
+    assert "data:image/png" in (tmp_path / "run" / "probe.html").read_text()
+    assert (tmp_path / "run" / "probe.csv").read_text().splitlines()[0].startswith("layer,k-NN untrained")
