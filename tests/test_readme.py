@@ -5,9 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data2vec_train import Data2VecVisionConfig, Data2VecVisionForImageClassification, save_pretrained
 from data2vec_train.config import load_plugins
+from data2vec_train.hf.preprocessing import ImageProcessor
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import find_faults
 
@@ -32,6 +34,8 @@ def test_a_command_of_the_readme_is_accepted(command, monkeypatch, tmp_path):
         task = words.pop(0).removeprefix(".")
     (tmp_path / "PATH").touch()
     words = [word.replace("=PATH", f"={tmp_path}/PATH") for word in words]
+    if task in ("probe", "embed", "predict"):  # found beside the weights
+        words.append("modality=vision")
     faults = find_faults([word for word in words if word != "-m"], config_name=task, multirun="-m" in words)
     if "visoin" in command:
         assert len(faults) == 2
@@ -45,6 +49,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     config = Data2VecVisionConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, intermediate_size=8)
     config.num_attention_heads = 2
     save_pretrained(Data2VecVisionForImageClassification(config), tmp_path / "DIR")
+    ImageProcessor(size=32).save_pretrained(tmp_path / "DIR")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 32)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
