@@ -36,7 +36,7 @@ def layer_tokens(
     return [one.float() for one in found], mask
 
 
-def pooled(tokens: Tensor, mask: Tensor | None, pooling: Literal["mean", "mean_std"]) -> Tensor:
+def pool(tokens: Tensor, mask: Tensor | None, pooling: Literal["mean", "mean_std"]) -> Tensor:
     """Tokens (B, T, D) -> their mean (B, D), or mean and standard deviation (B, 2 D); padding is left out."""
     real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
     weight = (real / real.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
@@ -98,7 +98,7 @@ class Embedder:
                     for place, row in enumerate(rows):
                         found[row].append(arrays[place] if counts is None else arrays[place, : counts[place]])
                 else:
-                    for row, vector in zip(rows, pooled(tokens, token_mask, self.pooling).cpu().numpy(), strict=True):
+                    for row, vector in zip(rows, pool(tokens, token_mask, self.pooling).cpu().numpy(), strict=True):
                         found[row].append(vector)
         return found
 

@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 CHOICES = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(CONFIGS.glob("*/*.yaml"))
-    if path.parent.name not in ("base", "sample", "preset", "supervised")
+    if path.parent.name not in ("base", "sample", "preset", "supervised", "pieces")
 ]
 FINETUNED = [
     recipe

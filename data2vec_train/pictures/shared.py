@@ -8,8 +8,9 @@ from torch.utils.data import Subset
 
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.dataset import EvaluationDataset, Sample
+from data2vec_train.embedding import pool
 from data2vec_train.encoders.base import Batch, ModalityEncoder
-from data2vec_train.probes.callback import Pooling, RawFeatures, pool, token_features
+from data2vec_train.probes.callback import Pooling, RawFeatures, token_features
 from data2vec_train.probes.measures import nearest
 
 GALLERY = 2000

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data2vec_train.data.datamodule import DataModule
+from data2vec_train.embedding import pool
 from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.probes.explained import explained_variance
@@ -201,17 +202,6 @@ def encode(
         raise CollapseError("the encoder's features are not finite: training diverged. Try a lower optimizer.lr")
     with_labels = all(part is not None for part in labels)
     return Labelled(np.concatenate(features), np.concatenate(labels) if with_labels else None)
-
-
-def pool(tokens: Tensor, token_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Tokens (B, T, D), mask (B, T) bool or None -> (B, D), or (B, 2 D) with the deviation; padding is left out."""
-    real = tokens.new_ones(tokens.shape[:2]) if token_mask is None else token_mask.to(tokens.dtype)
-    weight = (real / real.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
-    mean = (tokens * weight).sum(dim=1)
-    if pooling == "mean":
-        return mean
-    deviation = ((tokens - mean[:, None]).square() * weight).sum(dim=1).sqrt()
-    return torch.cat([mean, deviation], dim=1)
 
 
 @torch.no_grad()

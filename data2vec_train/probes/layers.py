@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.embedding import layer_tokens, pooled
+from data2vec_train.embedding import layer_tokens, pool
 from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.probes.callback import Pooling
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
@@ -28,7 +28,7 @@ def layer_features(
         moved = batch.to(device)
         tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
         for row, one in zip(rows, tokens, strict=True):
-            row.append(pooled(one, mask, pooling).cpu().numpy())
+            row.append(pool(one, mask, pooling).cpu().numpy())
         labels.append(batch.labels.numpy())
     return [np.concatenate(row) for row in rows], np.concatenate(labels)
 
