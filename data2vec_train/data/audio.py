@@ -8,10 +8,13 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.data.files import open_file, version_of
 from data2vec_train.data.sources import RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-MAX_RATE_HZ = 1_000_000
+MAX_RATE_RATIO = 100  # between a file's sample rate and the model's: more is a damaged header
+MAX_CHANNELS = 64
+MAX_FILTER = 2_000_000  # numbers in the filters of a resampler: 44.1 kHz to 16 kHz takes 70,560, 44,101 Hz 7e8
+CANCELLED = 1e-3  # a mix of channels that is by so much quieter than the loudest of them is what was left over
+LONG_SECONDS = 120.0  # of longer FLAC files the end is looked at as well, which takes a moment
+# Larger ones in a header stand for "not known yet": what programs write that cannot go back to fill it in.
+MAX_HEADER_BYTES = 0x7FFFF000
+# What libsndfile notes when a header (of WAV, AIFF, AU, W64) promises other than the file has.
+PROMISED = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+HEADER_CHECKS = "2"  # goes up when headers are checked for more than before, so that durations are read again
 HEADER_THREADS = 8
 WINDOW_SECONDS, HOP_SECONDS, NUM_MELS = 0.025, 0.010, 80  # of log-mel spectrograms
 
@@ -35,7 +48,7 @@ WINDOW_SECONDS, HOP_SECONDS, NUM_MELS = 0.025, 0.010, 80  # of log-mel spectrogr
 class Segment:
     """Part of a recording."""
 
-    value: bytes | Path | np.ndarray
+    value: bytes | Path | np.ndarray | str
     start_seconds: float
     seconds: float | None  # None = to the end
 
@@ -45,7 +58,13 @@ class Segment:
 
 
 def decode_audio(
-    value: Segment | bytes | Path | np.ndarray, *, sample_rate_hz: int, channels: int, min_seconds: float
+    value: Segment | bytes | Path | np.ndarray | str | BadSample,
+    *,
+    sample_rate_hz: int,
+    channels: int,
+    min_seconds: float,
+    min_level: float,
+    max_level: float,
 ) -> np.ndarray:
     """A waveform, float32, (S,) for one channel or (C, S).
 
@@ -55,34 +74,53 @@ def decode_audio(
         sample_rate_hz: of the result.
         channels: C. One mixes whatever there is; more must be what the file has.
         min_seconds: shorter waveforms are refused.
+        min_level: standard deviation below which a recording is silence; 1 is full scale.
+        max_level: absolute value above which it is noise of a broken file or of a wrong number format.
+
+    Known limit: wrong bytes within uncompressed sound are sound. What is left of a truncated Ogg file, or of an mp3
+    without a header of its own, is a shorter recording; a wrong sample rate within reason is not seen.
 
     Raises:
         BadSample: not a usable recording; the text is a short reason.
     """
+    if isinstance(value, BadSample):
+        raise value
     segment = value if isinstance(value, Segment) else Segment(value, 0.0, None)
+    if isinstance(segment.value, str):
+        raise BadSample("a text, not a recording")
     if isinstance(segment.value, np.ndarray):
         waveform, rate = _from_array(segment, sample_rate_hz), sample_rate_hz  # (S, C)
     else:
-        waveform, rate = _read_segment(segment)
-    if not np.isfinite(waveform).all():
-        raise BadSample("values that are not finite")
-    if channels == 1:
-        waveform = waveform.mean(axis=1, keepdims=True)
-    elif waveform.shape[1] != channels:
-        raise BadSample(f"{waveform.shape[1]} channels, expected modality.channels={channels}")
+        waveform, rate = _read_segment(segment, sample_rate_hz)
+    if not len(waveform):
+        raise BadSample("no samples")
     if len(waveform) < min_seconds * rate - 1:
         raise BadSample(f"{len(waveform) / rate:.3f} s, shorter than modality.min_seconds={min_seconds:g}")
+    if channels not in (1, waveform.shape[1]):
+        raise BadSample(f"{waveform.shape[1]} channels, expected modality.channels={channels}")
+    if not np.isfinite(waveform).all():
+        raise BadSample("values that are not finite")
+    peak = float(np.abs(waveform).max())
+    if peak > max_level:
+        raise BadSample(f"a value of {peak:.3g}, louder than modality.decode.max_level={max_level:g}; full scale is 1")
+    loudest = float(waveform.std(axis=0, dtype=np.float64).max())
+    if channels == 1 and waveform.shape[1] > 1:
+        waveform = waveform.mean(axis=1, keepdims=True)
+        if loudest > 0 and float(waveform.std(dtype=np.float64)) < CANCELLED * loudest:
+            raise BadSample("its channels cancel each other out when they are mixed to one")
     if not (waveform != waveform[0]).any():
         raise BadSample("silence: all samples are equal")
+    if loudest < min_level:
+        raise BadSample(f"silence: a deviation of {loudest:.1g}, below modality.decode.min_level={min_level:g}")
     waveform = np.ascontiguousarray(waveform.T)  # (C, S)
     if rate != sample_rate_hz:
-        waveform = _resampler(rate, sample_rate_hz)(torch.from_numpy(waveform)).numpy()
+        waveform = _resampled(waveform, rate, sample_rate_hz)
     return waveform[0] if channels == 1 else waveform
 
 
-def _read_segment(segment: Segment) -> tuple[np.ndarray, int]:
+def _read_segment(segment: Segment, sample_rate_hz: int) -> tuple[np.ndarray, int]:
     """Frames of a segment, (S, C) float32, and their rate."""
-    with _opened(segment.value) as file:
+    with _opened(segment.value, sample_rate_hz) as file:
         rate = file.samplerate
         start = min(round(segment.start_seconds * rate), file.frames)
         wanted = file.frames - start if segment.seconds is None else round(segment.seconds * rate)
@@ -92,40 +130,54 @@ def _read_segment(segment: Segment) -> tuple[np.ndarray, int]:
                 file.seek(start)
             waveform = file.read(wanted, dtype="float32", always_2d=True)
         except RuntimeError as error:  # soundfile.LibsndfileError is one
-            raise BadSample(f"broken audio file: {_first_line(error)}") from error
+            raise BadSample(f"broken audio file: {_what(error)}") from error
     # Some encoders write a length that is off by a frame or two of theirs.
     if len(waveform) < wanted - max(0.1 * rate, 0.02 * wanted):
         raise BadSample(f"truncated: {len(waveform)} frames of {wanted} that its header promises")
     return waveform, rate
 
 
-def _opened(value: bytes | Path) -> Any:
-    """An open `soundfile.SoundFile`."""
+@contextmanager
+def _opened(value: bytes | Path, sample_rate_hz: int) -> Iterator[Any]:
+    """An open `soundfile.SoundFile`, whose header makes sense."""
     import soundfile
 
-    try:
-        size = value.stat().st_size if isinstance(value, Path) else len(value)
-        file = soundfile.SoundFile(value if isinstance(value, Path) else io.BytesIO(value)) if size else None
-    except FileNotFoundError as error:
-        raise BadSample("file is missing") from error
-    except PermissionError as error:
-        raise BadSample("not readable: permission denied") from error
-    except OSError as error:
-        raise BadSample(f"not readable: {error.strerror or error}") from error
-    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: raw formats, which have no header
-        raise BadSample(f"not an audio file: {_first_line(error)}") from error
-    if file is None:
-        raise BadSample("empty file")
-    if not 0 < file.samplerate <= MAX_RATE_HZ:
-        raise BadSample(f"a sample rate of {file.samplerate} Hz")
-    if file.frames < 1:
+    with ExitStack() as stack:
+        # By its descriptor: libsndfile says no more than "System error" of what it cannot open, and takes no names
+        # that are not UTF-8.
+        file = stack.enter_context(open_file(value)) if isinstance(value, Path) else None
+        if (len(value) if file is None else os.fstat(file.fileno()).st_size) == 0:
+            raise BadSample("empty file")
+        try:
+            encoded = io.BytesIO(value) if file is None else file.fileno()
+            sound = stack.enter_context(soundfile.SoundFile(encoded, closefd=False))
+        except (RuntimeError, TypeError, ValueError) as error:  # TypeError: raw formats, which have no header
+            raise BadSample(f"not an audio file: {_what(error)}") from error
+        _check_header(sound, sample_rate_hz)
+        yield sound
+
+
+def _check_header(sound: Any, sample_rate_hz: int) -> None:
+    """Refuse what cannot be, or is not all there."""
+    if not sample_rate_hz / MAX_RATE_RATIO <= sound.samplerate <= sample_rate_hz * MAX_RATE_RATIO:
+        raise BadSample(f"a sample rate of {sound.samplerate} Hz, for a model of {sample_rate_hz} Hz")
+    if sound.channels > MAX_CHANNELS:
+        raise BadSample(f"{sound.channels} channels, more than {MAX_CHANNELS}")
+    if sound.frames < 1:
         raise BadSample("no samples")
-    return file
+    for promised, there in PROMISED.findall(sound.extra_info):
+        if int(there) < int(promised) < MAX_HEADER_BYTES and _lacks(int(there), int(promised), sound):
+            raise BadSample(f"truncated: {there} bytes of sound of {promised} that its header promises")
+
+
+def _lacks(there: int, promised: int, sound: Any) -> bool:
+    """Whether so few bytes of those promised are more than a matter of rounding."""
+    return there < promised - max(0.1 * sound.samplerate * there / sound.frames, 0.02 * promised)
 
 
 def _from_array(segment: Segment, rate: int) -> np.ndarray:
     array = np.atleast_2d(segment.value)
-    if array.ndim != 2:
+    if array.ndim != 2 or segment.value.ndim == 0:
         raise BadSample(f"an array of shape {segment.value.shape}; expected (samples,) or (channels, samples)")
     if array.dtype == np.int16:
         array = array / np.float32(2**15)
@@ -133,7 +185,19 @@ def _from_array(segment: Segment, rate: int) -> np.ndarray:
         raise BadSample(f"{array.dtype} array; expected floats or int16")
     start = round(segment.start_seconds * rate)
     stop = array.shape[1] if segment.seconds is None else start + round(segment.seconds * rate)
-    return array.T[start:stop].astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
+        return array.T[start:stop].astype(np.float32)
+
+
+def _resampled(waveform: np.ndarray, source_hz: int, target_hz: int) -> np.ndarray:
+    """The waveform (C, S) at another rate."""
+    common = math.gcd(source_hz, target_hz)
+    if source_hz * target_hz // common**2 <= MAX_FILTER:
+        return _resampler(source_hz, target_hz)(torch.from_numpy(waveform)).numpy()
+    # Rates with no large common divisor: the filters above would fill the memory, the spectrum costs what sound does.
+    length = math.ceil(waveform.shape[1] * target_hz / source_hz)
+    spectrum = torch.fft.rfft(torch.from_numpy(waveform))
+    return (torch.fft.irfft(spectrum, n=length) * (length / waveform.shape[1])).numpy()
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,8 +207,10 @@ def _resampler(source_hz: int, target_hz: int) -> Any:
     return Resample(source_hz, target_hz)  # keeps its filter: computing it takes longer than applying it
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _what(error: BaseException) -> str:
+    """What an error says, in one line; of libsndfile's the part that does not name the object that was opened."""
+    text = getattr(error, "error_string", None) or str(error)
+    return (text.removeprefix("Error : ").strip().splitlines() or [type(error).__name__])[0]
 
 
 class AudioTransform:
@@ -317,19 +383,37 @@ def _segment(raw: RawSample, start: float, seconds: float) -> RawSample:
     return RawSample(f"{raw.key}@{start:.0f}s", Segment(raw.value, start, seconds), raw.label, raw.fields)
 
 
-def _seconds(value: bytes | Path | np.ndarray | str, sample_rate_hz: int) -> float:
+def _seconds(value: bytes | Path | np.ndarray | str | BadSample, sample_rate_hz: int) -> float:
     """Duration by the header, without decoding."""
+    if isinstance(value, BadSample):
+        raise value
     if isinstance(value, np.ndarray):
-        return value.shape[-1] / sample_rate_hz
+        return value.shape[-1] / sample_rate_hz if value.ndim else 0.0
     if isinstance(value, str):
         raise BadSample("a text, not a recording")
-    with _opened(value) as file:
-        return file.frames / file.samplerate
+    with _opened(value, sample_rate_hz) as file:
+        seconds = file.frames / file.samplerate
+        # The lengths of other formats come from the size of the file, or finding a place in them means reading them.
+        if seconds > LONG_SECONDS and file.format == "FLAC":
+            _check_end(file)
+    return seconds
+
+
+def _check_end(sound: Any) -> None:
+    """Refuse a long recording that has no end: each of its many parts would be a broken sample."""
+    back = min(sound.frames, round(max(0.1 * sound.samplerate, 0.02 * sound.frames)))
+    try:
+        sound.seek(sound.frames - back)
+        there = len(sound.read(1))
+    except RuntimeError as error:
+        raise BadSample(f"truncated or broken: no end after {sound.frames} frames ({_what(error)})") from error
+    if not there:
+        raise BadSample(f"truncated: no end after the {sound.frames} frames that its header promises")
 
 
 def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Seconds of every record, (n,) float64, NaN for those that cannot be opened, and (key, reason) of these."""
-    cached = _cache_file(source, cache_dir)
+    cached = _cache_file(source, sample_rate_hz, cache_dir)
     if cached is not None and cached.exists():
         with np.load(cached, allow_pickle=False) as archive:
             pairs = zip(archive["keys"].tolist(), archive["reasons"].tolist(), strict=True)
@@ -364,20 +448,17 @@ def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> t
     return seconds, rejected
 
 
-def _cache_file(source: Source, cache_dir: Path | None) -> Path | None:
+def _cache_file(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> Path | None:
     """Where the durations of these very files are kept; None unless all records are files."""
     if cache_dir is None or not len(source):
         return None
-    identity = hashlib.sha256()
+    identity = hashlib.sha256(f"{HEADER_CHECKS}|{sample_rate_hz}\n".encode())
     try:
         for row in range(len(source)):
             value = source[row].value
             if not isinstance(value, Path):
                 return None
-            stat = value.stat() if value.exists() else None
-            identity.update(
-                f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "replace")
-            )
+            identity.update(f"{version_of(value)}\n".encode("utf-8", "replace"))
     except BadSample:
         return None
     return cache_dir / "durations" / f"{identity.hexdigest()[:32]}.npz"

@@ -64,7 +64,10 @@ class TrainingDataset(Dataset[Sample]):
         rejected: list[tuple[str, str]] = []
         candidate = index
         for attempt in range(MAX_REPLACEMENTS + 1):
-            result = self._try(int(self.indices[candidate]), epoch, length)
+            record_id = int(self.indices[candidate])
+            # Never less than asked, but for a late replacement: it is padded.
+            wanted = None if length is None else min(length, int(self.source.lengths[record_id]))
+            result = self._try(record_id, epoch, wanted)
             if isinstance(result, Sample):
                 return replace(result, rejected=tuple(rejected))
             rejected.append(result)
@@ -73,7 +76,8 @@ class TrainingDataset(Dataset[Sample]):
 
     def _replacement(self, epoch: int, index: int, attempt: int, length: int | None) -> int:
         rng = generator(self.seed, "replace", epoch, index, attempt)
-        if length is None:
+        # The longest of all may be those whose header is wrong: then shorter ones have to do.
+        if length is None or attempt >= MAX_REPLACEMENTS // 2:
             return int(rng.integers(len(self.indices)))
         return int(rng.choice(np.flatnonzero(self.source.lengths[self.indices] >= length)))
 
@@ -216,7 +220,7 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
             )
             for raw in stream:
                 seen += 1
-                record_id = zlib.crc32(raw.key.encode())
+                record_id = zlib.crc32(raw.key.encode("utf-8", "backslashreplace"))
                 try:
                     decoded = self.decode(raw.value)
                     with torch_seeded(self.seed, "augment", epoch, record_id):

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.data.files import open_file
+from data2vec_train.errors import BadSample, ConfigError, DataError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 TRANSCRIPTS = ".trans.txt"  # LibriSpeech: "<name without extension> <words>" on each line
@@ -23,7 +24,7 @@ FILE_COLUMN = "file_name"
 def find_metadata(root: Path) -> list[Path]:
     """Files at `root` that describe the others: one metadata file, or LibriSpeech's transcripts at any depth."""
     found = [root / name for name in METADATA_NAMES if (root / name).is_file()]
-    return found[:1] or sorted(root.rglob(f"*{TRANSCRIPTS}"))
+    return found[:1] or sorted(one for one in root.rglob(f"*{TRANSCRIPTS}") if one.is_file())
 
 
 def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
@@ -37,8 +38,9 @@ def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
         DataError: the file cannot be read, or has no column `file_name`.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_file(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, BadSample, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     place = os.path.relpath(path.parent, root)
     rows: dict[str, dict[str, Any]] = {}
@@ -65,13 +67,16 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not a line of JSON ({error})") from error
             yield number, row if isinstance(row, dict) else {}
     elif path.suffix in (".csv", ".tsv"):
         reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for row in reader:
-            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+        try:
+            for row in reader:
+                yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not a table ({error})") from error
     else:
         raise ConfigError(f"{path}: expected a .csv, .tsv or .jsonl file, or *{TRANSCRIPTS}")
 
@@ -105,8 +110,15 @@ def join_metadata(
 
 
 def classes_of(values: Iterable[Any]) -> tuple[list[str], np.ndarray]:
-    """Class names, in order, and the class of each value, (n,) int64, -1 for None and ''."""
+    """Class names, in order, and the class of each value, (n,) int64, -1 for None and ''.
+
+    Raises:
+        DataError: a value that is neither a text nor a number.
+    """
     values = [None if value == "" else value for value in values]
+    odd = next((value for value in values if not isinstance(value, (str, int, float, type(None)))), None)
+    if odd is not None:
+        raise DataError(f"a class is called {odd!r}; expected a text or a number")
     present = {value for value in values if value is not None}
     names = sorted(present, key=lambda one: (not isinstance(one, (int, float)), one))
     rank = {value: place for place, value in enumerate(names)}

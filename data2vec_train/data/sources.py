@@ -9,6 +9,7 @@ import logging
 import os
 import textwrap
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,24 @@ from typing import Any, Literal
 import numpy as np
 
 from data2vec_train.data.metadata import classes_of, find_metadata, join_metadata, read_metadata
-from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.errors import BadSample, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 EMBEDDED_DIGITS = Path(__file__).parent.parent / "samples" / "mnist_5k.npz"
+# What numpy lets through on broken archives. MemoryError: a header may promise any size.
+BROKEN_ARCHIVE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -34,13 +48,13 @@ class RawSample:
     Attributes:
         key: Stable and human-readable: a relative path, or "file.parquet:123". What quarantine.jsonl shows.
         value: Encoded content, a file to read, an array that is already decoded, or a text. Empty bytes if the record
-            has no content.
+            has no content; a `BadSample`, for whoever decodes it to raise, if it is known why.
         label: Index into `class_names`, None if unlabelled.
         fields: Other columns of the record that were asked for, as they were found.
     """
 
     key: str
-    value: bytes | Path | np.ndarray | str
+    value: bytes | Path | np.ndarray | str | BadSample
     label: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -133,7 +147,7 @@ class ArraySource(Source):
                 self._x, labels = archive["x"], archive["y"]
         except FileNotFoundError as error:
             raise DataError(missing(file)) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except BROKEN_ARCHIVE as error:
             raise DataError(f"{file} is not an .npz archive with arrays 'x' and 'y' ({reason(error)})") from error
         if labels.shape != self._x.shape[:1] or labels.dtype.kind not in "iu" or labels.size == 0 or labels.min() < 0:
             raise DataError(
@@ -349,7 +363,10 @@ def _transcripts_beside(manifest: Path, count: int) -> list[str]:
     for suffix in (".wrd", ".ltr"):
         path = manifest.with_suffix(suffix)
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{path} cannot be read as transcripts ({reason(error)})") from error
             if len(lines) != count:
                 raise DataError(f"{path} has {len(lines)} lines, {manifest} lists {count} recordings")
             return lines if suffix == ".wrd" else [line.replace(" ", "").replace("|", " ").strip() for line in lines]
@@ -360,7 +377,9 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
     """Relative "/" paths of the accepted files below `root`; the extensions of the others are counted in `ignored`."""
     unreadable: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _leads_back(folder, name)]
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and not _leads_back(str(root), folder, name)
+        ]
         relative = os.path.relpath(folder, root)
         for name in names:
             # A dangling link stays in: a broken sample to report, not a file to overlook.
@@ -376,10 +395,15 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
         log.warning("%s: %d folders skipped, first: %s", root, len(unreadable), unreadable[0])
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether a sub-folder is a symbolic link to a parent of its own, which would never end."""
+def _leads_back(root: str, folder: str, name: str) -> bool:
+    """Whether a sub-folder is a symbolic link to a folder that the way to it leads through, which would never end."""
     path = os.path.join(folder, name)
-    return os.path.islink(path) and Path(folder).resolve().is_relative_to(Path(path).resolve())
+    if not os.path.islink(path):
+        return False
+    # All of the way, not the last folder's parents alone: two folders may hold links to each other.
+    target, way = Path(path).resolve(), Path(folder)
+    passed = [way, *(parent for parent in way.parents if parent.is_relative_to(root))]
+    return any(one.resolve().is_relative_to(target) for one in passed)
 
 
 def _folder_classes(
@@ -432,6 +456,17 @@ def _usable_folder(path: Path) -> Path:
     except PermissionError as error:
         raise DataError(f"{path} is not readable: permission denied") from error
     raise DataError(missing(path))
+
+
+class UnreadableShard(DataError):
+    """A DataError that stays one line on its way out of a loader's worker.
+
+    torch makes the error anew in the main process, from a text that holds the worker's whole stack trace; its last
+    line is the message.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rstrip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def missing(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data2vec_train.data.sources import RawSample, Source, StreamingSource, missing, reason
+from data2vec_train.data.sources import RawSample, Source, StreamingSource, UnreadableShard, missing, reason
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -96,12 +96,13 @@ class HFSource(Source):
         self.class_names, self._labels = _column_classes(dataset, path, label)
         self._columns = columns
         self._name = _record_name(path, data_files, split)
+        self._asked = _asked_places(path, data_files)
         absent = [name for name in fields if name not in dataset.features]
         if absent:
             listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())
             raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
         self._fields = list(fields)
-        self._dataset = _undecoded(dataset, columns, kind, fields)
+        self._dataset = _undecoded(dataset, path, columns, kind, fields)
         log.info("%s: %d records, %d classes", path, len(self), len(self.class_names or ()))
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class HFSource(Source):
         label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
         record = self._dataset[index]
         fields = {name: _with_names(self._dataset.features[name], record[name]) for name in self._fields}
-        return _raw_sample(record, self._columns, f"{self._name}:{index}", label, fields)
+        return _raw_sample(record, self._columns, f"{self._name}:{index}", label, self._asked, fields)
 
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, -1 where one is missing; None without labels."""
@@ -165,9 +166,10 @@ class HFStreamingSource(StreamingSource):
         self.class_names = list(feature.names) if _is_class_label(feature) else None
         self._label = label
         self._name = _record_name(path, data_files, split)
+        self._asked = _asked_places(path, data_files)
         self._path = path
         self._shuffle_buffer = shuffle_buffer
-        self._dataset = _undecoded(dataset, self._columns, kind, [label] if label else [])
+        self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
         log.info("%s: streaming %d shards", path, dataset.num_shards)
 
     def stream(
@@ -194,19 +196,22 @@ class HFStreamingSource(StreamingSource):
         # `iter(batch_size)` and not `__iter__`: the latter divides the shards among DataLoader workers by itself, and
         # this group, being one shard, would go to worker 0 whole.
         batches = self._dataset.shard(num_shards=groups, index=group).iter(batch_size=STREAM_BATCH)
-        row = 0
+        row, tars = 0, set()
         while True:
             try:
                 batch = next(batches, None)
             except _load_errors() as error:
-                raise DataError(_cannot_read(self._path, error)) from error
+                raise UnreadableShard(_cannot_read(self._path, error)) from error
             if batch is None:
+                for file in sorted(tars if part == 0 else ()):
+                    _check_tar(file)
                 return
+            tars.update(batch.get("__url__", ()))
             for values in zip(*batch.values(), strict=True):
                 if row % parts == part:
                     record = dict(zip(batch, values, strict=True))
                     label = record.get(self._label) if self._label else None
-                    yield _raw_sample(record, self._columns, f"{self._name}[{group}]:{row}", label)
+                    yield _raw_sample(record, self._columns, f"{self._name}[{group}]:{row}", label, self._asked)
                 row += 1
 
 
@@ -250,6 +255,7 @@ def load(
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it reports what it raises as well
     try:
         local = Path(path).expanduser()
         if any((local / file).is_file() for file in ("state.json", "dataset_dict.json")):
@@ -264,6 +270,11 @@ def load(
             dataset = splits[_one_split(splits, path, split)]
             # csv and json say nothing about their columns before they are read
             return dataset if dataset.features else dataset._resolve_features()
+        if builder.name == "webdataset":
+            wanted = None if split in (None, "all") else re.findall(r"[\w.]+", split)
+            for name, files in (builder.config.data_files or {}).items():
+                for file in files if wanted is None or name in wanted else ():
+                    _check_tar(file)
         builder.download_and_prepare()
         is_slice = split is not None and re.search(r"[\[+]|^all$", split)
         return builder.as_dataset(split=split if is_slice else _one_split(builder.info.splits, path, split))
@@ -328,7 +339,32 @@ def _cannot_read(path: str, error: BaseException) -> str:
         return f"cannot read {path}: {reason(error)}; check the name and the network, or give a local folder as path"
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"cannot read {path}: {reason(error)}"
+    text = reason(error)
+    # What the library says of nothing at all: of a table without rows, and of files without records.
+    if "BatchSize must be greater than 0" in text or "corresponds to no data" in text:
+        text = "it has no rows"
+    return f"cannot read {path}: {text}"
+
+
+def _check_tar(file: str) -> None:
+    """Refuse a local tar with a damaged header: beyond it nothing would be read, without a word.
+
+    Raises:
+        DataError: there is one.
+    """
+    if not file.endswith(".tar") or not Path(file).is_file():
+        return
+    try:
+        with tarfile.open(file, "r:") as archive:
+            while archive.next() is not None:
+                archive.members.clear()  # which would grow with the archive
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise UnreadableShard(
+                    f"cannot read {file}: a damaged header at byte {archive.offset}; all beyond is lost"
+                )
+    except (OSError, tarfile.TarError) as error:
+        raise UnreadableShard(_cannot_read(file, error)) from error
 
 
 def _format_of(path: str) -> str | None:
@@ -430,15 +466,21 @@ def _describe(feature: object) -> str:
     return str(getattr(feature, "dtype", kind)) if kind == "Value" else kind
 
 
-def _undecoded(dataset, columns: list[str], kind: Kind, more: Sequence[str] = ()):
-    """The data set with nothing but its samples, not decoded, their place in a tar, and some other columns."""
+def _undecoded(dataset, path: str, columns: list[str], kind: Kind, more: Sequence[str] = ()):
+    """The data set with nothing but its samples, not decoded, their place in a tar, and some other columns.
+
+    Raises:
+        DataError: a column cannot hold what it should.
+    """
     extra = [name for name in (*more, "__key__", "__url__") if name in dataset.features]
     dataset = dataset.select_columns(list(dict.fromkeys([*columns, *extra])))
-    for column in columns if kind != "text" else ():
-        dataset = dataset.cast_column(column, _encoded_feature(kind))
-    for column in more:
-        if _is_kind(dataset.features[column], "image") and column not in columns:
-            dataset = dataset.cast_column(column, _encoded_feature("image"))
+    encoded = dict.fromkeys(columns if kind != "text" else (), kind)
+    pictures = [one for one in more if _is_kind(dataset.features[one], "image") and one not in columns]
+    for column, its_kind in (encoded | dict.fromkeys(pictures, "image")).items():
+        try:
+            dataset = dataset.cast_column(column, _encoded_feature(its_kind))
+        except _load_errors() as error:
+            raise DataError(f"{path}: column {column!r} holds no {its_kind}s ({reason(error)})") from error
     return dataset
 
 
@@ -470,12 +512,16 @@ def _column_classes(
 
 
 def _raw_sample(
-    record: Mapping, columns: Sequence[str], key: str, label: int | None, fields: Mapping[str, object] | None = None
+    record: Mapping,
+    columns: Sequence[str],
+    key: str,
+    label: int | None,
+    asked: tuple[str, ...],
+    fields: Mapping[str, object] | None = None,
 ) -> RawSample:
     """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
 
-    Raises:
-        BadSample: the row points to a file that cannot be read.
+    Its value is a `BadSample` where it leads to a file that cannot be fetched, or that nobody `asked` for.
     """
     if record.get("__url__") and record.get("__key__"):
         key = f"{Path(record['__url__']).name}:{record['__key__']}"
@@ -483,16 +529,35 @@ def _raw_sample(
     if isinstance(value, Mapping):
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:
-            key, value = path, _read_remote(path) if "://" in path else Path(path)
+            key, value = path, _read_remote(path, asked) if "://" in path else Path(path)
     return RawSample(key, b"" if value is None else value, label, fields or {})
 
 
-def _read_remote(url: str) -> bytes:
-    """Content of a file on the hub or inside a remote archive."""
+def _asked_places(path: str, data_files: object) -> tuple[str, ...]:
+    """What the addresses begin with to which records may lead: the hub for a data set of the hub, and named hosts.
+
+    Data is not trusted with the network: a local table could make this machine call any other.
+    """
+    import datasets
+
+    named = tuple(re.findall(r"\w+://[^/'\"]+/", f"{path} {data_files}"))
+    builder = path in (*BUILDERS.values(), "imagefolder", "audiofolder")
+    return (
+        named
+        if builder or Path(path).expanduser().exists() or _format_of(path)
+        else (*named, "hf://", f"{datasets.config.HF_ENDPOINT}/")
+    )
+
+
+def _read_remote(url: str, asked: tuple[str, ...]) -> bytes | BadSample:
+    """Content of a file on the hub or inside an archive."""
+    place = url.rpartition("::")[2]  # of zip://file::place
+    if "://" in place and not place.startswith((*asked, "file://")):
+        return BadSample("leads to another place on the network than the data set's, where nothing is fetched from")
     from datasets.utils.file_utils import xopen
 
     try:
         with xopen(url, "rb") as file:
             return file.read()
     except _load_errors() as error:
-        raise BadSample(f"cannot be downloaded: {reason(error)}") from error
+        return BadSample(f"cannot be downloaded: {reason(error)}")

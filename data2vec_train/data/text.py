@@ -15,14 +15,16 @@ import shutil
 import tempfile
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data2vec_train.data.files import open_file, read_file, version_of
 from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
 from data2vec_train.data.tokenizer import Tokenizer, batched
 from data2vec_train.errors import BadSample, DataError
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 BATCH_CHARACTERS = 4_000_000  # tokenized at once
 TRAINING_CHARACTERS = 200_000_000  # of a stream or a corpus, to train a tokenizer on
 MAX_BAG = 8192
+HOPELESS_ROWS = 1000  # a table that begins with so many broken rows and no other is given up
 OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 BOMS = (
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -41,6 +44,8 @@ BOMS = (
 )
 # Of the control characters, texts have tabs, line ends, form feeds and vertical tabs.
 CONTROL = dict.fromkeys((*range(9), *range(14, 32), 127))
+# What broken archives raise; a MemoryError, when they ask for a dictionary of any size.
+BROKEN_ARCHIVE = (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error)
 
 Document = tuple[str, int | None, str | BadSample]  # key, label, text or why there is none
 
@@ -63,7 +68,7 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
         raise BadSample("empty file")
     marked = [name for mark, name in BOMS if raw.startswith(mark)][:1]
     if not marked and b"\x00" in raw:
-        raise BadSample("a binary file")
+        raise BadSample("a binary file, or UTF-16 or UTF-32 without a byte order mark")
     for encoding in [*marked, *encodings]:
         try:
             text = raw.decode(encoding)
@@ -71,11 +76,15 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
             continue
         if len(text) != len(text.translate(CONTROL)):
             raise BadSample("a binary file: control characters")
+        if not text.strip():
+            raise BadSample("empty file")
         return text
     raise BadSample(f"not a text in {' or '.join(encodings)}")
 
 
-def documents(sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None) -> Iterator[Document]:
+def documents(
+    sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None, max_document_bytes: int
+) -> Iterator[Document]:
     """The documents of one record, broken ones with a `BadSample` for a text.
 
     Args:
@@ -84,44 +93,80 @@ def documents(sample: RawSample, *, encodings: Sequence[str], column: str, separ
         encodings: see `decode_text`.
         column: where tables have the text.
         separator: of documents in a text file; None = a file is one document.
+        max_document_bytes: larger text files, and lines of .jsonl, are refused: each has to fit into memory.
     """
     value = sample.value
-    if isinstance(value, str):
-        yield sample.key, sample.label, value if value.strip() else BadSample("empty text")
+    if isinstance(value, (str, BadSample)):
+        yield sample.key, sample.label, _checked(value) if isinstance(value, str) else value
         return
     name = value.name.lower() if isinstance(value, Path) else ""
     try:
         if name.endswith(".parquet"):
-            yield from _table_rows(sample, column)
+            yield from _unless_hopeless(_table_rows(sample, column))
         elif name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2").endswith((".jsonl", ".ndjson")):
-            yield from _json_lines(sample, column)
+            yield from _unless_hopeless(_json_lines(sample, column, max_document_bytes))
         else:
-            text = decode_text(value.read_bytes() if isinstance(value, Path) else bytes(value), encodings)
+            limit = f"modality.max_document_bytes={max_document_bytes}"
+            if isinstance(value, Path):
+                value = read_file(value, max_bytes=max_document_bytes, limit=limit)
+            if len(value) > max_document_bytes:
+                raise BadSample(f"{len(value)} bytes, more than {limit}")
+            text = decode_text(bytes(value), encodings)
             parts = [text] if separator is None else [part for part in text.split(separator) if part.strip()]
             for number, part in enumerate(parts):
                 yield (sample.key if len(parts) == 1 else f"{sample.key}#{number}"), sample.label, part
     except BadSample as error:
         yield sample.key, None, error
-    except FileNotFoundError:
-        yield sample.key, None, BadSample("file is missing")
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except BROKEN_ARCHIVE as error:
         yield sample.key, None, BadSample(f"not readable: {reason(error)}")
 
 
-def _json_lines(sample: RawSample, column: str) -> Iterator[Document]:
+def _unless_hopeless(rows: Iterable[Document]) -> Iterator[Document]:
+    """The rows of a file, as long as there is any use in it: a list of a million broken ones says no more."""
+    good, number = 0, 0
+    for number, row in enumerate(rows, start=1):
+        yield row
+        good += isinstance(row[2], str)
+        if not good and number == HOPELESS_ROWS:
+            raise BadSample(f"given up: none of its first {number} rows can be used")
+    if not number:
+        raise BadSample("empty: no rows")
+
+
+def _json_lines(sample: RawSample, column: str, max_bytes: int) -> Iterator[Document]:
     path = sample.value
-    with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_file(path) as plain, OPENERS.get(path.suffix.lower(), _as_it_is)(plain) as file:
+        for number, line in enumerate(_lines(file, max_bytes), start=1):
+            if number == 1 and any(line.startswith(mark) for mark, _ in BOMS):
+                raise BadSample("UTF-16 or UTF-32; expected UTF-8, as JSON has it")
             if not line.strip():
                 continue
-            key = f"{sample.key}:{number}"
-            try:
-                text = json.loads(line)[column]
-            except (ValueError, KeyError, TypeError) as error:
-                what = f"no field {column!r}" if isinstance(error, (KeyError, TypeError)) else "not a line of JSON"
-                yield key, None, BadSample(what)
-                continue
-            yield key, sample.label, _checked(text)
+            yield f"{sample.key}:{number}", sample.label, _field(line, column, max_bytes)
+
+
+def _as_it_is(file: BinaryIO) -> BinaryIO:
+    return file
+
+
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes]:
+    """Lines; of those that are longer, the first `max_bytes` + 1 bytes."""
+    while line := file.readline(max_bytes + 1):
+        yield line
+        while len(line) > max_bytes and not line.endswith(b"\n"):
+            line = file.readline(max_bytes + 1)
+
+
+def _field(line: bytes, column: str, max_bytes: int) -> str | BadSample:
+    """The text of a row of .jsonl."""
+    if len(line) > max_bytes:
+        return BadSample(f"a line of more than modality.max_document_bytes={max_bytes}")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return BadSample("not a line of JSON")
+    if not isinstance(row, dict):
+        return BadSample(f"{_kind(row)} instead of an object")
+    return _checked(row[column]) if column in row else BadSample(f"no field {column!r}")
 
 
 def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
@@ -129,22 +174,45 @@ def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(sample.value) as table:
-            if column not in table.schema_arrow.names:
-                raise BadSample(f"no column {column!r}; there are {', '.join(table.schema_arrow.names)}")
+        with open_file(sample.value) as file, parquet.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            if column not in schema.names:
+                raise BadSample(f"no column {column!r}; there are {', '.join(schema.names)}")
+            kind = schema.types[schema.names.index(column)]
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if str(kind) not in ("string", "large_string", "string_view", "null"):
+                raise BadSample(f"column {column!r} holds {kind}, not texts")
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield f"{sample.key}:{number}", sample.label, _checked(text)
+                for value in batch.column(0):
+                    yield f"{sample.key}:{number}", sample.label, _cell(value)
                     number += 1
     except pyarrow.ArrowException as error:
         raise BadSample(f"not a parquet file: {reason(error)}") from error
 
 
+def _cell(value: Any) -> str | BadSample:
+    """The text of a `pyarrow.Scalar`."""
+    try:
+        return _checked(value.as_py())
+    except UnicodeDecodeError:
+        return BadSample("not a text in utf-8")
+
+
 def _checked(text: object) -> str | BadSample:
     if not isinstance(text, str):
-        return BadSample(f"{type(text).__name__} instead of a text")
+        return BadSample(f"{_kind(text)} instead of a text")
+    if "\x00" in text:
+        return BadSample("binary data: it has NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return BadSample(f"half a character (surrogate U+{ord(text[error.start]):04X}) at place {error.start}")
     return text if text.strip() else BadSample("empty text")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _documents_of(source: Source, **how: Any) -> Iterator[Document]:
@@ -172,6 +240,7 @@ def prepare_text(
     encodings: Sequence[str],
     column: str,
     separator: str | None,
+    max_document_bytes: int,
     cache_dir: str | None,
     tokenizer: Tokenizer | None = None,
 ) -> Source | StreamingSource:
@@ -187,6 +256,7 @@ def prepare_text(
         encodings: of files, tried in this order.
         column: where .jsonl and .parquet files have the text.
         separator: of documents in a text file.
+        max_document_bytes: see `documents`.
         cache_dir: where ids and trained tokenizers are kept; None = nowhere beyond this process.
         tokenizer: use this one, whatever the other arguments say.
 
@@ -194,7 +264,12 @@ def prepare_text(
         ConfigError: there is no such tokenizer.
         DataError: nothing usable was found.
     """
-    how = {"encodings": list(encodings), "column": column, "separator": separator}
+    how = {
+        "encodings": list(encodings),
+        "column": column,
+        "separator": separator,
+        "max_document_bytes": max_document_bytes,
+    }
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     if tokenizer is None and train_vocab_size is not None:
         tokenizer = _trained(source, train_vocab_size, how, cache)
@@ -260,15 +335,12 @@ class TextBlocks(Source):
         block_tokens: int,
         cross_documents: bool,
         min_tokens: int,
-        encodings: Sequence[str],
-        column: str,
-        separator: str | None,
         cache_dir: Path | None,
+        **how: Any,
     ) -> None:
         self.tokenizer = tokenizer
         self.cross_documents = cross_documents
         self.class_names = None if cross_documents else source.class_names
-        how = {"encodings": list(encodings), "column": column, "separator": separator}
         self._folder = self._tokenized(source, how, cache_dir)
         facts = json.loads((self._folder / "facts.json").read_text())
         self.rejected = (*source.rejected, *(tuple(pair) for pair in facts["rejected"]))
@@ -380,10 +452,11 @@ def _identity(source: Source, how: dict[str, Any], *more: str) -> str:
             continue
         value = sample.value
         if isinstance(value, Path):
-            stat = value.stat() if value.exists() else None
-            value = f"{value.absolute()}|{stat and (stat.st_size, stat.st_mtime_ns)}"
+            value = version_of(value)
         digest.update(f"{sample.key}|{sample.label}|".encode("utf-8", "replace"))
-        digest.update(value.encode("utf-8", "replace") if isinstance(value, str) else value)
+        if isinstance(value, (str, BadSample)):
+            value = str(value).encode("utf-8", "replace")
+        digest.update(value)
     return digest.hexdigest()
 
 
@@ -429,9 +502,7 @@ class StreamedBlocks(StreamingSource):
         block_tokens: int,
         cross_documents: bool,
         min_tokens: int,
-        encodings: Sequence[str],
-        column: str,
-        separator: str | None,
+        **how: Any,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -439,7 +510,7 @@ class StreamedBlocks(StreamingSource):
         self.cross_documents = cross_documents
         self.min_tokens = min_tokens
         self._content = block_tokens - 1
-        self._how = {"encodings": list(encodings), "column": column, "separator": separator}
+        self._how = how
 
     def stream(self, **place: int) -> Iterator[RawSample]:
         """See `StreamingSource.stream`; a broken document comes as its `BadSample`, for `decode_tokens` to raise."""

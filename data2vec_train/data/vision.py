@@ -6,6 +6,7 @@ PIL decodes, not torchvision: its decoders end the process with a segmentation f
 """
 
 import functools
+import math
 import re
 import struct
 import warnings
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from data2vec_train.data.files import read_file
 from data2vec_train.errors import BadSample, ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "MPO")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORIENTATION = 0x0112  # EXIF tag
+MAX_COVERED = 16  # an image resized to cover the result has at most so many times its pixels
 EVAL_CROP = 0.875  # part of the shorter side that an evaluation crop keeps: 224 of 256
 
 # What PIL's plugins let through on broken files, apart from OSError: found by damaging files at random.
@@ -41,11 +44,19 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
+# No image of so many pixels needs a larger file: 16 bits in 4 channels, uncompressed, and what is known about it.
+BYTES_PER_PIXEL, METADATA_BYTES = 8, 2**24
+# A progressive JPEG has about ten scans, and each may cost as much time as decoding the whole image.
+MAX_JPEG_SCANS = 100
+JPEG_RESTART, JPEG_END, JPEG_SCAN = range(0xD0, 0xD8), 0xD9, 0xDA
+JPEG_BARE = (0x01, 0xD8, JPEG_END)  # markers without a length
+# What may follow the data of a scan, apart from restarts: tables, the next scan, comments, the end.
+JPEG_AFTER_SCAN = {0xC4, 0xCC, JPEG_END, JPEG_SCAN, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 PIL_MODULES = re.compile(r"PIL(\..*)?$")
 
 
 def decode_image(
-    value: bytes | str | Path | np.ndarray, *, channels: int, max_pixels: int
+    value: bytes | str | Path | np.ndarray | BadSample, *, channels: int, max_pixels: int
 ) -> "Image.Image | np.ndarray":
     """An upright image with `channels` channels: "L" (1), "RGB" (3) or "RGBA" (4).
 
@@ -53,7 +64,8 @@ def decode_image(
     channels come from arrays only. Greyscale, palette, CMYK and 16-bit images are converted; transparency is dropped
     where the model has no fourth channel, as torchvision's ImageFolder does; of an animation it is the first frame.
 
-    Known limit: a JPEG with corrupt bytes in the middle decodes, in part to noise, without an error.
+    Known limit: formats without checksums decode to noise where a few of their bytes are wrong. In a JPEG a wrong byte
+    shows only when it reads as a marker that does not belong there, or puts the decoder off for good.
 
     Args:
         value: File content, a file, or a uint8 array (h, w) or (h, w, C).
@@ -63,10 +75,13 @@ def decode_image(
     Raises:
         BadSample: not a usable image; the text is a short reason.
     """
+    if isinstance(value, BadSample):
+        raise value
     if isinstance(value, np.ndarray):
         return convert_array(value, channels, max_pixels)
     if isinstance(value, Path):
-        value = read(value)
+        limit = f"modality.decode.max_pixels={max_pixels}"
+        value = read_file(value, max_bytes=BYTES_PER_PIXEL * max_pixels + METADATA_BYTES, limit=limit)
     if isinstance(value, str):
         raise BadSample("a text, not an image")
     if channels not in MODES:
@@ -82,6 +97,8 @@ def decode_image(
     try:
         image = Image.open(BytesIO(value), formats=known_formats())
         check_size(*image.size, max_pixels)
+        if image.format in ("JPEG", "MPO"):
+            check_jpeg(value)
         image.load()
         return convert(upright(image), MODES[channels])
     except BadSample:
@@ -96,15 +113,8 @@ def decode_image(
 
 
 def read(path: Path) -> bytes:
-    """Content of a file."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample("file is missing") from error
-    except PermissionError as error:
-        raise BadSample("not readable: permission denied") from error
-    except OSError as error:
-        raise BadSample(f"not readable: {error.strerror or error}") from error
+    """Content of a file, whatever its size."""
+    return read_file(path, max_bytes=math.inf, limit="nothing")
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -113,6 +123,36 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadSample(f"{width}x{height} pixels")
     if width * height > max_pixels:
         raise BadSample(f"{width}x{height} pixels, more than modality.decode.max_pixels={max_pixels}")
+
+
+def check_jpeg(data: bytes) -> None:
+    """Refuse a JPEG whose markers show damage that libjpeg only warns about, which PIL does not pass on."""
+    array = np.frombuffer(data, dtype=np.uint8)
+    places = np.flatnonzero(array[:-1] == 0xFF)
+    codes = array[places + 1]
+    marker = (codes != 0) & (codes != 0xFF)  # 0xFF00 stands for a 0xFF of the data, 0xFFFF fills up
+    places, codes = places[marker], codes[marker]
+    others = np.flatnonzero((codes < JPEG_RESTART.start) | (codes >= JPEG_RESTART.stop))
+    start, scans, in_scan = 2, 0, False  # where the next marker is looked for; the file begins with one
+    while True:
+        first = int(np.searchsorted(places, start))
+        following = int(np.searchsorted(others, first))
+        if following == len(others):  # PIL says what is missing
+            return
+        following = int(others[following])
+        restarts, place, code = codes[first:following], int(places[following]), int(codes[following])
+        if in_scan and not np.array_equal(restarts - JPEG_RESTART.start, np.arange(len(restarts)) % 8):
+            raise BadSample("broken image file: JPEG restart markers out of order")
+        if in_scan and code not in JPEG_AFTER_SCAN:
+            raise BadSample(f"broken image file: JPEG marker 0x{code:02X} within the image data")
+        if code == JPEG_END:
+            return
+        scans += code == JPEG_SCAN
+        if scans > MAX_JPEG_SCANS:
+            raise BadSample(f"a JPEG of more than {MAX_JPEG_SCANS} scans, which would take long to decode")
+        in_scan = code == JPEG_SCAN
+        length = 0 if code in JPEG_BARE else int.from_bytes(data[place + 2 : place + 4], "big")
+        start = place + 2 + length
 
 
 def upright(image: "Image.Image") -> "Image.Image":
@@ -326,6 +366,11 @@ class ImageTransform:
         _, height, width = pixels.shape
         scale = max(resized[0] / height, resized[1] / width)
         if scale != 1:
+            # Of a long strip the middle alone: all of it would be enlarged as much as its short side has to be.
+            if height * width * scale**2 > MAX_COVERED * resized[0] * resized[1]:
+                kept = [math.ceil(MAX_COVERED / 4 * side / scale) + 8 for side in resized]
+                pixels = functional.center_crop(pixels, [min(height, kept[0]), min(width, kept[1])])
+                height, width = pixels.shape[1:]
             target = [max(resized[0], round(height * scale)), max(resized[1], round(width * scale))]
             pixels = functional.resize(pixels, target, self._interpolation, antialias=True)
         return functional.center_crop(pixels, list(self.size))

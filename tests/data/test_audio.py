@@ -34,7 +34,8 @@ def tone(seconds: float, rate: int, channels: int = 1, hertz: float = 440.0) -> 
 
 
 def decode(value, **changes) -> np.ndarray:
-    return decode_audio(value, **{"sample_rate_hz": 16_000, "channels": 1, "min_seconds": 0.1} | changes)
+    options = {"sample_rate_hz": 16_000, "channels": 1, "min_seconds": 0.1, "min_level": 1e-6, "max_level": 65536.0}
+    return decode_audio(value, **options | changes)
 
 
 def strongest_hertz(wave: np.ndarray, rate: int) -> float:
@@ -274,10 +275,11 @@ import torchaudio
 source = FolderSource(path=sys.argv[1], extensions=[".flac"], class_from_folder=False)
 segments = AudioSegments(source, sample_rate_hz=16000, min_seconds=0.2, segment_seconds=30.0, cache_dir=None)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-decode_audio(segments[0].value, sample_rate_hz=16000, channels=1, min_seconds=0.2)
+options = dict(sample_rate_hz=16000, channels=1, min_seconds=0.2, min_level=1e-6, max_level=65536.0)
+decode_audio(segments[0].value, **options)
 before = peak()
 for index in range(1, len(segments), 20):
-    decode_audio(segments[index].value, sample_rate_hz=16000, channels=1, min_seconds=0.2)
+    decode_audio(segments[index].value, **options)
 print(json.dumps({"segments": len(segments), "grown_mb": peak() - before}))
 """
 

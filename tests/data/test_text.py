@@ -25,7 +25,7 @@ from data2vec_train.data.tokenizer import EMBEDDED, Tokenizer, tokenizer_facts
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 ENCODINGS = ["utf-8-sig", "cp1252"]
-HOW = {"encodings": ENCODINGS, "column": "text", "separator": None}
+HOW = {"encodings": ENCODINGS, "column": "text", "separator": None, "max_document_bytes": 2**20}
 EXTENSIONS = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.bz2", ".parquet"]
 WORDS = "The quick brown fox jumps over the lazy dog, and nobody minds. "
 
@@ -205,7 +205,7 @@ def test_rows_of_parquet_are_documents(tmp_path):
     path = tmp_path / "docs.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), path)
     found = [(key, str(text)) for key, _, text in documents(RawSample("d", path, None), **HOW)]
-    assert found == [("d:0", "one"), ("d:1", "NoneType instead of a text"), ("d:2", "two")]
+    assert found == [("d:0", "one"), ("d:1", "null instead of a text"), ("d:2", "two")]
     ((_, _, error),) = documents(RawSample("d", path, None), **HOW | {"column": "words"})
     assert str(error) == "no column 'words'; there are text"
     path.write_bytes(b"PAR1 not at all")
@@ -275,7 +275,11 @@ def test_files_are_tokenized_once_and_again_when_they_change(tmp_path, monkeypat
     again = prepared(source, tmp_path / "cache")
     assert not calls
     assert again[1].value.tolist() == first[1].value.tolist()
-    assert again.rejected == first.rejected == (("bad.txt", "a binary file"),)
+    assert (
+        again.rejected
+        == first.rejected
+        == (("bad.txt", "a binary file, or UTF-16 or UTF-32 without a byte order mark"),)
+    )
     assert prepared(source, tmp_path / "cache", separator=". ").lengths is not None
     assert len(calls) == 1  # another setting
     (folder / "a.txt").write_text(WORDS * 5)

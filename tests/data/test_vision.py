@@ -166,10 +166,11 @@ def test_files_say_why_they_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(BadSample, match="^not readable: Is a directory$"):
         decode(tmp_path)
 
-    def refuse(path):  # the superuser may read everything, so the file system cannot play this
+    def refuse(path, mode):  # the superuser may read everything, so the file system cannot play this
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "secret.png").touch()
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(BadSample, match="^not readable: permission denied$"):
         decode(tmp_path / "secret.png")
 

@@ -1,0 +1,63 @@
+"""Files of data, opened with care: what lies in a folder may be anything, and its reason is wanted in plain words."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from data2vec_train.errors import BadSample
+
+SPECIAL_FILES = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file, opened to be read; whoever waits at the other end of a pipe is not waited for.
+
+    Raises:
+        BadSample: it is missing, may not be read, or is not a file.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+        if kind in SPECIAL_FILES:
+            raise BadSample(f"not readable: a {SPECIAL_FILES[kind]}, not a file")
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise BadSample("a link to a file that is missing" if path.is_symlink() else "file is missing") from error
+    except PermissionError as error:
+        raise BadSample("not readable: permission denied") from error
+    except OSError as error:
+        raise BadSample(f"not readable: {error.strerror or error}") from error
+    except BadSample:  # which the next line would catch as well
+        raise
+    except ValueError as error:  # a NUL in its name
+        raise BadSample(f"not readable: {error}") from error
+
+
+def read_file(path: Path, *, max_bytes: float, limit: str) -> bytes:
+    """Content of a file.
+
+    Args:
+        path: the file.
+        max_bytes: larger ones are refused before they are read.
+        limit: where `max_bytes` comes from, for the message.
+
+    Raises:
+        BadSample: see `open_file`; or it is too large.
+    """
+    with open_file(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise BadSample(f"a file of {size} bytes, more than {max_bytes} by {limit}")
+            return file.read()
+        except OSError as error:
+            raise BadSample(f"not readable: {error.strerror or error}") from error
+
+
+def version_of(path: Path) -> str:
+    """What tells whether a file has changed: its place, size and time; without the latter two if it cannot be seen."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return f"{path.absolute()}|None"
+    return f"{path.absolute()}|{(status.st_size, status.st_mtime_ns)}"
