@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,9 +23,10 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from data2vec_train.errors import CollapseError, ConfigError, DataError
-from data2vec_train.places import config_directory
-from data2vec_train.preflight import find_faults, nodes_of, plugin_packages, preflight, target_fault
+from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
+from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError
+from data2vec_train.places import config_directory, stay_off_the_network
+from data2vec_train.preflight import find_faults, preflight
 
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
 
@@ -71,7 +73,7 @@ def build(node: DictConfig | ListConfig | Mapping | None, **supplied: object) ->
         **supplied: Arguments that no config can hold (a model, parameters); handed on as they are, never copied.
 
     Raises:
-        ConfigError: The node names something that a config may not call.
+        ConfigError: The node names something that a config may not call, or Lightning refuses its arguments.
     """
     if node is None:
         return None
@@ -91,6 +93,13 @@ def build(node: DictConfig | ListConfig | Mapping | None, **supplied: object) ->
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
+    except _refusals_of_lightning() as error:  # more GPUs than there are, a strategy that needs one, ...
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _refusals_of_lightning() -> tuple[type[Exception], ...]:
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")  # not loaded: then it has refused nothing
+    return (module.MisconfigurationException,) if module else ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,8 +111,9 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
 
     `weights` names the setting with trained weights: unless the command says `modality=`, it is that of the weights.
 
-    Exits with 2 for a fault in the command, the config or the data, with 3 for a collapse, with 130 when interrupted
-    and with 1 for anything else, which keeps its stack trace. A sweep goes on when a member fails, and exits with the
+    Exits with 2 for a fault in the command, the config, the data or the disk, with 3 for a collapse, with 130 after
+    Ctrl-C and with 75 after SIGTERM or SIGUSR1 (a run is saved then, and the same command goes on with it), and with 1
+    for anything else, which keeps its stack trace. A sweep goes on when a member fails, and exits with the
     worst status of its members.
     """
     # Hydra's own short form hides the frames that a bug report needs.
@@ -115,14 +125,19 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     if weights is not None:
         args.overrides += _modality_of_weights(args.overrides, weights)
     statuses: list[int] = []
+    stay_off_the_network()
+    typed = list(args.overrides)
     try:
         load_plugins()
+        _resume(args)
         faults = [f"{one}: there is no such flag; settings have no dashes: {one.lstrip('-')}" for one in unknown]
         faults += _faults_of_command(args, config_name)
         if faults:
             lines = "".join(f"  {fault}\n" for fault in faults)
             sys.stderr.write(f"{len(faults)} thing{'s' * (len(faults) > 1)} to mend in the command or config:\n{lines}")
             sys.exit(2)
+        # Scripts add settings to those they have, so it is no fault; but it is worth a word.
+        sys.stderr.write("".join(f"note: {one}\n" for one in _said_twice(typed)))
         guarded = _guard(task, statuses)
         guarded.__module__ = f"{__package__}.{config_name}"  # after which hydra names the job, and so its log file
         directory, args.config_path = args.config_path or config_directory(), None
@@ -136,13 +151,37 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         sys.exit(max(statuses))
 
 
+def _resume(args: argparse.Namespace) -> None:
+    """`resume=DIR` stands for the command that made the run or the sweep in DIR; other settings add to it."""
+    value = next((one.partition("=")[2].strip("'\"") for one in args.overrides if one.startswith("resume=")), "auto")
+    if value in ("auto", "never", "changed"):
+        return
+    directory = Path(value).expanduser()
+    run, sweep = directory / ".hydra" / "overrides.yaml", directory / "multirun.yaml"
+    if run.is_file():
+        saved, place = OmegaConf.to_container(OmegaConf.load(run)), "hydra.run.dir"
+    elif sweep.is_file():
+        saved, place = _overrides_of_sweep(sweep), "hydra.sweep.dir"
+        args.multirun = True
+    else:
+        raise ConfigError(f"resume={value}: expected auto, never, changed, or the directory of a run or a sweep")
+    added = [one for one in args.overrides if not one.startswith("resume=")]
+    args.overrides = [*saved, f"{place}='{directory}'", *added]
+
+
+def _overrides_of_sweep(file: Path) -> list[str]:
+    overrides = OmegaConf.to_container(OmegaConf.load(file).hydra.overrides, resolve=False)
+    own = ("hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
+    return [*overrides["task"], *(one for one in overrides["hydra"] if not one.startswith(own))]
+
+
 def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
     """`["modality=audio"]` when the command leaves the modality out and a file beside the weights says it."""
     given = dict(one.partition("=")[::2] for one in overrides)
     if setting not in given or any(name.lstrip("+") in ("modality", "recipes") for name in given):
         return []
     path = Path(given[setting].strip("'\"")).expanduser()
-    folders = [path, path / MODEL_FOLDER, path.parent, path.parent.parent]
+    folders = [path, path / MODEL_FOLDER, *path.absolute().parents[:3]]
     for folder in folders:
         for name, pattern in (("config.json", r'"model_type": "data2vec(?:_train)?-(\w+)"'), ("config.yaml", _NAMED)):
             file = folder / name
@@ -153,6 +192,17 @@ def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
 
 
 _NAMED = r"(?m)^modality:\n(?:  .*\n)*?  name: (\w+)$"  # in the config.yaml of a run
+
+
+def _said_twice(overrides: list[str]) -> list[str]:
+    values: dict[str, list[str]] = {}
+    for one in overrides:
+        name, _, value = one.partition("=")
+        values.setdefault(name.lstrip("+"), []).append(value)
+    twice = {name: found for name, found in values.items() if name and len(set(found)) > 1}
+    return [
+        f"{name}: is set {len(found)} times, to {' and '.join(found)}; the last counts" for name, found in twice.items()
+    ]
 
 
 def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:
@@ -167,6 +217,7 @@ def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:
         config_dir=directory and directory.absolute(),
         extra_config_dir=extra,
         multirun=args.multirun,
+        on_this_machine=True,
         names_only=bool(args.help or args.hydra_help or args.cfg or args.info),
     )
 
@@ -183,9 +234,12 @@ def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callabl
             if is_member and (faults := preflight(cfg)):
                 raise ConfigError("; ".join(faults))
             return task(cfg)
-        except (ConfigError, DataError, CollapseError) as error:
+        except (ConfigError, DataError, SaveError, CollapseError) as error:
             sys.stderr.write(f"error{who}: {error}\n")
             status = 3 if isinstance(error, CollapseError) else 2
+        except Interrupted as error:
+            sys.stderr.write(f"{error}\n")
+            raise SystemExit(130 if error.signal_number == signal.SIGINT else 75) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except _BUGS as error:

@@ -164,10 +164,13 @@ class Data2Vec(nn.Module):
         )
         return predictions.float(), student
 
-    def step_teacher(self, step: int) -> float:
-        """Move the teacher after optimizer step number `step` (1, 2, ...); returns the decay that was used."""
+    def step_teacher(self, step: int, *, unusable: Tensor | None = None) -> float:
+        """Move the teacher after optimizer step number `step` (1, 2, ...); returns the decay of that step.
+
+        `unusable`, () bool, says that the optimizer passed over the step, and that the teacher is to as well.
+        """
         tau = tau_at(step, **self.tau)
-        self.teacher.update(self.student, tau)
+        self.teacher.update(self.student, tau, unusable=unusable)
         return tau
 
     def _error(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -176,9 +179,18 @@ class Data2Vec(nn.Module):
         return F.smooth_l1_loss(predictions, targets, reduction="none", beta=self.loss_beta)
 
 
-def std_over_rows(x: Tensor) -> Tensor:
+def std_over_rows(x: Tensor, *, everywhere: bool = False) -> Tensor:
     """Mean over channels of the standard deviation over rows: x (P, D) -> (). Near 0 = collapsed.
+
+    With `everywhere` the rows are those of all processes, each of which has to ask.
 
     Source: `compute_var` of the originals (spec 1.4), called a variance there.
     """
-    return (x.float().var(dim=0) + 1e-6).sqrt().mean()
+    if not everywhere:
+        return (x.float().var(dim=0) + 1e-6).sqrt().mean()
+    x = x.double()
+    sums = torch.stack([torch.ones_like(x).sum(dim=0), x.sum(dim=0), x.square().sum(dim=0)])  # (3, D)
+    torch.distributed.all_reduce(sums)
+    count, first, second = sums
+    variance = (second - first.square() / count).clamp_min(0) / (count - 1)
+    return (variance + 1e-6).sqrt().mean().float()

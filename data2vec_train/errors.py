@@ -17,5 +17,18 @@ class CollapseError(RuntimeError):
     """Targets or predictions no longer vary between positions: the run has nothing left to learn."""
 
 
+class SaveError(RuntimeError):
+    """The run could not be saved: the disk is full, gone or not writable. Earlier checkpoints are as they were."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run at the edge of a step, after saving it; the same command goes on there."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped and saved after step {step}; the same command goes on from there")
+        self.signal_number = signal_number
+        self.step = step
+
+
 class WeightMismatch(ConfigError):
     """A file of weights and a model that do not fit each other. The text lists every tensor concerned."""

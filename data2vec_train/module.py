@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +13,9 @@ from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError
 from data2vec_train.optim import Schedule, set_lr
+
+# A power of two: dividing by it and multiplying by it again changes no bit.
+UNIT = 2.0**14
 
 
 class TrainingModule(L.LightningModule):
@@ -30,15 +34,32 @@ class TrainingModule(L.LightningModule):
         self.log_every_n_steps = log_every_n_steps
         self.measured: dict[str, Tensor | float] = {}  # of the last logged step; tensors until somebody reads them
         self._counts: list[int] = []  # hidden tokens, or samples, of each micro-batch since the last optimizer step
+        self._step_loss: Tensor | float = 0.0  # sum over these micro-batches
+        self._step_samples: list[Tensor | tuple[str, ...]] = []  # of these micro-batches
+        self.unusable: Tensor | None = None  # () bool: loss or gradient of the step is not finite on some process
+        self.unusable_samples: list[Tensor | tuple[str, ...]] = []  # of that step on this process, by micro-batch
 
     def seed_step(self) -> None:
-        """Make dropout and noise of this micro-batch follow from (seed, step)."""
-        torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, len(self._counts), self.global_rank))
+        """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
+        number = len(self._counts) * self.trainer.world_size + self.global_rank
+        torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
 
-    def weighted(self, loss: Tensor, count: int) -> Tensor:
-        """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`."""
+    def weighted(self, loss: Tensor, count: int, samples: Tensor | tuple[str, ...]) -> Tensor:
+        """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`.
+
+        Args:
+            loss: ().
+            count: what it is the mean of: hidden tokens, or examples.
+            samples: what they are called, for the message when the loss is not finite: ids (B,), or names.
+        """
         self._counts.append(count)
-        return loss * (count / self._counts[0])
+        self._step_loss = self._step_loss + loss.detach()
+        self._step_samples.append(samples)
+        return loss * (count / self._unit())
+
+    def _unit(self) -> float:
+        """What micro-batches are weighted relative to: the first, or with several processes the same for all."""
+        return UNIT if self.trainer.world_size > 1 else self._counts[0]
 
     def measure(self, values: dict[str, Tensor]) -> None:
         """Keep what is logged of this step, the mean over its micro-batches; after `weighted`."""
@@ -51,14 +72,20 @@ class TrainingModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient that of the mean over all that the step has seen.
 
-        Micro-batches may count differently and Lightning takes their plain mean. Each was weighted with its count
-        relative to the first; what remains is one factor, known on the host, and 1 when counts are equal.
+        Micro-batches may count differently, and Lightning takes their plain mean over the step and over processes.
+        Each was weighted with its count relative to a unit; what remains is one factor, in one process known on the
+        host and 1 when counts are equal.
         """
-        factor = self.trainer.accumulate_grad_batches * self._counts[0] / sum(self._counts)
+        factor: Tensor | float
+        if self.trainer.world_size == 1:
+            factor = self.trainer.accumulate_grad_batches * self._unit() / sum(self._counts)
+        else:
+            total = torch.tensor(float(sum(self._counts)), device=self.device)
+            dist.all_reduce(total)
+            factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
         self._counts.clear()
-        if factor != 1.0:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            torch._foreach_mul_(gradients(optimizer), factor)
 
     def configure_gradient_clipping(
         self,
@@ -66,17 +93,36 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over all gradients, and keep the norm for the log.
+        """Clip the norm over all gradients, keep the norm for the log, and keep what is not finite from the optimizer.
 
         Raises:
             ConfigError: another clipping than by norm is asked for.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
-        if gradient_clip_val or self.logs_after(self.trainer.global_step + 1):
+        norm = torch.nn.utils.get_total_norm(gradients(optimizer))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.logs_after(self.trainer.global_step + 1):
             self.measured["train/grad_norm"] = norm
+        self._judge(optimizer, norm)
+
+    def _judge(self, optimizer: Optimizer, norm: Tensor) -> None:
+        """Fill `unusable`, and make the optimizer pass over such a step, its moments and step counts included."""
+        loss = torch.as_tensor(self._step_loss, device=norm.device)
+        unusable = (~torch.isfinite(norm + loss)).float()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(unusable, dist.ReduceOp.MAX)
+        self.unusable, self.unusable_samples = unusable > 0, self._step_samples
+        self._step_loss, self._step_samples = 0.0, []
+        if unusable.device.type == "cpu":
+            if self.unusable:
+                optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
+        else:
+            # Read by the fused optimizer on the device, so that the host need not wait to know.
+            optimizer.grad_scale, optimizer.found_inf = None, unusable
 
     def optimizer_step(
         self,
@@ -90,6 +136,16 @@ class TrainingModule(L.LightningModule):
         set_lr(optimizer, lr)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.measured["train/lr"] = lr
+        if self.trainer.world_size > 1 and self.logs_after(self.trainer.global_step):
+            self._share_measured()
+
+    def _share_measured(self) -> None:
+        """Means over all processes of what was measured on each."""
+        names = [name for name, value in self.measured.items() if isinstance(value, Tensor)]
+        if names:
+            values = torch.stack([self.measured[name].float() for name in names])
+            dist.all_reduce(values)
+            self.measured |= dict(zip(names, values / self.trainer.world_size, strict=True))
 
     def logs_after(self, step: int) -> bool:
         """Whether the step that ends with so many finished ones is logged."""
@@ -122,13 +178,14 @@ class Data2VecModule(TrainingModule):
         """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
         self.seed_step()
         output: Data2VecOutput = self.objective(batch)
-        loss = self.weighted(output.loss, batch.masks.hidden.numel())
+        loss = self.weighted(output.loss, batch.masks.hidden.numel(), batch.ids)
         if self.logs_after(self.trainer.global_step + 1):
             values = {"train/loss": output.loss.detach()}
             if len(output.terms) > 1:
                 values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
-            values["train/target_std"] = std_over_rows(output.targets)
-            values["train/prediction_std"] = std_over_rows(output.predictions.detach())
+            everywhere = self.trainer.world_size > 1
+            values["train/target_std"] = std_over_rows(output.targets, everywhere=everywhere)
+            values["train/prediction_std"] = std_over_rows(output.predictions.detach(), everywhere=everywhere)
             self.measure(values)
         return loss
 
@@ -140,10 +197,15 @@ class Data2VecModule(TrainingModule):
         """
         finished = self.trainer.global_step
         super().optimizer_step(*args, **kwargs)
-        self.measured["train/tau"] = self.objective.step_teacher(finished + 1)
+        self.measured["train/tau"] = self.objective.step_teacher(finished + 1, unusable=self.unusable)
 
     def configure_optimizers(self) -> Optimizer:
         """The teacher has no trainable parameters and is in no group."""
         return self.make_optimizer(
             [self.objective.student, self.objective.decoder], no_decay=self.objective.student.no_decay
         )
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Of all parameters that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

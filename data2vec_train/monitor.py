@@ -5,9 +5,11 @@ import importlib.util
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers.logger import Logger
@@ -15,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import TrainingModule
+from data2vec_train.saving import measuring_callback
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,24 @@ class CSVLog(Logger):
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self.columns = next(csv.reader(file), self.columns)
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`: a run that goes on there will log it again."""
+        if not self.path.exists():
+            return
+        content = self.path.read_text()
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not content.endswith("\n"):  # killed while writing it
+            rows = rows[:-1]
+        self._write([row for row in rows if int(row["step"]) <= step], mode="w")
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Put all rows on the disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @property
     def name(self) -> str:
@@ -112,11 +133,13 @@ class Monitor(L.Callback):
         """Start the clock after the baselines of the probes."""
         if self.progress == "bar" and trainer.is_global_zero:
             self._bar = _Bar(trainer.max_steps, trainer.global_step)
-        probe = _measuring(trainer)
-        self._log_row(trainer, dict(probe.metrics) if probe else {})
+        probe = measuring_callback(trainer)
+        if trainer.global_step == 0:  # else it was logged before the run was interrupted
+            self._log_row(trainer, dict(probe.metrics) if probe else {})
         self._probed_at = trainer.global_step
-        self._waited_before = trainer.datamodule.loader.waited_seconds
-        self._started = time.perf_counter() - (probe.seconds if probe else 0.0)
+        self._waited_before = trainer.datamodule.loader.waited_seconds - self.waited_seconds
+        self._started = time.perf_counter() - (probe.seconds if probe else 0.0) - self.train_seconds
+        self._since_log = (self.train_seconds, self.samples, self.waited_seconds)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: TrainingModule, outputs: object, batch: object, batch_idx: int
@@ -126,7 +149,7 @@ class Monitor(L.Callback):
         step = trainer.global_step
         if self._bar is not None:
             self._bar.advance(step)
-        probe = _measuring(trainer)
+        probe = measuring_callback(trainer)
         just_measured = probe is not None and probe.measured_at == step and step > self._probed_at
         if "train/loss" not in pl_module.measured or "train/lr" not in pl_module.measured:
             if just_measured:  # between two logged steps
@@ -175,19 +198,31 @@ class Monitor(L.Callback):
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, eta)
 
     def _check_collapse(self, step: int, row: dict[str, float]) -> None:
-        for name in ("train/loss", *self.limits):
+        if not math.isfinite(row["train/loss"]):
+            return  # the step was passed over; `FiniteSteps` counts these
+        for name, limit in self.limits.items():
             if not math.isfinite(row[name]):
                 raise CollapseError(
                     f"at step {step} {name} is {row[name]}, not a number: training diverged. Try a lower optimizer.lr "
                     "or a longer warm-up"
                 )
-        for name, limit in self.limits.items():
             if step >= self.grace_steps and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "
                     "network gives (nearly) the same answer everywhere. Try a lower optimizer.lr, a longer warm-up "
                     "or a higher objective.tau_start; callbacks.monitor holds the thresholds"
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary is made of."""
+        numbers = {"first": self.first, "last": self.last, "train_seconds": self.train_seconds}
+        return numbers | {"samples": self.samples, "waited_seconds": self.waited_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.first, self.last = state_dict["first"], state_dict["last"]
+        self.train_seconds, self.samples = state_dict["train_seconds"], state_dict["samples"]
+        self.waited_seconds = state_dict["waited_seconds"]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the terminal back."""
@@ -196,8 +231,19 @@ class Monitor(L.Callback):
             self._bar = None
 
 
-def wandb_logger(*, project: str, save_dir: str) -> Logger:
+def tensorboard_logger(*, save_dir: str, step: int) -> Logger:
+    """A TensorBoard logger; what an interrupted run wrote there after `step` is not shown."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    resumed = {"purge_step": step + 1} if step else {}
+    return TensorBoardLogger(save_dir=save_dir, name="tensorboard", version="", **resumed)
+
+
+def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
     """A Weights & Biases logger; offline when there is no API key, so that it never asks.
+
+    A run that goes on keeps its identity, which is in `wandb_id` in the run directory; W&B passes over the steps that
+    it has already.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -206,7 +252,11 @@ def wandb_logger(*, project: str, save_dir: str) -> Logger:
         raise ConfigError("logger=wandb needs the package wandb: pip install 'data2vec-train[wandb]'")
     from lightning.pytorch.loggers import WandbLogger
 
-    return WandbLogger(project=project, save_dir=save_dir, offline="WANDB_API_KEY" not in os.environ)
+    note = Path(save_dir) / "wandb_id"
+    if not step or not note.is_file():
+        note.write_text(secrets.token_hex(4))
+    offline = "WANDB_API_KEY" not in os.environ
+    return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=note.read_text(), resume="allow")
 
 
 def describe(row: dict[str, float]) -> str:
@@ -222,11 +272,6 @@ def describe(row: dict[str, float]) -> str:
     }
     formats |= {name: name.removeprefix("test/") + " {:.4g}" for name in row if name.startswith("test/")}
     return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
-
-
-def _measuring(trainer: L.Trainer) -> "L.Callback | None":
-    """The callback with the scores of the latest measurement."""
-    return next((callback for callback in trainer.callbacks if hasattr(callback, "measured_at")), None)
 
 
 def _clock_time(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Where the configuration files lie, and what their text may refer to."""
 
 import os
+import re
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -33,18 +34,51 @@ def expose_recipes() -> None:
         os.environ["DATA2VEC_RECIPES"] = str(recipes_parent())
 
 
+def text_of_recipe(name: str) -> str:
+    """What is written in `recipes/NAME.yaml`; nothing when there is no such recipe."""
+    file = Path(os.environ.get("DATA2VEC_RECIPES") or recipes_parent(), "recipes", f"{name}.yaml")
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def stay_off_the_network() -> None:
+    """Turns off what libraries send or fetch unasked; what the user sets in the environment stays.
+
+    `datasets` counts the loading of local files on its makers' server, and hub requests carry usage data.
+    """
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
 def register_resolvers() -> None:
-    """Makes four functions available in configs.
+    """Makes five functions available in configs.
 
     `${share:0.1,${trainer.max_steps}}`: that share of a whole number, at least 1 unless it is 0.
     `${product:60,16000}`: the product, rounded to a whole number.
     `${sample:FILE}`: path of a data set inside the package.
     `${vocabulary:PATH,TRAIN_VOCAB_SIZE,NAME}`: a fact about a tokenizer, see `tokenizer_facts`.
+    `${oc.env:NAME,DEFAULT}`: an environment variable, as always, but no password.
     """
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
     OmegaConf.register_new_resolver("share", _share, replace=True)
     OmegaConf.register_new_resolver("product", lambda a, b: round(a * b), replace=True)
     OmegaConf.register_new_resolver("sample", lambda file: str(_HERE / "samples" / file), replace=True)
     OmegaConf.register_new_resolver("vocabulary", _vocabulary, replace=True)
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|COOKIE|(^|_)KEY(_|$)", re.IGNORECASE)
+_NOTHING = object()
+
+
+def _environment(name: str, default: object = _NOTHING) -> object:
+    if _SECRET.search(str(name)):
+        # Settings are written into config.yaml and into every checkpoint, which people share.
+        raise ConfigError(f"a config may not read the environment variable {name}: runs keep their settings for all")
+    if name in os.environ:
+        return os.environ[name]
+    if default is _NOTHING:
+        raise ConfigError(f"the environment variable {name} is not set; set it, or write ${{oc.env:{name},DEFAULT}}")
+    return default if default is None else str(default)
 
 
 def _share(fraction: float, total: int) -> int:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -25,16 +25,35 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from data2vec_train.places import config_directory, expose_recipes, register_resolvers
-from data2vec_train.signatures import Parameter, file_of, find, mismatch, public_names, show, signature
-
-# A config may come from anybody, and `_target_` runs what it names: only these prefixes and the plugins' packages.
-ALLOWED = ("data2vec_train.", "lightning.", "torch.optim.", "torchvision.")
-REFUSED = ("lightning.pytorch.cli.",)  # builds whatever its own arguments name
-plugin_packages: set[str] = set()
+from data2vec_train.allowed import hydra_faults, nodes_of, search_path_faults, target_fault
+from data2vec_train.places import config_directory, expose_recipes, register_resolvers, text_of_recipe
+from data2vec_train.rules import MACHINE_RULES, RULES, choices_suit_the_modality
+from data2vec_train.signatures import Parameter, did_you_mean, find, mismatch, show, signature
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 MAX_MEMBERS_CHECKED = 32  # of a sweep, before it starts; the others are checked when their turn comes
+
+_MAY_BE_LEFT_OUT = ("debug", "sample", "supervised", "pieces", "recipes")  # groups; the others are read by the program
+_TAKES_SEVERAL = ("logger", "recipes", "debug")
+# Mappings whose settings the program knows by name: one more would be read by nobody.
+_FIXED = ("attention", "attentive", "data", "freeze", "layer_decay", "modality", "precision", "rates", "size")
+# What other programs call it.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "optimizer.lr"),
+    **dict.fromkeys(("wd", "decay"), "optimizer.weight_decay"),
+    **dict.fromkeys(("epochs", "max_epochs", "num_epochs", "steps", "max_steps", "iterations"), "trainer.max_steps"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "gpu"), "strategy.devices"),
+    **dict.fromkeys(("bs", "batch", "batch_size"), "data.batch_size_per_device"),
+    **dict.fromkeys(("workers", "num_workers"), "data.num_workers"),
+    **dict.fromkeys(("output", "output_dir", "out_dir", "run_dir", "save_dir"), "hydra.run.dir"),
+    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision"), "precision"),
+    **dict.fromkeys(("model", "arch", "model_size"), "size"),
+    **dict.fromkeys(("pretrained", "ckpt", "weights_path"), "init_from"),
+    **dict.fromkeys(("speech", "sound", "voice", "wav2vec"), "audio"),
+    **dict.fromkeys(("image", "images", "picture"), "vision"),
+    **dict.fromkeys(("language", "nlp", "bert"), "text"),
+    "dataset": "data",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,6 +68,7 @@ def find_faults(
     extra_config_dir: Path | None = None,
     multirun: bool | None = None,
     names_only: bool = False,
+    on_this_machine: bool = False,
 ) -> list[str]:
     """Every fault of a command line, one plain sentence each; an empty list when there is nothing to mend.
 
@@ -62,35 +82,79 @@ def find_faults(
         extra_config_dir: The value of `--config-dir`.
         multirun: Whether `-m` was given; None accepts several values either way.
         names_only: Look up only the choices of groups, which is what `--help` needs.
+        on_this_machine: Look also for the data, the GPU and so on, as for a command that is about to run.
     """
     expose_recipes()
     register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir or config_directory()), version_base="1.3"):
-        always = [line for line in overrides if line.startswith("hydra.searchpath=")]
+    folders = [config_dir or config_directory(), *([extra_config_dir] if extra_config_dir else [])]
+    always = [line for line in overrides if line.startswith("hydra.searchpath=")]
+    # Before anything else, since a package on this path is imported.
+    if unsafe := search_path_faults(_search_path(always, folders, config_name)):
+        return unsafe
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
         try:
-            configs = _Configs(config_name, always, extra_config_dir)
+            configs = _Configs(config_name, always, folders)
         except _COMPOSE_ERRORS as error:
             return [f"{config_name}: {_one_line(error)}"]
-        read = [_read(line, configs, multirun) for line in overrides]
-        faults = [fault for _, wrong in read for fault in wrong]
+        lines, faults = _without_spaces(overrides)
+        read = [_read(line, configs, multirun) for line in lines]
+        faults += [fault for _, wrong in read for fault in wrong]
         if not names_only:
-            pairs = zip(overrides, read, strict=True)
-            wrong = [line.partition("=")[0] for line, (values, found) in pairs if found and not values]
-            more = _faults_of_members([values for values, _ in read if values], configs)
-            faults += [one for one in more if not any(f": {group} is not set" in one for group in wrong)]
+            pairs = zip(lines, read, strict=True)
+            wrong = [line.partition("=")[0].lstrip("+~") for line, (values, found) in pairs if found and not values]
+            more = _faults_of_members(
+                [values for values, _ in read if values], configs, on_this_machine=on_this_machine
+            )
+            # What only follows from a line that was left out is not a fault of its own.
+            faults += [
+                one
+                for one in more
+                if not any(f": {name} is not set" in one or one.startswith((f"{name}.", f"{name}:")) for name in wrong)
+            ]
     return list(dict.fromkeys(faults))
+
+
+def _search_path(overrides: list[str], folders: list[Path], name: str) -> list[str]:
+    """Where a command, or else its primary config, wants configs to be looked for."""
+    try:
+        if overrides:
+            return [str(one) for one in OverridesParser.create().parse_overrides(overrides[:1])[0].value() or []]
+        found = [OmegaConf.select(cfg, "hydra.searchpath") for cfg in _primary_configs(folders, name)]
+        return [str(one) for entries in found if isinstance(entries, ListConfig) for one in entries]
+    except (*_COMPOSE_ERRORS, TypeError):
+        return []  # said when it is composed
+
+
+def _primary_configs(folders: list[Path], name: str) -> list[DictConfig]:
+    files = [folder / (name if name.endswith(".yaml") else f"{name}.yaml") for folder in folders]
+    loaded = [OmegaConf.load(file) for file in files if file.is_file()]
+    return [cfg for cfg in loaded if isinstance(cfg, DictConfig)]
+
+
+def _without_spaces(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides without those that spaces around an '=' took apart, and a sentence for each of these."""
+    words, faults = list(overrides), []
+    for place in range(len(words) - 1, 0, -1):
+        text = " ".join(words[place - 1 : place + 2])
+        parts = re.fullmatch(r"([^\s=]+)( = |(?: =|= )(?=\S))([^\s=]+)(.*)", text)
+        if parts is None or (parts[2] != " = " and "=" in words[place - 1].rstrip("=")):
+            continue
+        used = 3 if parts[2] == " = " else 2
+        faults.append(f"{parts[1]}{parts[2]}{parts[3]}: write it without spaces: {parts[1]}={parts[3]}")
+        words[place - 1 : place - 1 + used] = []
+    return words, faults[::-1]
 
 
 class _Configs:
     """What can be chosen, and its composition."""
 
-    def __init__(self, name: str, always: list[str], extra_dir: Path | None) -> None:
+    def __init__(self, name: str, always: list[str], folders: list[Path]) -> None:
         self.name = name
         self.always = always  # overrides that decide where configs are looked for
         self.loader = GlobalHydra.instance().config_loader()
-        if extra_dir is not None:  # what `--config-dir` does, see `hydra._internal.utils._run_hydra`
-            path, search_path = f"file://{extra_dir.absolute()}", self.loader.config_search_path
+        for extra in folders[1:]:  # what `--config-dir` does, see `hydra._internal.utils._run_hydra`
+            path, search_path = f"file://{extra.absolute()}", self.loader.config_search_path
             search_path.prepend("command-line", path, anchor=SearchPathQuery(provider="schema"))
             self.loader.repository.initialize_sources(search_path)
         self.parser = OverridesParser.create(config_loader=self.loader)
@@ -98,6 +162,11 @@ class _Configs:
         _, self.repository = self.loader._parse_overrides_and_create_caching_repo(name, always)
         self.options = functools.cache(self._options)
         self.compose = functools.cache(self._compose)
+        # Those of all commands, and those of this one. Where recipes lie there may be other folders, without configs.
+        self.groups = [one.name for folder in folders if folder.is_dir() for one in folder.iterdir() if one.is_dir()]
+        entries = [one for cfg in _primary_configs(folders, name) for one in cfg.get("defaults") or []]
+        keys = [str(key).split()[-1] for entry in entries if isinstance(entry, DictConfig) for key in entry]
+        self.own_groups = [key for key in keys if key in self.groups] if keys else self.groups
 
     def _options(self, group: str) -> list[str]:
         """The choices of a group, those in sub-directories as `vision/base_imagenet`; empty when it is no group."""
@@ -126,17 +195,19 @@ class _Configs:
 
 def _read(line: str, configs: _Configs, multirun: bool | None) -> tuple[list[Override], list[str]]:
     """The usable values of an override, more than one in a sweep, and what is wrong with the others."""
+    if re.fullmatch(r"[^=~]+=", line):
+        return [], [f"{line}: no value given; write {line}VALUE, or {line}null for none"]
     try:
         [override] = configs.parser.parse_overrides([line])
         values = _values(override, configs)
-    except HydraException as error:
-        return [], [_syntax_fault(line, error, configs)]
+    except HydraException:
+        return [], [_syntax_fault(line, configs)]
     if not override.key_or_group:
         return [], [f"{line}: there is no name before the '='; write key=value without spaces"]
     if override.is_sweep_override() and multirun is False:
         as_list = f"{override.get_key_element()}=[{override.get_value_string()}]"
         return [], [f"{line}: several values make a sweep, which needs -m; for one list write {as_list}"]
-    wrong = [_unknown_choices(value, configs) for value in values]
+    wrong = [_wrong_choices(value, configs) for value in values]
     usable = [value for value, faults in zip(values, wrong, strict=True) if not faults]
     return usable, [fault for faults in wrong for fault in faults]
 
@@ -150,37 +221,74 @@ def _values(override: Override, configs: _Configs) -> list[Override]:
     return configs.parser.parse_overrides([f"{override.get_key_element()}={text}" for text in texts])
 
 
-def _syntax_fault(line: str, error: HydraException, configs: _Configs) -> str:
+def _syntax_fault(line: str, configs: _Configs) -> str:
+    key, sign, value = line.partition("=")
     if re.fullmatch(r"[\w./]+", line):
-        groups = configs.repository.get_group_options("", ObjectType.GROUP)
-        groups = [group for group in groups if line in configs.options(group)]
+        if line in configs.groups:
+            return f"{line}: no choice given; write {line}=... one of {', '.join(configs.options(line))}"
+        groups = [group for group in configs.own_groups if line in configs.options(group)]
         return f"{line}: no value given; {f'did you mean {groups[0]}={line}?' if groups else f'write {line}=VALUE'}"
+    if not sign and (parts := re.fullmatch(r"([\w./]+):(.+)", line)):
+        return f"{line}: cannot be read; write {parts[1]}={parts[2].strip()}"
+    if value.startswith("="):
+        return f"{line}: cannot be read; one '=' is enough: {key}={value.lstrip('=')}"
+    quoted = f"'{key}=\"{value}\"'"
+    if any(value.count(a) != value.count(b) for a, b in ("[]", "{}", "()")) or value.count('"') % 2:
+        return (
+            f"{line}: cannot be read, a bracket or quote is not closed; close it, or put the value in quotes: {quoted}"
+        )
+    if value.endswith(",") or value.startswith(","):
+        return f"{line}: cannot be read; leave out the comma at the end: {key}={value.strip(',')}"
     return (
-        f"{line}: cannot be read ({_one_line(error)}); write key=value, and a value with spaces, commas, brackets or "
-        "an '=' in quotes: 'key=\"value\"'"
+        f"{line}: cannot be read; a value with spaces, commas, brackets, an '=' or letters beyond ASCII goes in "
+        f"quotes: {quoted}"
     )
 
 
-def _unknown_choices(override: Override, configs: _Configs) -> list[str]:
-    group, value = override.key_or_group, override.value()
-    if override.is_delete() or value is None or not configs.is_choice(override):
+def _wrong_choices(override: Override, configs: _Configs) -> list[str]:
+    group, value, line = override.key_or_group, override.value(), override.input_line
+    line = line or f"{override.get_key_element()}={value}"
+    if override.is_delete():
+        is_read = group in configs.own_groups and group not in _MAY_BE_LEFT_OUT
+        return [f"{line}: {group} cannot be left out; choose one of {', '.join(configs.options(group))}"] * is_read
+    if not configs.is_choice(override):
         return []
     options = configs.options(group)
+    if override.is_force_add():
+        return [f"{line}: a group takes no pluses: {group}={value}"]
+    if value is None:
+        return [f"{line}: a group is not null; choose one of {', '.join(options)}"]
+    if group in configs.groups and group not in (*configs.own_groups, "recipes"):
+        return [f"{line}: {_command(configs)} has no {group}; it has {', '.join(dict.fromkeys(configs.own_groups))}"]
+    if isinstance(value, list) and group in configs.own_groups and group not in _TAKES_SEVERAL:
+        return [f"{line}: {group} takes one choice; for several runs write -m {group}={','.join(map(str, value))}"]
     return [
         f"{override.get_key_element()}={one}: there is no {'recipe' if group == 'recipes' else group} called '{one}'"
-        f"{_did_you_mean(str(one), options)} Choices: {', '.join(options)}"
+        f"{did_you_mean(_ELSEWHERE.get(str(one), str(one)), options)} Choices: {_some(options, str(one))}"
         for one in (value if isinstance(value, list) else [value])
         if str(one) not in options
     ]
 
 
-def _faults_of_members(variants: list[list[Override]], configs: _Configs) -> list[str]:
+def _some(options: list[str], like: str) -> str:
+    """All choices, or of many those that are most alike."""
+    if len(options) <= 20:
+        return ", ".join(options)
+    near = difflib.get_close_matches(like, options, n=6, cutoff=0)
+    return f"{', '.join(near)} and {len(options) - len(near)} more"
+
+
+def _command(configs: _Configs) -> str:
+    return "python -m data2vec_train" + ("" if configs.name == "train" else f".{configs.name}")
+
+
+def _faults_of_members(variants: list[list[Override]], configs: _Configs, *, on_this_machine: bool) -> list[str]:
     """What is wrong with the run, or with the members of the sweep that the values in `variants` make."""
     members = list(itertools.islice(itertools.product(*variants), MAX_MEMBERS_CHECKED))
     found: dict[str, list[str]] = {}
     for member in members:
         swept = [one.input_line for one, values in zip(member, variants, strict=True) if len(values) > 1]
-        for fault in _faults_of_member(member, configs):
+        for fault in _faults_of_member(member, configs, on_this_machine=on_this_machine):
             found.setdefault(fault, []).append(" ".join(swept))
     return [
         fault if len(where) == len(members) else f"{fault} (in the sweep member {where[0]})"
@@ -188,28 +296,41 @@ def _faults_of_members(variants: list[list[Override]], configs: _Configs) -> lis
     ]
 
 
-def _faults_of_member(member: tuple[Override, ...], configs: _Configs) -> list[str]:
+def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_this_machine: bool) -> list[str]:
     faults: list[str] = []
     choices = [one for one in member if configs.is_choice(one)]
+    guessed: list[str] = []  # groups that have to be chosen and are not; any choice will do to look at the rest
     while isinstance(base := configs.compose(tuple(one.input_line for one in choices)), Exception):
-        culprit = next((one for one in choices if _is_about(base, one)), None)
-        faults.append(_choice_fault(culprit, base) if culprit else f"{configs.name}: {_one_line(base)}")
-        if culprit is None:
+        asked = re.match(r"You must specify '(\w+)'", str(base))
+        culprit = None if asked else next((one for one in choices if _is_about(base, one)), None)
+        faults.append(_choice_fault(culprit, base, configs) if culprit else f"{configs.name}: {_one_line(base)}")
+        if asked and asked[1] not in guessed:
+            guessed.append(asked[1])
+            choices += configs.parser.parse_overrides([f"{asked[1]}={configs.options(asked[1])[0]}"])
+        elif culprit:
+            choices.remove(culprit)
+        else:
             return faults
-        choices.remove(culprit)
     cfg = copy.deepcopy(base)
     retyped: dict[str, str] = {}
     for override in (one for one in member if not configs.is_choice(one)):
+        key = override.key_or_group
+        if key.split(".")[0] in guessed:
+            continue
         try:
             ConfigLoaderImpl._apply_overrides_to_config([override], cfg)
         except HydraException as error:
             faults.append(_setting_fault(override, error, cfg))
-        else:
-            retyped |= _retyped(base, cfg, override.key_or_group)
+            continue
+        retyped |= _retyped(base, cfg, key)
+        if fault := _unread_fault(override, base, cfg):
+            faults.append(fault)
+    if guessed:
+        return faults
     shown = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
     try:
-        return [*faults, *_inspect(cfg, retyped)]
+        return [*faults, *_inspect(cfg, retyped, on_this_machine=on_this_machine)]
     finally:
         HydraConfig.instance().cfg = shown
 
@@ -220,13 +341,37 @@ def _is_about(error: Exception, choice: Override) -> bool:
     return any(text in str(error) for text in texts)
 
 
-def _choice_fault(choice: Override, error: Exception) -> str:
+def _choice_fault(choice: Override, error: Exception, configs: _Configs) -> str:
     line, plain = choice.input_line, f"{choice.key_or_group}={choice.value()}"
+    if choice.key_or_group == "recipes" and choice.is_add() and "No match in the defaults list" in str(error):
+        used = re.search(r"python -m (data2vec_train(?:\.\w+)?) ", text_of_recipe(str(choice.value())))
+        command = f"; this recipe is for python -m {used[1]}" if used else ""
+        return f"{line}: it makes a choice that {_command(configs)} does not have{command}"
     if "No match in the defaults list" in str(error) and not choice.is_delete():
         return f"{line}: {choice.key_or_group} is not chosen by default; add it with a plus: +{plain}"
     if choice.is_add() and re.search("Multiple values|more than once", str(error)):
         return f"{line}: {choice.key_or_group} already has a choice; leave out the plus: {plain}"
     return f"{line}: {_one_line(error)}"
+
+
+def _unread_fault(override: Override, base: DictConfig, cfg: DictConfig) -> str | None:
+    """A setting that nobody would read, or the removal of one that the program reads."""
+    key, line = override.key_or_group, override.input_line
+    parent, _, last = key.rpartition(".")
+    above = OmegaConf.select(base, parent) if parent else base
+    if key.split(".")[0] in ("hydra", "logger") or not isinstance(above, DictConfig) or "_target_" in above:
+        return None
+    if override.is_delete():
+        return f"{line}: {key} cannot be left out; set it to another value" if last in above else None
+    if last in above or not (override.is_add() or override.is_force_add()):
+        return None
+    if not parent:
+        near = difflib.get_close_matches(key, ["recipes", *map(str, base)], n=1, cutoff=0.75)
+        return f"{line}: there is no setting called '{key}'; did you mean {near[0]}?" if near else None
+    is_used = any(f"${{{key}}}" in str(value) for _, value in nodes_of(OmegaConf.to_container(cfg, resolve=False)))
+    if key.split(".")[0] not in _FIXED or is_used or "name" not in base.get("modality", {"name": 0}):
+        return None
+    return f"{line}: there is no setting called '{key}'{_did_you_mean_setting(base, key)}"
 
 
 def _setting_fault(override: Override, error: HydraException, cfg: DictConfig) -> str:
@@ -247,8 +392,9 @@ def _retyped(base: DictConfig, cfg: DictConfig, key: str) -> dict[str, str]:
     kinds = [
         (DictConfig, "a mapping of settings", after is None or isinstance(after, DictConfig)),
         (bool, "true or false", not isinstance(after, str)),
-        (int, "a whole number", not isinstance(after, (bool, str, DictConfig))),
+        (int, "a whole number", after == "auto" or not isinstance(after, (bool, str, DictConfig))),
         (float, "a number", not isinstance(after, (bool, str, DictConfig))),
+        (ListConfig, "a list", after is None or isinstance(after, ListConfig)),
     ]
     expected, is_right = next(((text, right) for kind, text, right in kinds if isinstance(before, kind)), ("", True))
     return {} if is_right else {key: f"{key}: expected {expected}, got {show(after)}"}
@@ -264,40 +410,35 @@ def _one_line(error: BaseException) -> str:
 # Near names
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean x?`, or a full stop when nothing is near."""
-    known = list(known)
-    # `base_imagenet` stands for `vision/base_imagenet`
-    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.endswith(f"/{name}")]
-    return f"; did you mean {near[0]}?" if near else "."
-
-
 def _did_you_mean_setting(cfg: DictConfig, key: str) -> str:
     tree = OmegaConf.to_container(cfg, resolve=False)
-    hydras = tree.pop("hydra", {})
-    paths = [path for path, _ in nodes_of({"hydra": hydras} if key.startswith("hydra.") else tree)]
-    paths += ["recipes", *hydras.get("runtime", {}).get("choices", {})]
+    hydras = tree.get("hydra", {})
+    choices = hydras.get("runtime", {}).get("choices", {})
+    written = dict(nodes_of({"hydra": hydras} if key.startswith("hydra.") else tree | {"hydra": None}))
+    paths = [*written, "recipes", *choices]
     parent, _, last = key.rpartition(".")
+    if key == "data.path" and choices.get("data") == "sample":
+        return "; data=sample needs none, for your own data choose data=folder, hf, manifest or stream"
+    if (other := _ELSEWHERE.get(key)) in paths:
+        return f"; did you mean {other}?"
     last_names = {path: path.rpartition(".")[2] for path in paths}
     near = (
-        [path for path, name in last_names.items() if name == last]
+        difflib.get_close_matches(key, paths, n=1, cutoff=0.9)
+        or [path for path, name in last_names.items() if name == last]
         or difflib.get_close_matches(key, paths, n=1, cutoff=0.8)
         or [path for path, name in last_names.items() if name.startswith(last) and path.startswith(parent)]
         or [path for path, name in last_names.items() if difflib.get_close_matches(last, [name], cutoff=0.75)]
     )
+    # Of a value and what only passes it on, the value.
+    passed_on = {path: str(written.get(path))[2:-1] for path in near}
+    near = [path for path in near if passed_on[path] not in near]
     if near:
         return f"; did you mean {' or '.join(difflib.get_close_matches(key, dict.fromkeys(near), cutoff=0))}?"
     inside = OmegaConf.select(cfg, parent) if parent else cfg
-    return f"; {parent or 'the config'} has {', '.join(map(str, inside))}" if isinstance(inside, DictConfig) else ""
-
-
-def nodes_of(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of everything in a tree of dicts and lists."""
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in children:
-        here = f"{path}.{key}" if path else str(key)
-        yield here, value
-        yield from nodes_of(value, here)
+    if isinstance(inside, DictConfig) and not inside:
+        return f"; {parent} is empty, add it with a plus: +{key}=..."
+    where, inside = (parent, inside) if parent and isinstance(inside, DictConfig) else ("the config", cfg)
+    return f"; {where} has {', '.join(str(one) for one in inside if str(one) != 'hydra')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,21 +447,42 @@ def nodes_of(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 def preflight(cfg: DictConfig) -> list[str]:
     """Every fault of a composed config: what is not set, cannot be resolved, does not fit its `_target_`, or a rule."""
-    return _inspect(cfg, {})
+    return _inspect(cfg, {}, on_this_machine=False)
 
 
-def _inspect(cfg: DictConfig, retyped: dict[str, str]) -> list[str]:
+def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool) -> list[str]:
     walk = _Walk(cfg)
     walk.visit(cfg, walk.plain, "")
     faults = {path: text for path, text in retyped.items() if path not in walk.accepted} | walk.faults
-    for path, target in nodes_of({"hydra": walk.plain.get("hydra")}):  # callbacks, launchers and sweepers run as well
-        if path.endswith("._target_") and not str(target).startswith(("hydra.", "hydra_plugins.")):
-            fault = target_fault(target)
-            faults |= {path: f"{path}: {fault}"} if fault else {}
-    # A value worked out from a faulty one says nothing new.
-    underived = [text for raw, text in walk.derived if not any(f"${{{path}}}" in raw for path in faults)]
-    broken = [fault for rule in RULES if (fault := rule(cfg)) and fault.partition(":")[0] not in faults]
-    return list(dict.fromkeys([*faults.values(), *underived, *broken]))
+    underived = _first_causes(walk.derived, faults)
+    try:
+        faults |= hydra_faults(OmegaConf.to_container(cfg.hydra, resolve=True)) if "hydra" in cfg else {}
+    except OmegaConfBaseException as error:  # no part of it may stay unseen
+        if not (faults or underived):
+            faults["hydra"] = f"hydra: {_one_line(error)}"
+    rules = [*RULES, *(MACHINE_RULES if on_this_machine else [])]
+    broken = [fault for rule in rules if (fault := rule(cfg)) and fault.partition(":")[0] not in faults]
+    # One sentence for each setting; the first rule has the narrower view.
+    first = {fault.partition(":")[0]: fault for fault in reversed(broken)}
+    if misfit := choices_suit_the_modality(cfg):  # whose settings then fit nothing
+        faults = {path: text for path, text in faults.items() if not path.startswith(("modality.", "objective."))}
+        first, underived = {misfit.partition(":")[0]: misfit}, []
+    own = [text for path, text in reversed(first.items()) if walk.passes_on(path) not in first]
+    return list(dict.fromkeys([*faults.values(), *underived, *own]))
+
+
+def _first_causes(derived: list[tuple[str, str, str]], faults: dict[str, str]) -> list[str]:
+    """Sentences for the values that cannot be worked out, but not because of another one that is wrong."""
+
+    def refers(raw: str, paths: Iterable[str]) -> bool:
+        return any(f"${{{path}}}" in raw for path in paths)
+
+    explained = set(faults)
+    while more := {here for here, raw, _ in derived if here not in explained and refers(raw, explained)}:
+        explained |= more
+    left = [one for one in derived if one[0] not in explained]
+    first = [text for here, raw, text in left if not refers(raw, (other for other, _, _ in left if other != here))]
+    return first or [text for _, _, text in left][:1]  # values that wait for each other
 
 
 _UNKNOWN = object()
@@ -334,7 +496,7 @@ class _Walk:
         self.plain = OmegaConf.to_container(cfg, resolve=False)
         self.faults: dict[str, str] = {}
         self.accepted: set[str] = set()  # settings that fit an annotation
-        self.derived: list[tuple[str, str]] = []  # (expression, sentence)
+        self.derived: list[tuple[str, str, str]] = []  # (path, expression, sentence)
 
     def visit(self, node: DictConfig | ListConfig, plain: dict | list, path: str) -> None:
         arguments: dict[str, tuple[str, object]] = {}  # name -> (path that the user has to mend, value)
@@ -368,7 +530,8 @@ class _Walk:
             reason = str(error).splitlines()[0]
             # What a function of ours refuses is said once, however many settings ask it.
             refused = re.match(r"ConfigError raised while resolving interpolation: (.*)", reason)
-            self.derived.append((raw, refused[1] if refused else f"{here}: cannot work out {raw}: {reason}"))
+            reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason)
+            self.derived.append((here, raw, refused[1] if refused else f"{here}: cannot work out {raw}: {reason}"))
         return _UNKNOWN
 
     def _origin(self, here: str, raw: object) -> str:
@@ -377,6 +540,11 @@ class _Walk:
         while passed_on := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw)):
             here, raw = passed_on[1], written.pop(passed_on[1], None)
         return here
+
+    def passes_on(self, path: str) -> str | None:
+        """The setting whose value `path` only hands on; None if it has its own."""
+        origin = self._origin(path, dict(nodes_of(self.plain)).get(path))
+        return None if origin == path else origin
 
     def _check_call(self, path: str, arguments: dict[str, tuple[str, object]]) -> None:
         prefix = f"{path}." if path else ""
@@ -390,7 +558,7 @@ class _Walk:
         for name, (label, value) in given.items():
             parameter = takes.parameters.get(name)
             if parameter is None and not takes.is_open:
-                near = _did_you_mean(name, takes.parameters)
+                near = did_you_mean(name, takes.parameters)
                 listing = f" It takes {', '.join(takes.parameters) or 'no settings'}." if near == "." else ""
                 text = f"{prefix}{name}: {short} has no setting called '{name}'{near}{listing}"
                 self.faults.setdefault(f"{prefix}{name}", text)
@@ -412,234 +580,3 @@ class _Walk:
             self.faults[label] = f"{label}: expected {expected}, got {show(plain)}"
         elif parameter.annotation is not None:
             self.accepted.add(label)
-
-
-def target_fault(target: object) -> str | None:
-    """Why a config may not, or cannot, call `target`; None when it may."""
-    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
-        return f"expected the dotted path of a class, got {show(target)}"
-    module, _, name = target.rpartition(".")
-    private = any(part.startswith("_") for part in target.split("."))
-    if not _is_allowed(target) or target.startswith(REFUSED) or private:
-        allowed = ", ".join(prefix.rstrip(".") for prefix in [*ALLOWED, *sorted(plugin_packages)])
-        return (
-            f"'{target}' may not be called from a config; allowed are public classes in {allowed} "
-            "and in the modules that DATA2VEC_PLUGINS names"
-        )
-    if file_of(module) is None:
-        return f"there is no module {module}."
-    found = find(target)
-    if found is None:
-        return f"there is no '{name}' in {module}{_did_you_mean(name, public_names(module))}"
-    # An import can lead anywhere (`torchvision.io.os.system`), so the definition has to be in an allowed place as well.
-    top = target.split(".")[0]
-    kinds = ("ClassDef", "FunctionDef") if top in {"data2vec_train", *plugin_packages} else ("ClassDef",)
-    if type(found.node).__name__ not in kinds or not _is_allowed(f"{found.module}."):
-        return f"'{target}' is not a {' or '.join(kinds)} of {top}"
-    return None
-
-
-def _is_allowed(dotted: str) -> bool:
-    return dotted.startswith(ALLOWED) or dotted.split(".")[0] in plugin_packages
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rules between settings. Each is silent when a setting it needs is absent or of another type.
-
-
-def _get(cfg: DictConfig, path: str, kind: type | tuple[type, ...] = int) -> object:
-    """A setting that has this type, else None; whole numbers unless told otherwise."""
-    try:
-        value = OmegaConf.select(cfg, path)
-    except OmegaConfBaseException:
-        return None
-    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return value if isinstance(value, kind) and not isinstance(value, bool) else None
-
-
-def _range(expected: str, is_right: Callable[[float], bool], *paths: str) -> list[Callable[[DictConfig], str | None]]:
-    def rule(path: str, cfg: DictConfig) -> str | None:
-        value = _get(cfg, path, (int, float))
-        return None if value is None or is_right(value) else f"{path}: expected {expected}, got {value}"
-
-    return [functools.partial(rule, path) for path in paths]
-
-
-_COUNTS = (
-    "trainer.max_steps",
-    "trainer.log_every_n_steps",
-    "trainer.accumulate_grad_batches",
-    "data.batch_size_per_device",
-    "data.max_probe_samples",
-    "objective.views",
-    "size.depth",
-    "callbacks.probe.every_n_steps",
-    "callbacks.probe.neighbours",
-    "callbacks.checkpoint.every_n_steps",
-)
-_SHARES = ("objective.tau_start", "objective.tau_end", "data.max_bad_fraction", "data.held_out_fraction")
-
-
-def _seed_is_a_whole_number(cfg: DictConfig) -> str | None:
-    seed = _get(cfg, "seed", object)
-    if seed is None or isinstance(seed, int):
-        return None
-    return f"seed: expected a whole number, got {show(seed)}; for several runs write -m seed=0,1"
-
-
-def _heads_divide_the_width(cfg: DictConfig) -> str | None:
-    dim, heads = _get(cfg, "size.dim"), _get(cfg, "size.num_heads")
-    if dim is None or heads is None or dim < 1 or (heads > 0 and dim % heads == 0):
-        return None
-    below = [count for count in range(1, min(heads, dim)) if dim % count == 0][-1:]
-    above = [count for count in range(max(heads, 1), dim + 1) if dim % count == 0][:1]
-    near = " or ".join(map(str, below + above))
-    return (
-        f"size.num_heads: size.dim={dim} cannot be split into {heads} heads; choose {near} heads, or another size.dim"
-    )
-
-
-def _patches_tile_the_image(cfg: DictConfig) -> str | None:
-    patch = _get(cfg, "modality.encoder.patch_px")
-    image = _get(cfg, "modality.image_px", (int, list))
-    sides = image if isinstance(image, list) else [image]
-    if not patch or patch < 1 or not all(isinstance(side, int) for side in sides):
-        return None
-    wrong = next((side for side in sides if side < patch or side % patch), None)
-    if wrong is None:
-        return None
-    near = sorted({max(patch, wrong // patch * patch), (wrong // patch + 1) * patch})
-    return (
-        f"modality.image_px: {wrong} pixels cannot be cut into patches of {patch} (modality.encoder.patch_px); "
-        f"the nearest sizes that work are {' and '.join(map(str, near))}"
-    )
-
-
-def _enough_layers_for_the_targets(cfg: DictConfig) -> str | None:
-    top, depth = _get(cfg, "objective.targets.top_k_layers"), _get(cfg, "size.depth")
-    if top is None or depth is None or depth < 1:
-        return None
-    layers = depth - (_get(cfg, "modality.encoder.prenet_depth") or 0)
-    if 1 <= top <= layers:
-        return None
-    return f"objective.targets.top_k_layers: expected a number from 1 to {layers}, the layers there are, got {top}"
-
-
-def _dropping_needs_a_constant_count(cfg: DictConfig) -> str | None:
-    if _get(cfg, "objective.mask_mode", str) != "drop":
-        return None
-    _, _, masker = str(_get(cfg, "modality.masker._target_", str)).rpartition(".")
-    instead = {"BlockMasker": "InverseBlockMasker", "SpanMasker": "Block1dMasker"}.get(masker)
-    if instead is not None:
-        return (
-            f"modality.masker: {masker} hides a different number of tokens in each sample, and "
-            f"objective.mask_mode=drop needs the same number; choose data2vec_train.masking.{instead}, or "
-            "objective.mask_mode=replace"
-        )
-    _, _, decoder = str(_get(cfg, "objective.decoder._target_", str)).rpartition(".")
-    if decoder in ("LinearDecoder", "MLPDecoder"):
-        return (
-            f"objective.decoder: {decoder} sees one token at a time and cannot fill in those that "
-            "objective.mask_mode=drop leaves out; choose a convolutional decoder, or objective.mask_mode=replace"
-        )
-    return None
-
-
-def _corruption_and_mask_mode_agree(cfg: DictConfig) -> str | None:
-    mode, corruption = _get(cfg, "objective.mask_mode", str), _get(cfg, "modality.corruption._target_", str)
-    if mode == "corrupt" and corruption is None:
-        return (
-            "objective.mask_mode: corrupt needs modality.corruption, which says what hidden tokens become; choose "
-            "objective=data2vec with modality=text, or another mask mode"
-        )
-    if mode is not None and mode != "corrupt" and corruption is not None:
-        return f"modality.corruption: objective.mask_mode={mode} hides tokens in the encoder; set it to null"
-    return None
-
-
-def _tau_rises(cfg: DictConfig) -> str | None:
-    start, end = _get(cfg, "objective.tau_start", (int, float)), _get(cfg, "objective.tau_end", (int, float))
-    if start is None or end is None or not 0 <= end < start <= 1:
-        return None
-    return f"objective.tau_start: {start} is above objective.tau_end={end}; the teacher slows down, so start lower"
-
-
-def _warm_up_ends_in_time(cfg: DictConfig) -> str | None:
-    warmup, steps = _get(cfg, "scheduler.warmup_steps", (int, float)), _get(cfg, "trainer.max_steps")
-    if warmup is None or steps is None or steps < 1 or warmup <= steps:
-        return None
-    return f"scheduler.warmup_steps: {warmup} is more than trainer.max_steps={steps}; lower it or train longer"
-
-
-def _devices_are_countable(cfg: DictConfig) -> str | None:
-    devices = _get(cfg, "trainer.devices", str)
-    if devices in (None, "auto"):
-        return None
-    return f"trainer.devices: expected a count, a list such as [0,1], or auto, got {show(devices)}"
-
-
-def _normalisation_fits_the_channels(cfg: DictConfig) -> str | None:
-    channels = _get(cfg, "modality.channels")
-    mean, std = _get(cfg, "modality.mean", list), _get(cfg, "modality.std", list)
-    if channels is None or mean is None or std is None or all(len(one) in (1, channels) for one in (mean, std)):
-        return None
-    return (
-        f"modality.channels: {channels}, but modality.mean has {len(mean)} and modality.std {len(std)} values; give 1 "
-        f"or {channels} of each, for example modality.mean=[0.449] modality.std=[0.226]"
-    )
-
-
-def _weights_can_be_read(cfg: DictConfig) -> str | None:
-    for name in ("checkpoint", "init_from"):
-        found = OmegaConf.select(cfg, name, throw_on_missing=False)
-        if isinstance(found, str) and not Path(found).expanduser().exists():
-            return f"{name}: there is no file or folder {found}"
-    found = OmegaConf.select(cfg, "weights")
-    if found is not None and found not in ("student", "teacher"):
-        return f"weights: expected student or teacher, got {found}"
-    return None
-
-
-def _head_suits_the_modality(cfg: DictConfig) -> str | None:
-    target, modality = _get(cfg, "head._target_", str), _get(cfg, "modality.name", str)
-    module = str(target).rpartition(".")[0].rpartition(".")[2]
-    wanted = {"speech": "audio", "text": "text", "vision": "vision"}.get(module)
-    if target is None or wanted is None or modality in (None, wanted):
-        return None
-    return f"head: {target.rpartition('.')[2]} is for modality={wanted}, and this is modality={modality}"
-
-
-def _out_is_free(cfg: DictConfig) -> str | None:
-    out = OmegaConf.select(cfg, "out", throw_on_missing=False)
-    if not isinstance(out, str) or OmegaConf.select(cfg, "format") is not None:
-        return None
-    return f"out: {out} exists already; choose another name, or remove it" if Path(out).expanduser().exists() else None
-
-
-def _export_format_exists(cfg: DictConfig) -> str | None:
-    formats = ("hf", "safetensors", "onnx", "torch_export")
-    found = OmegaConf.select(cfg, "format")
-    if found is not None and found not in formats:
-        return f"format: expected one of {', '.join(formats)}, got {found}"
-    return None
-
-
-RULES: list[Callable[[DictConfig], str | None]] = [
-    _seed_is_a_whole_number,
-    _heads_divide_the_width,
-    _patches_tile_the_image,
-    _normalisation_fits_the_channels,
-    _enough_layers_for_the_targets,
-    _dropping_needs_a_constant_count,
-    _corruption_and_mask_mode_agree,
-    *_range("a whole number of at least 1", lambda value: value >= 1 and value == int(value), *_COUNTS),
-    *_range("a number from 0 to 1", lambda value: 0 <= value <= 1, *_SHARES),
-    *_range("a number between 0 and 1", lambda value: 0 < value < 1, "modality.masker.hidden_fraction"),
-    _tau_rises,
-    _warm_up_ends_in_time,
-    _devices_are_countable,
-    _weights_can_be_read,
-    _export_format_exists,
-    _head_suits_the_modality,
-    _out_is_free,
-]

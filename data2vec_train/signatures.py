@@ -4,9 +4,10 @@ Whatever cannot be read (C code, names made at run time) is taken to accept anyt
 """
 
 import ast
+import difflib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -49,6 +50,21 @@ def file_of(module: str) -> Path | None:
 def public_names(module: str) -> list[str]:
     """The names that a module defines or imports, without those that begin with an underscore."""
     return [name for name in _contents(module) or () if not name.startswith(("_", "*"))]
+
+
+def keys_of(module: str, name: str) -> list[str]:
+    """The text keys of a dictionary that a module writes out."""
+    found = find(f"{module}.{name}")
+    keys = found.node.keys if found and isinstance(found.node, ast.Dict) else []
+    return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean x?`, or a full stop when nothing is near."""
+    known = list(known)
+    # `base_imagenet` stands for `vision/base_imagenet`
+    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.endswith(f"/{name}")]
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 @functools.cache

@@ -67,8 +67,14 @@ class EMATeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, student: ModalityEncoder, tau: float) -> None:
-        """One averaging step towards `student`; at tau >= 1 averaged weights stay as they are."""
+    def update(self, student: ModalityEncoder, tau: float, *, unusable: Tensor | None = None) -> None:
+        """One averaging step towards `student`; at tau >= 1 averaged weights stay as they are.
+
+        With `unusable`, () bool, True, nothing moves; on a GPU without the host knowing.
+        """
+        on_host = unusable is None or unusable.device.type == "cpu"
+        if on_host and unusable:
+            return
         sources = dict(student.named_parameters())
         averaged, towards = [], []
         for name, parameter in self.encoder.named_parameters():
@@ -77,8 +83,11 @@ class EMATeacher(nn.Module):
             else:
                 averaged.append(parameter)
                 towards.append(sources[name].float())
-        if tau < 1.0:
+        if tau < 1.0 and on_host:
             torch._foreach_lerp_(averaged, towards, 1.0 - tau)
+        elif tau < 1.0:
+            weight = torch.where(unusable, 0.0, 1.0 - tau)
+            torch._foreach_lerp_(averaged, towards, [weight] * len(averaged))
         # Averaging an integer buffer shifts indices by one now and then: buffers are copied (spec section 7, row 8).
         buffers = dict(student.named_buffers())
         for name, buffer in self.encoder.named_buffers():

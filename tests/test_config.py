@@ -109,7 +109,7 @@ CONFIGS = {
         {mask_mode: replace, views: 1, tau_start: 0.99, tau_end: 0.999, targets: {top_k_layers: 2},
          decoder: {_target_: toy.LinearDecoder, dim: "${size.dim}"}}
     """,
-    "optimizer/adamw.yaml": "{_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3, weight_decay: 0, betas: [1, 1]}",
+    "optimizer/adamw.yaml": "{_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3, weight_decay: 0, betas: [0, 0]}",
     "trainer/cpu.yaml": "{_target_: lightning.Trainer, max_steps: 20, devices: 1, precision: 32-true}",
     "debug/smoke.yaml": "# @package _global_\ntrainer: {max_steps: 2}",
     "debug/unset.yaml": "# @package _global_\ndata: {root: '???'}\noutput: ${data.pth}",

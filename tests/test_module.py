@@ -126,13 +126,15 @@ def tokens_on_grid(length: int) -> int:
     return GRID[0] * GRID[1]
 
 
-def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, seed: int = 0) -> DataModule:
+def data_of(
+    version: int, folder: Path, *, batch: int, num_workers: int = 0, seed: int = 0, source=None, **options
+) -> DataModule:
     if version == 1:
         masker = BlockMasker(hidden_fraction=0.6, min_block_fraction=0.2, min_aspect=0.3)
     else:
         masker = InverseBlockMasker(hidden_fraction=0.75, adjust_fraction=0.1, block_patches=2)
     return DataModule(
-        source=Noise(),
+        source=source or Noise(),
         test_source=None,
         held_out_fraction=0.0,
         max_probe_samples=0,
@@ -148,6 +150,7 @@ def data_of(version: int, folder: Path, *, batch: int, num_workers: int = 0, see
         tolerated_bad_samples=0,
         quarantine_path=folder / "quarantine.jsonl",
         seed=seed,
+        **options,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data2vec_train import checkpoints
 from data2vec_train.testing import check_encoder
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -76,7 +77,7 @@ def test_it_trains_with_probes_report_and_checkpoints(run_program, recordings, t
     assert set(summary["probe"]["knn"]) == {"raw_input", "untrained", "trained", "teacher"}
     assert summary["broken_samples"] == 1
     assert "3 channels, expected 19" in (run / "quarantine.jsonl").read_text()
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = checkpoints.read(checkpoints.resolve(run))
     assert checkpoint["config"]["modality"]["encoder"]["_target_"] == "eeg.EEGEncoder"
     page = (run / "report.html").read_text()
     assert "What the student sees" in page

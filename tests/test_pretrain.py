@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data2vec_train import checkpoints
+
 CHECKOUT = Path(__file__).parents[1]
 
 TINY = (
@@ -65,20 +67,26 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     assert [row["step"] for row in rows if row["train/loss"]] == ["1", "3", "6"]
     assert float(rows[-1]["train/loss"]) == pytest.approx(summary["loss_last"])
 
-    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = checkpoints.read(checkpoints.resolve(run_dir))
     assert checkpoint["global_step"] == 6
     assert checkpoint["config"]["trainer"]["max_steps"] == 6
     assert any(name.startswith("objective.teacher.") for name in checkpoint["state_dict"])
-    assert (run_dir / "checkpoints" / "best.ckpt").exists()
+    assert checkpoints.resolve(run_dir / "checkpoints" / "best") is not None
 
     report = (run_dir / "report.html").read_text()
     assert "python -m data2vec_train modality=vision" in report
     assert not re.search(r'(src|href)="https?:', report)
     assert "seed: 0" in (run_dir / "config.yaml").read_text()
 
-    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, f"hydra.run.dir={run_dir}")
+    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, "resume=never", f"hydra.run.dir={run_dir}")
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
+    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, f"hydra.run.dir={run_dir}")
+    assert again.returncode == 0, again.stderr
+    assert "is finished already" in again.stdout
+    other = run_program("modality=vision", "trainer.max_steps=6", "seed=5", *TINY, f"hydra.run.dir={run_dir}")
+    assert other.returncode == 2
+    assert "holds a run with other settings: seed=5 (was 0)" in other.stderr
 
 
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(run_program, tmp_path):
@@ -88,7 +96,7 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(run_program, tmp_
         result = run_program("trainer.max_steps=3", "report=false", *TINY, f"data.num_workers={workers}",
                              f"hydra.run.dir={run_dir}")  # fmt: skip
         assert result.returncode == 0, result.stderr
-        states.append(torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        states.append(checkpoints.read(checkpoints.resolve(run_dir))["state_dict"])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -191,7 +199,7 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 20
+    assert checkpoints.read(checkpoints.resolve(run_dir))["global_step"] >= 20
 
 
 def test_a_collapse_stops_the_run_with_value_and_threshold(run_program, tmp_path):

@@ -45,7 +45,58 @@ class TimedLoader:
             yield batch
 
 
-class DataModule(L.LightningDataModule):
+class ResumableData(L.LightningDataModule):
+    """What the data of all runs share: batches are numbered over all processes, and a run goes on at the next one.
+
+    Args:
+        changed_steps: allow a run to go on with another number of batches per optimizer step.
+    """
+
+    def __init__(self, *, changed_steps: bool) -> None:
+        super().__init__()
+        self.changed_steps = changed_steps
+        self.loader: TimedLoader | None = None
+        self._first_batch, self._first_step = 0, 0  # of this process's life
+        self._batches_per_step: int | None = None  # of the run before
+
+    def place(self) -> dict[str, int]:
+        """Arguments of a sampler: where this process begins.
+
+        Raises:
+            ConfigError: a step would take another number of batches than it did before.
+        """
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        before, now = self._batches_per_step, self._per_step()
+        if before not in (None, now) and not self.changed_steps:
+            world_size = self.trainer.world_size
+            wanted = f"set trainer.accumulate_grad_batches={before // world_size}"
+            wanted = wanted if before % world_size == 0 else f"use a number of processes that divides {before}"
+            raise ConfigError(
+                f"a step of this run took {before} batches, and now would take {now} ({world_size} processes, "
+                f"{now // world_size} batches each); {wanted}, or go on with resume=changed"
+            )
+        self._first_step = self.trainer.global_step
+        return {
+            "first_batch": self._first_batch,
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+        }
+
+    def _per_step(self) -> int:
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches all steps so far took, and one step."""
+        steps = self.trainer.global_step - self._first_step
+        return {"batches": self._first_batch + steps * self._per_step(), "batches_per_step": self._per_step()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """See `state_dict`."""
+        self._first_batch, self._batches_per_step = state_dict["batches"], state_dict["batches_per_step"]
+
+
+class DataModule(ResumableData):
     """Batches for pretraining, and samples that never train the encoder, to measure it on.
 
     Labels never reach the objective. Without a `test_source` a share of the source is held out from training, a
@@ -68,6 +119,7 @@ class DataModule(L.LightningDataModule):
         tolerated_bad_samples: so few broken samples never stop it.
         quarantine_path: where broken samples are listed.
         seed: of the run.
+        changed_steps: see `ResumableData`.
 
     Raises:
         ConfigError: settings that do not fit the data.
@@ -90,8 +142,9 @@ class DataModule(L.LightningDataModule):
         tolerated_bad_samples: int,
         quarantine_path: Path,
         seed: int,
+        changed_steps: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(changed_steps=changed_steps)
         if not 0 <= held_out_fraction < 1:
             raise ConfigError(f"data.held_out_fraction must lie in [0, 1), got {held_out_fraction}")
         self.source = source
@@ -102,7 +155,6 @@ class DataModule(L.LightningDataModule):
         self.batch_size = batch_size_per_device
         self.num_workers = available_workers() if num_workers == "auto" else num_workers
         self.collate = collator
-        self.loader: TimedLoader | None = None
 
         streaming = isinstance(source, StreamingSource)
         if not streaming:
@@ -152,14 +204,14 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """An endless loader of masked batches."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        place = self.place()
         common: dict[str, Any] = {
             "decode": self.decode,
             "transform": self.transform.train,
             "seed": self.seed,
         }
-        place = {"rank": rank, "world_size": world_size}
         if isinstance(self.source, StreamingSource):
+            place.pop("first_batch", None)
             dataset = StreamingDataset(
                 source=self.source, batching=self.batching, batch_size=self.batch_size, **place, **common
             )

@@ -1,7 +1,7 @@
 """The list of samples that could not be used."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,11 +20,13 @@ class Quarantine:
 
     def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float, tolerated: int) -> None:
         self.path = path
-        path.unlink(missing_ok=True)  # of an earlier start that failed
         self.num_samples = num_samples
         self.max_bad_fraction = max_bad_fraction
         self.tolerated = tolerated
         self.reasons: dict[str, str] = {}
+        self.written: set[str] = set()
+        if path.is_file():  # of the run that goes on here
+            self.written = {key for key, _ in _listed(path)}
         self.drawn = 0
 
     def add(self, rejected: tuple[tuple[str, str], ...], *, num_good: int) -> None:
@@ -42,10 +44,12 @@ class Quarantine:
 
     def write(self, pairs: Iterable[tuple[str, str]]) -> None:
         """List (key, reason) without counting it: samples that are sound and left out on purpose."""
-        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in pairs]
+        new = {key: reason for key, reason in pairs if key not in self.written}
+        self.written |= new.keys()
+        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items()]
         if lines:
             with self.path.open("a") as file:
-                file.writelines(lines)
+                file.write("".join(lines))
 
     def stop(self, why: str) -> NoReturn:
         """Raise the DataError that names the first broken sample and the list of all."""
@@ -59,3 +63,14 @@ class Quarantine:
         # A stream has no size: judge it by what was drawn, once that says something.
         total = self.num_samples or max(self.drawn, 1000)
         return len(self.reasons) > max(self.max_bad_fraction * total, self.tolerated)
+
+
+def _listed(path: Path) -> Iterator[tuple[str, str]]:
+    """What is in a list; a last line that a killed process left unfinished is cut off the file."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    for line in whole.splitlines():
+        row = json.loads(line)
+        yield row["key"], row["reason"]

@@ -33,7 +33,7 @@ class EndlessBatchSampler(Sampler[list[Key]]):
         num_samples: of the data set.
         batch_size: samples per batch on this rank.
         seed: of the run.
-        first_batch: where to begin.
+        first_batch: where to begin, counted over all ranks.
         rank: of this process; ranks share one global order, batch by batch.
         world_size: number of processes.
     """
@@ -50,9 +50,9 @@ class EndlessBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        batch = self.first_batch
+        batch = self.first_batch + self.rank
         while True:
-            start = (batch * self.world_size + self.rank) * self.batch_size
+            start = batch * self.batch_size
             keys = []
             for position in range(start, start + self.batch_size):
                 if position // self.num_samples != epoch:
@@ -60,7 +60,7 @@ class EndlessBatchSampler(Sampler[list[Key]]):
                     order = generator(self.seed, "order", epoch).permutation(self.num_samples)
                 keys.append(Key(epoch, int(order[position % self.num_samples])))
             yield keys
-            batch += 1
+            batch += self.world_size
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
         batching: bins, budget, cropping.
         batch_size: the most samples in a batch; None = as the budget allows.
         seed: of the run.
-        first_batch: where to begin.
+        first_batch: where to begin, counted over all ranks.
         rank: of this process; ranks share one global order, batch by batch.
         world_size: number of processes.
     """
@@ -152,7 +152,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        number = self.first_batch * self.world_size + self.rank
+        number = self.first_batch + self.rank
         cycle = self._cycle_of(number)
         while True:
             start, batches = self._before(cycle), self._batches(cycle)

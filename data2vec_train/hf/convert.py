@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data2vec_train import checkpoints
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf import audio, fairseq, plugin, text, vision
@@ -185,7 +186,7 @@ def load_pretrained(
     inside.
 
     Args:
-        path: the file or folder; a run directory stands for its checkpoints/last.ckpt, after fine-tuning for model/.
+        path: the file or folder; a run directory stands for its newest checkpoint, after fine-tuning for model/.
         weights: of a checkpoint, the student's or the teacher's.
         num_heads: attention heads, for a file that does not say and whose width is none of the published ones.
         **options: see `PretrainedModel.from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
@@ -203,8 +204,8 @@ def load_pretrained(
         path = path.parent
     if path.is_dir() and (path / MODEL_FOLDER / CONFIG_NAME).is_file():
         path = path / MODEL_FOLDER
-    if path.is_dir() and not (path / CONFIG_NAME).is_file() and (path / "checkpoints" / "last.ckpt").is_file():
-        path = path / "checkpoints" / "last.ckpt"
+    if not (path / CONFIG_NAME).is_file():
+        path = checkpoints.resolve(path) or path
     if path.is_dir():
         if weights == "teacher":
             raise ConfigError(f"{path} holds one set of weights; weights=teacher is for checkpoints of pretraining")
@@ -409,7 +410,7 @@ def load_start(path: str | Path) -> Start:
     """Everything in a file or folder that pretraining can go on with; see `load_pretrained`."""
     model = load_pretrained(path)
     found = Path(path).expanduser()
-    found = found / "checkpoints" / "last.ckpt" if found.is_dir() else found
+    found = checkpoints.resolve(found) or found
     if not found.is_file() or model.base_model is not model:
         return Start(model, None, {})
     content = read_checkpoint(found)
@@ -461,7 +462,7 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     # Half precision of training is no property of the model.
     student = {name: one.float() if one.is_floating_point() else one for name, one in student.items()}
     model = wrap(target, node, student, where=where)
-    beside = Path(where).resolve().parent.parent / PREPROCESSING_FOLDER
+    beside = checkpoints.run_of(Path(where)) / PREPROCESSING_FOLDER
     model.source = beside if beside.is_dir() else None
     return model
 
@@ -480,7 +481,7 @@ def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> P
     model = kind(config)
     put_into(model, {name: name for name in model.state_dict()}, state, where=where)
     model.tie_weights()
-    beside = Path(where).resolve().parent.parent / MODEL_FOLDER
+    beside = checkpoints.run_of(Path(where)) / MODEL_FOLDER
     model.source = beside if beside.is_dir() else None
     return model
 

@@ -9,8 +9,10 @@ import _compat_pickle
 import collections
 import io
 import pickle
+import re
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,12 @@ class Stranger(dict):
         return id(self)
 
 
+def _latin(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise Refused(f"it asks for the encoding {encoding}, which no pickle needs")
+    return text.encode("latin1")
+
+
 _BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError)
 
 
@@ -100,14 +108,13 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _HARMLESS:
             return _HARMLESS[module, name]
         top = module.split(".")[0]
-        if (module, name) in _TORCH or (module == "torch" and name.endswith("Storage")):
+        if (module, name) in _TORCH or (module == "torch" and re.fullmatch(r"\w+Storage", name)):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if top == "numpy" and name in ("scalar", "dtype", "_reconstruct", "ndarray"):
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how numpy writes bytes
-            return super().find_class(module, name)
+        # numpy's own are strangers too: the state of a dtype can be made to say that bytes are pointers.
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+            return _latin
         if top in ("torch", "builtins") or (top in sys.stdlib_module_names and module not in _DESCRIPTIONS):
             raise Refused(f"it asks for {module}.{name}, which no checkpoint needs")
         return type(name, (Stranger,), {"__module__": module})
@@ -138,6 +145,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
+    if reason := _other_kind(path):
+        raise ConfigError(f"{path} was refused, and nothing in it was run: {reason}")
     try:
         content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
     except Refused as error:
@@ -149,6 +158,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping as checkpoints are")
     return content
+
+
+def _other_kind(path: Path) -> str | None:
+    """What torch.load would hand to a reader of programs, or unpack, rather than to our unpickler."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return None  # said when it is read
+        # A TorchScript archive runs its own `__setstate__`, which can write files.
+        is_script = any(name.endswith("constants.pkl") or "/code/" in name for name in names)
+        return "it is a TorchScript program; save its state_dict with torch.save" if is_script else None
+    with path.open("rb") as file:
+        file.seek(257)
+        is_tar = file.read(5) == b"ustar"
+    return "it is a tar, from a torch before 0.1.10; save it again with a newer one" if is_tar else None
 
 
 def plain(value: Any) -> Any:

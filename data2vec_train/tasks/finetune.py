@@ -1,7 +1,6 @@
 """Fine-tuning: a head on trained weights, from records to a folder that transformers and `predict` read."""
 
 import copy
-import json
 import logging
 import random
 import time
@@ -12,9 +11,9 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from data2vec_train import checkpoints
 from data2vec_train.config import build
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.errors import ConfigError
@@ -24,21 +23,22 @@ from data2vec_train.finetuning.module import Evaluation, FinetuneModule
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import MODEL_FOLDER, load_pretrained, with_head
 from data2vec_train.hf.files import write_json
-from data2vec_train.monitor import CSVLog, Monitor
+from data2vec_train.monitor import Monitor
+from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of
-from data2vec_train.tasks.pretrain import RunCheckpoints, fit_or_collapse, loggers_of, quiet_libraries
+from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
+from data2vec_train.tasks.run_directory import SUMMARY, open_run, write_summary
 
 log = logging.getLogger(__name__)
 
 FACTS_NAME = "finetuning.json"  # beside the weights: the head's settings, and how inputs are prepared
 
 
-class FinetuneCheckpoints(RunCheckpoints):
+class DescribedModel(L.Callback):
     """Puts into every checkpoint what the model is, besides the config."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: FinetuneModule, checkpoint: dict) -> None:
-        """Add the keys `config` and `model`, so that the model can be rebuilt from the file."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        """Add the key `model`, so that the model can be rebuilt from the file."""
         model = pl_module.model
         checkpoint["model"] = {"class": type(model).__name__, "config": model.config.to_dict()}
 
@@ -52,8 +52,6 @@ def finetune(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     quiet_libraries()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    if (run_dir / "metrics.csv").exists():
-        raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
@@ -64,8 +62,10 @@ def finetune(cfg: DictConfig) -> float | None:
     task: HeadTask = build(cfg.head)(inputs=inputs)
     if task.modality != cfg.modality.name:
         raise ConfigError(f"this head is for {task.modality}, and modality={cfg.modality.name}")
-    config = OmegaConf.to_container(cfg, resolve=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    run = open_run(cfg, run_dir)
+    if run.summary is not None:
+        log.info("%s is finished already", run_dir)
+        return (run.summary["best"] or {}).get(task.metric)
     if getattr(task, "vocabulary", None) == "keep":
         task.adopt(start)
     data = build_records(cfg, task, run_dir)
@@ -91,35 +91,27 @@ def finetune(cfg: DictConfig) -> float | None:
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
     evaluation, monitor = build(cfg.callbacks.evaluation), build(cfg.callbacks.monitor)
-    trainer: L.Trainer = build(
-        cfg.trainer,
-        callbacks=[
-            evaluation,
-            monitor,
-            FinetuneCheckpoints(config, run_dir / "checkpoints"),
-            *_checkpoints(cfg, task, data, run_dir),
-        ],
-        logger=[CSVLog(path=run_dir / "metrics.csv"), *loggers_of(cfg, run_dir)],
-        default_root_dir=run_dir,
-        precision=cfg.precision.trainer,
-        **cfg.strategy,
+    checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
+        directory=run_dir / checkpoints.FOLDER,
+        config=OmegaConf.to_container(cfg, resolve=True),
+        monitor=None if data.test_set is None else f"test/{task.metric}",
+        lower_is_better=task.lower_is_better,
     )
+    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing)
     _describe(task, model, data, run_dir)
-    collapse = fit_or_collapse(trainer, module, data)
+    collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:
         raise collapse
-    if trainer.global_step % cfg.callbacks.checkpoint.every_n_steps:
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
     summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         model = _best(run_dir, model, evaluation)
         save_finetuned(cfg, model, task, run_dir / MODEL_FOLDER)
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         log.info("weights: %s", run_dir / MODEL_FOLDER)
         if cfg.report:
             from data2vec_train.tasks.finetune_report import write_finetune_report
 
             log.info("report: %s", write_finetune_report(cfg, run_dir, model, task, data, summary))
+        write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
     return evaluation.best.get(task.metric)
 
 
@@ -185,6 +177,7 @@ def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneDat
         tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / "quarantine.jsonl",
         seed=cfg.seed,
+        changed_steps=cfg.resume == "changed",
     )
 
 
@@ -217,23 +210,11 @@ def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> Hea
 
 def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation) -> PretrainedModel:
     """The model of the best evaluation."""
-    path = run_dir / "checkpoints" / "best.ckpt"
-    if path.is_file() and evaluation.best and evaluation.best["step"] != evaluation.measured_at:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    if evaluation.best and evaluation.best["step"] != evaluation.measured_at:
+        content = checkpoints.read(checkpoints.resolve(run_dir / checkpoints.FOLDER / "best"))
         state = {name.removeprefix("model."): one for name, one in content["state_dict"].items()}
         model.load_state_dict(state)
     return model.eval()
-
-
-def _checkpoints(cfg: DictConfig, task: HeadTask, data: FinetuneData, run_dir: Path) -> list[ModelCheckpoint]:
-    """`last.ckpt`, and with test records `best.ckpt`."""
-    common = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
-    last = ModelCheckpoint(filename="last", every_n_train_steps=cfg.callbacks.checkpoint.every_n_steps, **common)
-    if data.test_set is None:
-        return [last]
-    every, mode = cfg.callbacks.evaluation.every_n_steps, "min" if task.lower_is_better else "max"
-    best = {"monitor": f"test/{task.metric}", "mode": mode, "every_n_train_steps": every}
-    return [last, ModelCheckpoint(filename="best", **best, **common)]
 
 
 def _describe(task: HeadTask, model: PretrainedModel, data: FinetuneData, run_dir: Path) -> None:

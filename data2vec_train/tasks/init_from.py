@@ -45,7 +45,7 @@ def adopt(cfg: DictConfig) -> Start:
 
 def _adopt_tokenizer(cfg: DictConfig, arguments: dict) -> None:
     folder = Path(cfg.init_from).expanduser()
-    places = [folder, folder / "preprocessing", folder.parent.parent / "preprocessing"]
+    places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
     if cfg.modality.tokenizer.path is None:
         beside = next((one for one in places if (one / "tokenizer.json").is_file()), None)
         if beside is not None:

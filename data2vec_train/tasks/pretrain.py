@@ -1,6 +1,5 @@
 """Pretraining: build everything from the config, train, write the run directory."""
 
-import json
 import logging
 import random
 import time
@@ -11,41 +10,26 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from data2vec_train import checkpoints
 from data2vec_train.config import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.errors import CollapseError
 from data2vec_train.hf.convert import PREPROCESSING_FOLDER
 from data2vec_train.hf.tokenizers import TextTokenizer
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.probes.callback import ProbeCallback
+from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
 from data2vec_train.tasks.init_from import adopt, initialise
+from data2vec_train.tasks.run_directory import METRICS, NONFINITE, SUMMARY, RunDirectory, open_run, write_summary
 
 log = logging.getLogger(__name__)
-
-
-class RunCheckpoints(L.Callback):
-    """Puts the resolved config, as plain containers, into every checkpoint, and saves one when a run is interrupted."""
-
-    def __init__(self, config: dict, directory: Path) -> None:
-        self.config = config
-        self.directory = directory
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Add the key `config`, so that the model can be rebuilt from the file."""
-        checkpoint["config"] = self.config
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Keep what was learned when the user presses Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            trainer.save_checkpoint(self.directory / "last.ckpt", weights_only=False)
-            log.info("interrupted after step %d; saved %s", trainer.global_step, self.directory / "last.ckpt")
 
 
 def build_objective(cfg: DictConfig) -> Data2Vec:
@@ -88,6 +72,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / "quarantine.jsonl",
         seed=cfg.seed,
+        changed_steps=cfg.resume == "changed",
     )
 
 
@@ -108,27 +93,28 @@ def pretrain(cfg: DictConfig) -> float | None:
     """Train one encoder and return its last kNN accuracy, or RankMe without labels (for sweeps that optimise).
 
     Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`, and
-    `quarantine.jsonl` when samples were broken.
+    `quarantine.jsonl` when samples were broken. Where the directory has a checkpoint of this run, it goes on there.
     """
     started = time.perf_counter()
     quiet_libraries()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    if (run_dir / "metrics.csv").exists():
-        raise ConfigError(f"{run_dir} already holds a run; choose another hydra.run.dir, or remove that folder")
     start = None
     if cfg.init_from is not None:
         start = adopt(cfg)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    run = open_run(cfg, run_dir)
+    if run.summary is not None:
+        log.info("%s is finished already", run_dir)
+        return _score(run.summary)
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
 
     objective = build_objective(cfg)
-    if start is not None:
+    if start is not None and run.checkpoint is None:
         log.info("weights: %s", "; ".join([str(cfg.init_from), *initialise(objective, start, str(cfg.init_from))]))
     data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
-    write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
+    if rank_zero_only.rank == 0:
+        write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
     module = Data2VecModule(
         objective=objective,
         optimizer=build(cfg.optimizer),
@@ -137,69 +123,76 @@ def pretrain(cfg: DictConfig) -> float | None:
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
     probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
-    loggers = [CSVLog(path=run_dir / "metrics.csv"), *loggers_of(cfg, run_dir)]
-    trainer: L.Trainer = build(
-        cfg.trainer,
-        callbacks=[
-            probe,
-            monitor,
-            RunCheckpoints(config, run_dir / "checkpoints"),
-            *_checkpoints(cfg, data, run_dir),
-        ],
-        logger=loggers,
-        default_root_dir=run_dir,
-        precision=cfg.precision.trainer,
-        **cfg.strategy,
+    checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
+        directory=run_dir / checkpoints.FOLDER,
+        config=OmegaConf.to_container(cfg, resolve=True),
+        monitor=None if data.test_set is None else "probe/knn",
     )
+    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing)
     _describe(cfg, objective, data, run_dir)
-    collapse = fit_or_collapse(trainer, module, data)
-    if collapse is None and trainer.global_step % cfg.callbacks.checkpoint.every_n_steps:
-        trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    collapse = fit_or_collapse(trainer, module, data, run)
 
     summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
     summary["status"] = "finished" if collapse is None else "collapsed"
     if trainer.is_global_zero:
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if cfg.report:
             from data2vec_train.tasks.run_report import write_run_report
 
             report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
             log.info("report: %s", report)
+        write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
     if collapse is not None:
         raise collapse
+    return _score(summary)
+
+
+def _score(summary: dict) -> float | None:
     return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
 
 
-def fit_or_collapse(trainer: L.Trainer, module: Data2VecModule, data: DataModule) -> CollapseError | None:
-    """Train; a collapse comes back instead of being raised, since its curves are worth a report."""
+def build_trainer(
+    cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing
+) -> L.Trainer:
+    """Lightning's trainer with what all runs have: checkpoints, a watch over numbers, signals, loggers.
+
+    Args:
+        cfg: the config.
+        run: where the run stands.
+        callbacks: those that measure, then the monitor.
+        checkpointing: saves the run.
+    """
+    finite = build(cfg.callbacks.finite)(path=run.path / NONFINITE, checkpointing=checkpointing)
+    loggers = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
+    trainer: L.Trainer = build(
+        cfg.trainer,
+        callbacks=[*callbacks, checkpointing, finite, Interruption(checkpointing=checkpointing)],
+        logger=[CSVLog(path=run.path / METRICS), *loggers],
+        plugins=[checkpointing.io],
+        default_root_dir=run.path,
+        precision=cfg.precision.trainer,
+        enable_checkpointing=False,  # Lightning's own
+        **cfg.strategy,
+    )
+    own_signals(trainer)
+    return trainer
+
+
+def fit_or_collapse(
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, run: RunDirectory
+) -> CollapseError | None:
+    """Train; a collapse comes back instead of being raised, since its curves are worth a report.
+
+    Raises:
+        Interrupted: by a signal.
+        SaveError: the disk is full, gone or not writable.
+    """
+    interruption = next(one for one in trainer.callbacks if isinstance(one, Interruption))
     try:
-        trainer.fit(module, datamodule=data)
+        with interruption.listening(), disk_trouble(run.path):
+            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
     except CollapseError as error:
         return error
-    except SystemExit:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into exit status 1
-            raise KeyboardInterrupt from None
-        raise
     return None
-
-
-def _checkpoints(cfg: DictConfig, data: DataModule, run_dir: Path) -> list[ModelCheckpoint]:
-    """`last.ckpt`, and with labels `best.ckpt`, the one with the best kNN accuracy so far."""
-    common = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
-    every = cfg.callbacks.checkpoint.every_n_steps
-    last = ModelCheckpoint(filename="last", every_n_train_steps=every, **common)
-    if data.test_set is None:
-        return [last]
-    every = cfg.callbacks.probe.every_n_steps
-    return [
-        last,
-        ModelCheckpoint(filename="best", monitor="probe/knn", mode="max", every_n_train_steps=every, **common),
-    ]
-
-
-def loggers_of(cfg: DictConfig, run_dir: Path) -> list:
-    """Those that the config names, besides metrics.csv."""
-    return [build(node)(save_dir=str(run_dir)) for node in cfg.logger.values()]
 
 
 def _summary(
@@ -249,7 +242,13 @@ def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: P
 
 
 def quiet_libraries() -> None:
-    """Lightning's advertisements and hints that do not apply here; its warnings about real trouble stay."""
+    """Lightning's advertisements and hints that do not apply here; its warnings about real trouble stay.
+
+    Of several processes the first one talks.
+    """
+    logging.raiseExceptions = False  # a terminal that is gone is no reason to fill what is left of it
+    if rank_zero_only.rank != 0:
+        logging.getLogger().setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

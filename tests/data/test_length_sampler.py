@@ -66,7 +66,7 @@ def test_each_epoch_of_a_bin_has_each_sample_once():
 def test_the_place_in_the_order_follows_from_the_batch_number(start, world_size):
     options = {"rank": world_size - 1, "world_size": world_size}
     whole = list(itertools.islice(sampler(**options), start + 20))
-    assert list(itertools.islice(sampler(first_batch=start, **options), 20)) == whole[start:]
+    assert list(itertools.islice(sampler(first_batch=start * world_size, **options), 20)) == whole[start:]
 
 
 def test_ranks_share_one_order():

@@ -145,7 +145,7 @@ def test_order_changes_with_epoch_and_seed_and_with_nothing_else():
 def test_first_batch_continues_exactly(start):
     options = {"num_samples": 10, "batch_size": 4, "seed": 3, "rank": 1, "world_size": 2}
     whole = list(itertools.islice(EndlessBatchSampler(**options), 12))
-    resumed = list(itertools.islice(EndlessBatchSampler(first_batch=start, **options), 12 - start))
+    resumed = list(itertools.islice(EndlessBatchSampler(first_batch=2 * start, **options), 12 - start))
     assert resumed == whole[start:]
 
 

@@ -1,0 +1,279 @@
+"""Checkpoints as folders that are there whole or not at all, and are checked before they are read.
+
+    RUN/checkpoints/step-00001200/state.ckpt       tensors and plain containers
+    RUN/checkpoints/step-00001200/manifest.json    size and SHA-256 of that file
+    RUN/checkpoints/last, RUN/checkpoints/best     the name of one of those folders
+
+A folder is made under another name beside its place, on the same file system, and renamed when its files and their
+names are on the disk; the names in `last` and `best` are replaced after that, and older folders go last. Whatever stops
+the process in between leaves the earlier checkpoints as they were.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data2vec_train.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"  # of a run directory
+STATE, MANIFEST = "state.ckpt", "manifest.json"
+POINTERS = ("last", "best")
+_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+_UNFINISHED = ".unfinished"
+
+
+class DamagedCheckpoint(ConfigError):
+    """A checkpoint that is not what was written: cut short, or with changed bytes."""
+
+
+def name_of(step: int) -> str:
+    """Of the folder with the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Number of finished optimizer steps, from the folder's name."""
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], keep_last: int) -> None:
+    """Write one checkpoint, then say so in `pointers`, then remove what is no longer kept.
+
+    Args:
+        content: tensors and plain containers.
+        folder: where it is to be, `RUN/checkpoints/step-N`.
+        pointers: which of `POINTERS` name it from now on.
+        keep_last: how many of the newest checkpoints stay; what a pointer names stays as well.
+
+    Raises:
+        OSError: the disk is full, gone or not writable; earlier checkpoints are as they were.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}{_UNFINISHED}")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    try:
+        unfinished.mkdir()
+        digest, size = _write_state(content, unfinished / STATE)
+        manifest = {STATE: {"bytes": size, "sha256": digest}}
+        _write_bytes(unfinished / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+        _sync_directory(unfinished)
+        replaced = folder.with_name(f"{folder.name}.replaced")
+        if folder.exists():  # of an earlier start; it still counts under the other name until the new one is there
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        unfinished.rename(folder)
+        _sync_directory(folder.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # gives a full disk its room back
+        raise
+    for pointer in pointers:
+        replace_file(folder.parent / pointer, f"{folder.name}\n".encode())
+    shutil.rmtree(replaced, ignore_errors=True)
+    _prune(folder.parent, keep_last)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` in place of a small file; readers see the old or the new one, never a part."""
+    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+    _write_bytes(unfinished, content)
+    unfinished.replace(path)
+    _sync_directory(path.parent)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what interrupted writers left behind."""
+    for path in directory.glob(f".*{_UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+class _Hashed(io.RawIOBase):
+    """A file to write to that hashes what it is given, not what the disk made of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def close(self) -> None:
+        if not self.file.closed:
+            self.file.close()
+        super().close()
+
+
+def _write_state(content: dict[str, Any], path: Path) -> tuple[str, int]:
+    file = _Hashed(path)
+    try:
+        torch.save(content, file)
+        file.file.flush()
+        os.fsync(file.file.fileno())
+    except RuntimeError as error:  # torch's zip writer reports a failed write in its own words
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    finally:
+        file.close()
+    return file.digest.hexdigest(), file.size
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    """Put the names in a directory on the disk."""
+    if os.name == "nt":  # directories cannot be opened there
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep names in order by themselves
+            raise
+    finally:
+        os.close(handle)
+
+
+def _prune(directory: Path, keep_last: int) -> None:
+    named = {pointed(directory / pointer) for pointer in POINTERS}
+    for folder in _folders(directory)[keep_last:]:
+        if folder not in named:
+            # Renamed first: half a folder must not look like a damaged checkpoint.
+            doomed = folder.with_name(f".{folder.name}{_UNFINISHED}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Folders of checkpoints, newest first."""
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def pointed(pointer: Path) -> Path | None:
+    """The folder that `last` or `best` names; None when there is none."""
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8").strip()
+    folder = pointer.parent / name
+    return folder if _NAME.fullmatch(name) and folder.is_dir() else None
+
+
+def check(folder: Path) -> Path:
+    """The state file of a checkpoint, after comparing it with its manifest.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written.
+    """
+    manifest, state = folder / MANIFEST, folder / STATE
+    if not manifest.is_file() or not state.is_file():
+        raise DamagedCheckpoint(f"{folder}: {STATE if manifest.is_file() else MANIFEST} is missing")
+    try:
+        expected = json.loads(manifest.read_bytes())[STATE]
+        size, digest = expected["bytes"], expected["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{manifest} cannot be read ({type(error).__name__})") from None
+    if state.stat().st_size != size:
+        raise DamagedCheckpoint(f"{state} has {state.stat().st_size} bytes, {size} were written")
+    with state.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise DamagedCheckpoint(f"{state}: the bytes are not those that were written (SHA-256 differs)")
+    return state
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest folder in `RUN/checkpoints` that is whole; damaged ones are named in the log and passed over.
+
+    Raises:
+        DamagedCheckpoint: there are some, and all are damaged.
+    """
+    damaged = []
+    for folder in _folders(directory):
+        try:
+            check(folder)
+        except DamagedCheckpoint as error:
+            log.warning("passed over: %s", error)
+            damaged.append(folder)
+            continue
+        return folder
+    if damaged:
+        raise DamagedCheckpoint(
+            f"none of the {len(damaged)} checkpoints in {directory} is whole; restore one from a copy, or remove the "
+            "folder to start anew"
+        )
+    return None
+
+
+def resolve(path: Path) -> Path | None:
+    """The checked state file that a path stands for; None when it is nothing of the kind.
+
+    A run directory and `RUN/checkpoints` stand for the newest whole checkpoint; `last`, `best` and a folder `step-N`
+    for one, and a state file for itself.
+
+    Raises:
+        DamagedCheckpoint: what it stands for is not what was written.
+    """
+    if path.name == STATE and (path.parent / MANIFEST).is_file():
+        return check(path.parent)
+    if path.name in POINTERS and path.is_file():
+        folder = pointed(path)
+        if folder is None:
+            raise DamagedCheckpoint(f"{path} names no checkpoint beside it")
+        return check(folder)
+    if not path.is_dir():
+        return None
+    if (path / MANIFEST).is_file():
+        return check(path)
+    inside = path if path.name == FOLDER else path / FOLDER
+    folder = newest(inside) if inside.is_dir() else None
+    return None if folder is None else folder / STATE
+
+
+def run_of(state: Path) -> Path:
+    """The run directory that a state file belongs to, RUN/checkpoints/step-N/state.ckpt."""
+    parents = state.resolve().parents
+    return parents[min(2, len(parents) - 1)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What is in a state file; executes nothing.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,729 @@
+"""Rules for single settings and between settings, which no type can say: sizes, shares, what divides what.
+
+Each rule takes a composed config and gives a sentence, or None; it is silent when a setting it needs is absent or of
+another type. Nothing heavy is imported: names that other modules hold are read from their source.
+"""
+
+import codecs
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data2vec_train.places import text_of_recipe
+from data2vec_train.signatures import did_you_mean, find, keys_of, mismatch, show, signature
+
+Rule = Callable[[DictConfig], str | None]
+
+MODALITIES = ("audio", "text", "vision")
+_FREE_GROUPS = ("preset", "sample", "pieces", "supervised")  # whose choices are named after a modality
+_TRAINER = "lightning.pytorch.Trainer"
+
+
+def _get(cfg: DictConfig, path: str, kind: type | tuple[type, ...] = int) -> object:
+    """A setting that has this type, else None; whole numbers unless told otherwise."""
+    try:
+        value = OmegaConf.select(cfg, path)
+    except OmegaConfBaseException:
+        return None
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _name(cfg: DictConfig, path: str) -> str:
+    """The class that a node names, without its module."""
+    return str(_get(cfg, f"{path}._target_", str)).rpartition(".")[2]
+
+
+def _written(cfg: DictConfig, name: str) -> tuple[bool, object]:
+    """Whether a setting of the top level is there and can be read, and its value."""
+    if name not in list(cfg) or OmegaConf.is_missing(cfg, name):
+        return False, None
+    try:
+        value = cfg[name]
+    except OmegaConfBaseException:
+        return False, None
+    return True, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _choices(cfg: DictConfig) -> dict[str, str]:
+    """Group -> what was chosen; empty where hydra's own part is missing."""
+    return _get(cfg, "hydra.runtime.choices", dict) or {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single settings
+
+
+def _range(expected: str, is_right: Callable[[float], bool], paths: str) -> list[Rule]:
+    """A rule for each path, for a number or for every number of a list."""
+
+    def rule(path: str, cfg: DictConfig) -> str | None:
+        value = _get(cfg, path, (int, float, list, str))
+        numbers = value if isinstance(value, list) else [] if value in (None, "auto") else [value]
+        is_wrong = any(isinstance(one, str) or (isinstance(one, (int, float)) and not is_right(one)) for one in numbers)
+        return f"{path}: expected {expected}, got {show(value)}" if is_wrong else None
+
+    return [functools.partial(rule, path) for path in paths.split()]
+
+
+def _whole(value: float) -> bool:
+    return math.isfinite(value) and value == int(value)
+
+
+_DROPPED = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "layer_drop", "drop_path")
+_RANGES = [
+    *_range(
+        "a whole number of at least 1",
+        lambda value: _whole(value) and value >= 1,
+        """
+        trainer.max_steps trainer.log_every_n_steps trainer.accumulate_grad_batches
+        data.batch_size_per_device data.max_probe_samples data.shuffle_buffer data.train_samples
+        objective.views size.depth size.dim size.ffn_dim size.conv_dim
+        modality.patch_px modality.channels modality.visible_block_patches modality.batch_size_per_device
+        modality.block_tokens modality.min_tokens modality.sample_rate_hz
+        modality.encoder.conv_kernel modality.encoder.conv_stride modality.encoder.position_kernel
+        modality.encoder.position_groups
+        callbacks.probe.every_n_steps callbacks.probe.neighbours callbacks.probe.rank_samples
+        callbacks.evaluation.every_n_steps callbacks.checkpoint.every_n_steps
+        neighbours attentive.epochs attentive.num_heads rows_per_part num_heads
+        head.vector_dim head.tdnn_dim head.max_answer_tokens head.masks.time_span head.max_tokens
+        """,
+    ),
+    *_range(
+        "a whole number of at least 0",
+        lambda value: _whole(value) and value >= 0,
+        """
+        scheduler.warmup_steps scheduler.hold_steps objective.tau_anneal_steps data.tolerated_bad_samples
+        data.num_workers modality.encoder.position_depth callbacks.monitor.grace_steps
+        modality.augment.shift_px freeze.encoder_steps head.continue_tokens head.stride
+        """,
+    ),
+    *_range(
+        "a number above 0",
+        lambda value: value > 0 and value < math.inf,
+        """
+        optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
+        attentive.lr head.max_seconds modality.decode.max_pixels
+        """,
+    ),
+    *_range("a number above 0", lambda value: value > 0, "modality.segment_seconds layer_decay.rate"),
+    *_range(
+        "a number of at least 0",
+        lambda value: 0 <= value < math.inf,
+        """
+        optimizer.weight_decay trainer.gradient_clip_val modality.min_seconds objective.loss_beta attentive.weight_decay
+        l2 callbacks.probe.l2 head.mixup head.cutmix modality.encoder.embed_gradient scheduler.min_lr scheduler.end_lr
+        scheduler.start_lr callbacks.monitor.min_target_std callbacks.monitor.min_prediction_std
+        """,
+    ),
+    *_range(
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        """
+        objective.tau_start objective.tau_end data.max_bad_fraction data.held_out_fraction layer_decay.rate
+        modality.augment.horizontal_flip modality.augment.erase head.horizontal_flip head.mix_probability
+        head.masks.channel_span
+        """,
+    ),
+    *_range(
+        "a number from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        """
+        optimizer.betas modality.batching.max_waste head.label_smoothing head.masks.time_fraction
+        head.masks.channel_fraction
+        """
+        + " ".join(f"{group}.{name}" for group in ("modality.encoder", "rates") for name in _DROPPED)
+        + " rates.head_dropout",
+    ),
+    *_range(
+        "a number between 0 and 1",
+        lambda value: 0 < value < 1,
+        "modality.masker.hidden_fraction modality.corruption.hidden_fraction head.hidden_fraction",
+    ),
+]
+
+
+def _one_of(path: str, cfg: DictConfig, *, names: Callable[[], Iterable[str]]) -> str | None:
+    value = _get(cfg, path, (str, int, float, list))
+    known = list(names())
+    given = value if isinstance(value, list) else [value]
+    wrong = [one for one in given if one is not None and str(one) not in known]
+    if not wrong:
+        return None
+    near = difflib.get_close_matches(str(wrong[0]), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{path}: expected one of {', '.join(known)}, got {show(wrong[0])}{hint}"
+
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+_NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    "weights": lambda: ("student", "teacher"),
+    "format": lambda: ("hf", "safetensors", "onnx", "torch_export"),
+    "pooling": lambda: ("mean", "mean_std", "none"),
+    "dtype": lambda: ("float32", "float16"),
+    "probes": lambda: keys_of("data2vec_train.tasks.probe", "NAMES"),
+    "precision.trainer": lambda: _PRECISIONS,
+    "strategy.accelerator": lambda: ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "callbacks.monitor.progress": lambda: ("auto", "bar", "lines", "none"),
+    "modality.encoder.activation": lambda: keys_of("data2vec_train.layers.misc", "ACTIVATIONS"),
+    "attention.backend": lambda: keys_of("data2vec_train.layers.attention", "BACKENDS"),
+}
+
+
+def _seed_is_a_whole_number(cfg: DictConfig) -> str | None:
+    is_there, seed = _written(cfg, "seed")
+    if not is_there or (type(seed) is int and 0 <= seed < 2**32):  # what numpy takes
+        return None
+    if type(seed) is int:
+        return f"seed: expected a whole number from 0 to {2**32 - 1}, got {seed}"
+    return f"seed: expected a whole number, got {show(seed)}; for several runs write -m seed=0,1"
+
+
+def _encodings_exist(cfg: DictConfig) -> str | None:
+    for name in _get(cfg, "modality.encodings", list) or []:
+        try:
+            codecs.lookup(str(name))
+        except LookupError:
+            return f"modality.encodings: there is no encoding called {show(name)}; utf-8, cp1252 and shift_jis are some"
+    return None
+
+
+def _workers_are_countable(cfg: DictConfig) -> str | None:
+    workers = _get(cfg, "data.num_workers", (str, float))
+    if workers in (None, "auto"):
+        return None
+    return f"data.num_workers: expected a whole number or auto, got {show(workers)}"
+
+
+def _layers_are_numbers(cfg: DictConfig) -> str | None:
+    layers = _get(cfg, "layers", (str, float, list))
+    numbers = isinstance(layers, list) and layers and all(type(one) is int for one in layers)
+    if layers is None or numbers or layers in ("last", "all"):
+        return None
+    return f"layers: expected last, all, or numbers such as [0,6,12], got {show(layers)}"
+
+
+def _cache_is_a_path(cfg: DictConfig) -> str | None:
+    is_there, folder = _written(cfg, "cache_dir")
+    return f"cache_dir: expected a path, got {show(folder)}" if is_there and not isinstance(folder, str) else None
+
+
+def _removal_is_a_pattern(cfg: DictConfig) -> str | None:
+    pattern = _get(cfg, "head.remove", str)
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        return f"head.remove: {show(pattern)} is no regular expression ({error})"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes that have to fit each other
+
+
+def _heads_divide_the_width(cfg: DictConfig) -> str | None:
+    dim, heads = _get(cfg, "size.dim"), _get(cfg, "size.num_heads")
+    if dim is None or heads is None or dim < 1 or (heads > 0 and dim % heads == 0):
+        return None
+    below = [count for count in range(1, min(heads, dim)) if dim % count == 0][-1:]
+    above = [count for count in range(max(heads, 1), dim + 1) if dim % count == 0][:1]
+    near = " or ".join(map(str, below + above))
+    return (
+        f"size.num_heads: size.dim={dim} cannot be split into {heads} heads; choose {near} heads, or another size.dim"
+    )
+
+
+def _patches_tile_the_image(cfg: DictConfig) -> str | None:
+    patch = _get(cfg, "modality.encoder.patch_px")
+    image = _get(cfg, "modality.image_px", (int, list))
+    sides = image if isinstance(image, list) else [image]
+    if not patch or patch < 1 or not all(isinstance(side, int) for side in sides):
+        return None
+    if isinstance(image, list) and len(image) != 2:
+        return f"modality.image_px: expected one side, or [height, width], got {show(image)}"
+    wrong = next((side for side in sides if side < patch or side % patch), None)
+    if wrong is None:
+        return None
+    near = sorted({max(patch, wrong // patch * patch), max(patch, (wrong // patch + 1) * patch)})
+    return (
+        f"modality.image_px: {wrong} pixels cannot be cut into patches of {patch} (modality.encoder.patch_px); "
+        f"the nearest sizes that work are {' and '.join(map(str, near))}"
+    )
+
+
+def _image_has_a_known_number_of_channels(cfg: DictConfig) -> str | None:
+    channels = _get(cfg, "modality.channels")
+    if channels is None or _get(cfg, "modality.name", str) != "vision" or channels in (1, 3, 4) or channels < 1:
+        return None
+    return f"modality.channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}"
+
+
+def _a_visible_block_fits_the_image(cfg: DictConfig) -> str | None:
+    block, image, patch = (_get(cfg, f"modality.{name}") for name in ("visible_block_patches", "image_px", "patch_px"))
+    if not block or not image or not patch or patch < 1 or image < patch or block < image // patch:
+        return None
+    return (
+        f"modality.visible_block_patches: a square of {block} patches covers the whole image, which has "
+        f"{image // patch} x {image // patch}; choose at most {max(1, image // patch - 1)}"
+    )
+
+
+def _blocks_hold_documents(cfg: DictConfig) -> str | None:
+    shortest, block = _get(cfg, "modality.min_tokens"), _get(cfg, "modality.block_tokens")
+    if shortest is None or block is None or block < 1 or shortest <= block:
+        return None
+    return f"modality.min_tokens: {shortest} is more than modality.block_tokens={block}; nothing would be left"
+
+
+def _betas_are_two(cfg: DictConfig) -> str | None:
+    betas = _get(cfg, "optimizer.betas", list)
+    return (
+        f"optimizer.betas: expected two numbers, got {show(betas)}" if betas is not None and len(betas) != 2 else None
+    )
+
+
+def _crops_are_shares(cfg: DictConfig) -> str | None:
+    for path in ("modality.augment.crop_scale", "head.crop_scale"):
+        scale = _get(cfg, path, list)
+        if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1):
+            return f"{path}: expected the smallest and the largest share of an image, as [0.2,1.0], got {show(scale)}"
+    return None
+
+
+def _convolutions_have_all_their_numbers(cfg: DictConfig) -> str | None:
+    kernels, strides = (_get(cfg, f"modality.encoder.conv_{name}", list) for name in ("kernel", "stride"))
+    if kernels is None or strides is None or len(kernels) == len(strides) > 0:
+        return None
+    return (
+        f"modality.encoder.conv_kernel: {len(kernels)} layers, and modality.encoder.conv_stride has {len(strides)}; "
+        "give one number of each for every layer"
+    )
+
+
+def _position_groups_divide_the_width(cfg: DictConfig) -> str | None:
+    dim, groups = _get(cfg, "size.dim"), _get(cfg, "modality.encoder.position_groups")
+    if dim is None or groups is None or groups < 1 or dim < 1 or dim % groups == 0:
+        return None
+    near = max(count for count in range(1, min(groups, dim) + 1) if dim % count == 0)
+    return (
+        f"modality.encoder.position_groups: {groups} groups cannot share the width {dim} (size.dim); choose {near}, or "
+        "another size.dim"
+    )
+
+
+def _seconds_are_in_order(cfg: DictConfig) -> str | None:
+    shortest, longest, batch = (_get(cfg, f"modality.{name}_seconds", (int, float)) for name in ("min", "max", "batch"))
+    if longest is None or longest <= 0:
+        return None
+    if shortest is not None and shortest > longest:
+        return (
+            f"modality.min_seconds: {shortest} is more than modality.max_seconds={longest}; no recording would be left"
+        )
+    if batch is not None and 0 < batch < longest:
+        return (
+            f"modality.batch_seconds: {batch} s of sound in a batch is less than one recording may have "
+            f"(modality.max_seconds={longest}); raise it, or lower modality.max_seconds"
+        )
+    return None
+
+
+def _prenet_leaves_layers(cfg: DictConfig) -> str | None:
+    prenet, depth = _get(cfg, "modality.encoder.prenet_depth"), _get(cfg, "size.depth")
+    if prenet is None or depth is None or depth < 1 or 0 <= prenet < depth:
+        return None
+    return f"modality.encoder.prenet_depth: expected a number from 0 to below size.depth={depth}, got {prenet}"
+
+
+def _enough_layers_for_the_targets(cfg: DictConfig) -> str | None:
+    top, depth = _get(cfg, "objective.targets.top_k_layers"), _get(cfg, "size.depth")
+    layers = (depth or 0) - (_get(cfg, "modality.encoder.prenet_depth") or 0)
+    if top is None or depth is None or layers < 1 or 1 <= top <= layers:
+        return None
+    return f"objective.targets.top_k_layers: expected a number from 1 to {layers}, the layers there are, got {top}"
+
+
+def _normalisation_fits_the_channels(cfg: DictConfig) -> str | None:
+    channels = _get(cfg, "modality.channels")
+    mean, std = _get(cfg, "modality.mean", list), _get(cfg, "modality.std", list)
+    if channels is None or mean is None or std is None or all(len(one) in (1, channels) for one in (mean, std)):
+        return None
+    return (
+        f"modality.channels: {channels}, but modality.mean has {len(mean)} and modality.std {len(std)} values; give 1 "
+        f"or {channels} of each, for example modality.mean=[0.449] modality.std=[0.226]"
+    )
+
+
+def _a_batch_has_a_size(cfg: DictConfig) -> str | None:
+    """Null is for modalities whose batches have a budget instead."""
+    if "data" not in cfg or _get(cfg, "data.source", dict) is None or "batching" not in (cfg.get("modality") or {}):
+        return None
+    size = OmegaConf.select(cfg, "data.batch_size_per_device", default=0)
+    if size is not None or _get(cfg, "modality.batching", dict) is not None:
+        return None
+    return "data.batch_size_per_device: expected a whole number of at least 1, got null"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def _dropping_needs_a_constant_count(cfg: DictConfig) -> str | None:
+    if _get(cfg, "objective.mask_mode", str) != "drop":
+        return None
+    masker = _name(cfg, "modality.masker")
+    instead = {"BlockMasker": "InverseBlockMasker", "SpanMasker": "Block1dMasker"}.get(masker)
+    if instead is not None:
+        return (
+            f"modality.masker: {masker} hides a different number of tokens in each sample, and "
+            f"objective.mask_mode=drop needs the same number; choose data2vec_train.masking.{instead}, or "
+            "objective.mask_mode=replace"
+        )
+    decoder = _name(cfg, "objective.decoder")
+    if decoder in ("LinearDecoder", "MLPDecoder"):
+        return (
+            f"objective.decoder: {decoder} sees one token at a time and cannot fill in those that "
+            "objective.mask_mode=drop leaves out; choose a convolutional decoder, or objective.mask_mode=replace"
+        )
+    return None
+
+
+def _corruption_and_mask_mode_agree(cfg: DictConfig) -> str | None:
+    mode, corruption = _get(cfg, "objective.mask_mode", str), _get(cfg, "modality.corruption._target_", str)
+    if mode == "corrupt" and corruption is None:
+        return (
+            "objective.mask_mode: corrupt needs modality.corruption, which says what hidden tokens become; choose "
+            "objective=data2vec with modality=text, or another mask mode"
+        )
+    if mode in ("replace", "drop") and corruption is not None:
+        return f"modality.corruption: objective.mask_mode={mode} hides tokens in the encoder; set it to null"
+    return None
+
+
+def _tau_rises(cfg: DictConfig) -> str | None:
+    start, end = _get(cfg, "objective.tau_start", (int, float)), _get(cfg, "objective.tau_end", (int, float))
+    if start is None or end is None or not 0 <= end < start <= 1:
+        return None
+    return f"objective.tau_start: {start} is above objective.tau_end={end}; the teacher slows down, so start lower"
+
+
+def _warm_up_ends_in_time(cfg: DictConfig) -> str | None:
+    warmup, steps = _get(cfg, "scheduler.warmup_steps", (int, float)), _get(cfg, "trainer.max_steps")
+    hold = _get(cfg, "scheduler.hold_steps") or 0
+    if warmup is None or steps is None or steps < 1 or warmup + max(hold, 0) <= steps:
+        return None
+    if warmup > steps:
+        return f"scheduler.warmup_steps: {warmup} is more than trainer.max_steps={steps}; lower it or train longer"
+    return (
+        f"scheduler.hold_steps: {hold}, with scheduler.warmup_steps={warmup} more than trainer.max_steps={steps}; "
+        "lower it or train longer"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups, commands and machines
+
+
+def choices_suit_the_modality(cfg: DictConfig) -> str | None:
+    """A choice that belongs to another modality than the one that was chosen."""
+    choices = _choices(cfg)
+    modality = choices.get("modality")
+    if modality not in MODALITIES:
+        return None
+    for group in _FREE_GROUPS:
+        words = re.split(r"[_/]", str(choices.get(group)))
+        other = next((word for word in words if word in MODALITIES and word != modality), None)
+        if other is not None:
+            return f"{group}={choices[group]}: is for modality={other}, and this is modality={modality}"
+    recipes = choices.get("recipes")
+    for recipe in recipes if isinstance(recipes, list) else [recipes]:
+        other = re.search(r"override /modality: *(\w+)", text_of_recipe(str(recipe)))
+        if other and other[1] != modality:
+            return f"recipes={recipe}: is for modality={other[1]}, and this is modality={modality}; leave modality out"
+    name = _get(cfg, "modality.name", str)
+    return None if name in (modality, None) else f"modality.name: expected {modality}, which was chosen, got {name}"
+
+
+def _head_suits_the_modality(cfg: DictConfig) -> str | None:
+    target, modality = _get(cfg, "head._target_", str), _get(cfg, "modality.name", str)
+    module = str(target).rpartition(".")[0].rpartition(".")[2]
+    wanted = {"speech": "audio", "text": "text", "vision": "vision"}.get(module)
+    if target is None or wanted is None or modality in (None, wanted):
+        return None
+    return f"head: {target.rpartition('.')[2]} is for modality={wanted}, and this is modality={modality}"
+
+
+def _data_suits_the_command(cfg: DictConfig) -> str | None:
+    if "objective" in cfg or "source" not in (_get(cfg, "data", dict) or {}):
+        return None
+    source = _name(cfg, "data.source")
+    if _get(cfg, "data.source", dict) is None:
+        return "data: the embedded samples are for pretraining; choose data=folder or data=hf, and data.path"
+    if source == "HFStreamingSource":
+        return (
+            "data: a stream is only for pretraining, everything else looks at the data more than once; choose data=hf"
+        )
+    return None
+
+
+def _trainer_is_told_once(cfg: DictConfig) -> str | None:
+    """What the groups strategy, precision, logger and callbacks say would win silently."""
+    elsewhere = {"precision": "precision", "logger": "logger", "callbacks": "callbacks"}
+    elsewhere |= {name: f"strategy.{name}" for name in _get(cfg, "strategy", dict) or {}}
+    for name, group in elsewhere.items():
+        if name in (_get(cfg, "trainer", dict) or {}) and group.partition(".")[0] in cfg:
+            return f"trainer.{name}: is set by {group}; change that instead"
+    return None
+
+
+def _devices_are_countable(cfg: DictConfig) -> str | None:
+    for group in ("strategy", "trainer"):
+        devices = _get(cfg, f"{group}.devices", object)
+        count = type(devices) is int and (devices > 0 or devices == -1)
+        listed = isinstance(devices, list) and devices and all(type(one) is int and one >= 0 for one in devices)
+        written = isinstance(devices, str) and re.fullmatch(r"auto|\d+(,\d+)*", devices)
+        if devices is None or count or listed or written:
+            continue
+        return f"{group}.devices: expected a count, a list such as [0,1], or auto, got {show(devices)}"
+    return None
+
+
+def _strategy_exists(cfg: DictConfig) -> str | None:
+    name = _get(cfg, "strategy.strategy", str)
+    known = r"auto|single_device|(ddp|fsdp|deepspeed|xla|single_xla|model_parallel)(_\w+)?"
+    if name is None or re.fullmatch(known, name):
+        return None
+    return f"strategy.strategy: there is no strategy {show(name)}; auto, ddp, fsdp and deepspeed are some"
+
+
+def _strategy_is_what_the_trainer_takes(cfg: DictConfig) -> str | None:
+    takes = signature(find(_TRAINER)).parameters
+    for name, value in (_get(cfg, "strategy", dict) or {}).items():
+        if name not in takes:
+            return f"strategy.{name}: Trainer has no setting called '{name}'{did_you_mean(name, takes)}"
+        expected = mismatch(value, takes[name])
+        if expected and name != "devices":
+            return f"strategy.{name}: expected {expected}, got {show(value)}"
+    return None
+
+
+def may_have_a_gpu() -> bool:
+    """False when this machine surely has none that torch could use: asking torch would take seconds."""
+    if sys.platform != "linux":
+        return True
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvidia0", "kfd", "dxg", "nvhost-gpu"))
+
+
+def _device_exists(cfg: DictConfig) -> str | None:
+    device = str(_get(cfg, "device", (str, int)))
+    if device == "None" or re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        return None
+    hint = "; did you mean cuda?" if device.startswith(("gpu", "cud")) else ""
+    return f"device: expected auto, cpu, cuda, cuda:1 or mps, got {show(device)}{hint}"
+
+
+def _gpu_is_there(cfg: DictConfig) -> str | None:
+    accelerator = _get(cfg, "strategy.accelerator", str)
+    device = str(_get(cfg, "device", str))
+    if may_have_a_gpu():
+        pass
+    elif device.startswith("cuda"):
+        return f"device: {device}, and this machine has no GPU; choose auto or cpu"
+    elif accelerator in ("gpu", "cuda"):
+        return f"strategy.accelerator: {accelerator}, and this machine has no GPU; choose auto or cpu"
+    precision = _get(cfg, "precision.trainer", str)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_a_gpu())
+    if precision in ("16-mixed", "16-true") and on_cpu:
+        return (
+            f"precision.trainer: {precision} needs a GPU, and this run is on the CPU; choose precision=fp32, or "
+            "precision=bf16, which is very slow there"
+        )
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _weights_can_be_read(cfg: DictConfig) -> str | None:
+    for name in ("checkpoint", "init_from"):
+        found = OmegaConf.select(cfg, name, throw_on_missing=False)
+        if isinstance(found, str) and "://" in found:
+            return f"{name}: {found} is an address; weights are only read from this machine: download them first"
+        if isinstance(found, str) and not Path(found).expanduser().exists():
+            return f"{name}: there is no file or folder {found}"
+    return None
+
+
+def _out_is_free(cfg: DictConfig) -> str | None:
+    out = OmegaConf.select(cfg, "out", throw_on_missing=False)
+    if out is None or out == "???":
+        return None
+    if not isinstance(out, str):
+        return f"out: expected a path, got {show(out)}"
+    path = Path(out).expanduser()
+    if "format" in cfg:  # a folder to make
+        is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        return None if is_free else f"out: {out} is not an empty folder; choose another, or remove it"
+    if path.exists():
+        return f"out: {out} exists already; choose another name, or remove it"
+    wanted = ".parquet" if "pooling" in cfg else ".jsonl"
+    if path.suffix == wanted or ("pooling" not in cfg and not path.suffix):
+        return None
+    return f"out: expected a file that ends in {wanted}, got {out}; write out={path.with_suffix(wanted)}"
+
+
+RULES: list[Rule] = [
+    _seed_is_a_whole_number,
+    *(functools.partial(_one_of, path, names=names) for path, names in _NAMES.items()),
+    *_RANGES,
+    _heads_divide_the_width,
+    _patches_tile_the_image,
+    _image_has_a_known_number_of_channels,
+    _normalisation_fits_the_channels,
+    _crops_are_shares,
+    _a_visible_block_fits_the_image,
+    _blocks_hold_documents,
+    _betas_are_two,
+    _convolutions_have_all_their_numbers,
+    _position_groups_divide_the_width,
+    _seconds_are_in_order,
+    _prenet_leaves_layers,
+    _enough_layers_for_the_targets,
+    _a_batch_has_a_size,
+    _dropping_needs_a_constant_count,
+    _corruption_and_mask_mode_agree,
+    _tau_rises,
+    _warm_up_ends_in_time,
+    _encodings_exist,
+    _workers_are_countable,
+    _layers_are_numbers,
+    _cache_is_a_path,
+    choices_suit_the_modality,
+    _head_suits_the_modality,
+    _data_suits_the_command,
+    _removal_is_a_pattern,
+    _trainer_is_told_once,
+    _devices_are_countable,
+    _strategy_exists,
+    _strategy_is_what_the_trainer_takes,
+    _device_exists,
+    _weights_can_be_read,
+    _out_is_free,
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This machine: looked at when a command is about to run, not when it is only read
+
+
+def _data_is_there(cfg: DictConfig) -> str | None:
+    source = _name(cfg, "data.source")
+    for setting in ("data", "data.test_source"):
+        value = _get(cfg, f"{setting}.path", (str, list))
+        paths = value if isinstance(value, list) else [value]
+        for path in paths if value is not None else []:
+            fault = _path_fault(source, str(path))
+            if fault:
+                return f"{setting}.path: {fault}"
+        if value == []:
+            return f"{setting}.path: expected a folder, or a list of folders, got an empty list"
+    metadata = _get(cfg, "data.metadata", str)
+    if metadata not in (None, "auto") and not Path(metadata).expanduser().is_file():
+        return f"data.metadata: there is no file {metadata}{_near_path(Path(metadata).expanduser())}"
+    return None
+
+
+def _manifest_is_of_recordings(cfg: DictConfig) -> str | None:
+    modality = _get(cfg, "modality.name", str)
+    if _name(cfg, "data.source") != "ManifestSource" or modality not in ("text", "vision"):
+        return None
+    return f"data: a manifest lists recordings, and this is modality={modality}; choose data=folder or data=hf"
+
+
+def _path_fault(source: str, text: str) -> str | None:
+    path = Path(text).expanduser()
+    if source in ("FolderSource", "ManifestSource"):
+        what = "folder" if source == "FolderSource" else "file"
+        if "://" in text:
+            return f"{text} is an address, expected a {what} on this machine; download it first, or choose data=hf"
+        if not path.exists():
+            return f"there is no {what} {text}{_near_path(path)}"
+        if source == "FolderSource" and path.is_file():
+            return f"{text} is a file, expected a folder; a data set in one file needs data=hf"
+        if source == "ManifestSource" and path.is_dir():
+            return f"{text} is a folder, expected a manifest (.tsv); for a folder choose data=folder"
+    if source in ("HFSource", "HFStreamingSource"):
+        if "://" in text:
+            return f"{text} is an address; for files on the web write data.path=parquet data.data_files='{text}'"
+        is_local = text.startswith(("/", "./", "../", "~"))
+        if is_local and not path.exists() and not re.search(r"[*?\[]", text):
+            return f"there is no file or folder {text}{_near_path(path)}"
+    return None
+
+
+def _workers_fit(cfg: DictConfig) -> str | None:
+    workers, cores = _get(cfg, "data.num_workers"), os.cpu_count() or 1
+    if workers is None or workers <= 32 * cores:
+        return None
+    return f"data.num_workers: {workers} processes on {cores} cores; choose auto, or about as many as cores"
+
+
+def _logger_is_installed(cfg: DictConfig) -> str | None:
+    for name, node in (_get(cfg, "logger", dict) or {}).items():
+        target = str(node.get("_target_") if isinstance(node, dict) else "").lower()
+        package = next((one for one in ("wandb", "tensorboard") if f"{one}logger" in target.replace("_", "")), None)
+        if package and importlib.util.find_spec(package) is None:
+            return f"logger={name}: needs the package {package}: pip install 'data2vec-train[{package}]'"
+    return None
+
+
+def _near_path(path: Path) -> str:
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.R_OK):
+        return ""
+    with os.scandir(path.absolute().parent) as entries:
+        names = [entry.name for _, entry in zip(range(2000), entries, strict=False)]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _can_be_written(name: str, cfg: DictConfig) -> str | None:
+    value = _get(cfg, name, str)
+    if value is None:
+        return None
+    path = Path(value).expanduser().absolute()
+    there = next(one for one in (path, *path.parents) if one.exists())
+    if not there.is_dir():
+        return f"{name}: {there} is a file, expected a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{name}: {value} cannot be written, {there} does not belong to you; choose another folder"
+    return None
+
+
+def _out_has_a_folder(cfg: DictConfig) -> str | None:
+    out = _get(cfg, "out", str)
+    parent = Path(out).expanduser().absolute().parent if out and out != "???" else None
+    if parent is None or "format" in cfg or parent.is_dir():
+        return None
+    return f"out: there is no folder {parent}"
+
+
+MACHINE_RULES: list[Rule] = [
+    _gpu_is_there,
+    _logger_is_installed,
+    _workers_fit,
+    _manifest_is_of_recordings,
+    _data_is_there,
+    _out_has_a_folder,
+    *(functools.partial(_can_be_written, name) for name in ("cache_dir", "hydra.run.dir", "hydra.sweep.dir")),
+]

@@ -1,0 +1,178 @@
+"""The directory of a run: started anew, gone on with, or finished already."""
+
+import errno
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from data2vec_train import checkpoints
+from data2vec_train.errors import ConfigError
+from data2vec_train.monitor import CSVLog
+
+log = logging.getLogger(__name__)
+
+METRICS, SUMMARY, CONFIG, QUARANTINE, NONFINITE = (
+    "metrics.csv",
+    "summary.json",
+    "config.yaml",
+    "quarantine.jsonl",
+    "nonfinite.jsonl",
+)
+# What a run may go on without or with more of: nothing here changes what is learned.
+FREE = (
+    "resume",
+    "report",
+    "cache_dir",
+    "logger",
+    "strategy",
+    "data.num_workers",
+    "callbacks.checkpoint",
+    "callbacks.monitor.progress",
+    "trainer.accumulate_grad_batches",  # judged together with the number of processes, see data.datamodule
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run stands.
+
+    Attributes:
+        path: the directory.
+        checkpoint: the folder to go on from; None = from the beginning.
+        summary: of a run that is finished; None = there is something to do.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    summary: dict[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps that are done."""
+        return 0 if self.checkpoint is None else checkpoints.step_of(self.checkpoint)
+
+
+def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
+    """Find out what is in a run directory, and make it ready: what lies behind the checkpoint is forgotten.
+
+    Raises:
+        ConfigError: it holds another run, or with `resume=never` any.
+        DamagedCheckpoint: it has checkpoints, and none is whole.
+    """
+    if cfg.resume not in ("auto", "never", "changed"):
+        raise ConfigError(f"resume={cfg.resume}: expected auto, never, changed, or the directory of a run")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    used = (path / METRICS).exists() or (path / checkpoints.FOLDER).exists()
+    if used and cfg.resume == "never":
+        raise ConfigError(f"{path} already holds a run; choose another hydra.run.dir, or resume=auto to go on with it")
+    before = _config_of(path)
+    if used and before is not None and cfg.resume != "changed":
+        _check_same(before, config, path)
+    checkpoint = checkpoints.newest(path / checkpoints.FOLDER)
+    summary = _read_summary(path / SUMMARY)
+    finished = summary is not None and summary.get("status") == "finished" and cfg.resume != "changed"
+    if finished and checkpoint is not None:
+        return RunDirectory(path, checkpoint, summary)
+    found = RunDirectory(path, checkpoint, None)
+    if rank_zero_only.rank == 0:
+        _lock(path)
+        _forget(path, found)
+        if checkpoint is None or cfg.resume == "changed":
+            checkpoints.replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    if checkpoint is not None:
+        log.info("going on after step %d: %s", found.step, checkpoint)
+    return found
+
+
+_locks: dict[Path, IO[str]] = {}  # held until the process ends, however it ends
+
+
+def _lock(path: Path) -> None:
+    """Keep other processes out of the directory.
+
+    Raises:
+        ConfigError: one is in it.
+    """
+    file = _locks.setdefault(path.resolve(), (path / "lock").open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another process is at work in {path}; wait for its end, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # file systems without locks
+            raise
+
+
+def _config_of(path: Path) -> dict[str, Any] | None:
+    file = path / CONFIG
+    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """A run goes on with its own settings.
+
+    Raises:
+        ConfigError: settings differ that change what is learned.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    differing = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not any(name == one or name.startswith(f"{one}.") for one in FREE)
+    ]
+    if differing:
+        shown = ", ".join(f"{name}={new.get(name)} (was {old.get(name)})" for name in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"{path} holds a run with other settings: {shown}{more}. Give its own command again, or resume={path} "
+            "alone; resume=changed goes on with the new settings, and another hydra.run.dir starts another run"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _read_summary(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:  # cut short when the process was killed
+        return None
+
+
+def _forget(path: Path, run: RunDirectory) -> None:
+    """Take away what was written after the checkpoint."""
+    if run.checkpoint is None:
+        for name in (METRICS, QUARANTINE, NONFINITE, SUMMARY, "wandb_id"):
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / "tensorboard", ignore_errors=True)
+        return
+    CSVLog(path=path / METRICS).cut(run.step)
+    nonfinite = path / NONFINITE
+    if nonfinite.exists():
+        lines = [line for line in nonfinite.read_text().splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
+        checkpoints.replace_file(nonfinite, "".join(kept).encode())
+
+
+def write_summary(file: Path, summary: dict[str, Any]) -> None:
+    """As JSON that any reader takes: what is not finite becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(one) for key, one in value.items()}
+        return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
+
+    checkpoints.replace_file(file, json.dumps(finite(summary), indent=2, allow_nan=False).encode() + b"\n")

@@ -1,0 +1,195 @@
+"""Tiny runs of the real program in forked processes: everything is imported once, a start costs a second."""
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+
+from data2vec_train import checkpoints
+
+STEPS = 15
+SIZE = ["size.dim=16", "size.depth=2", "size.num_heads=2", "size.ffn_dim=32", "objective.decoder.channels=16"]
+SIZE += ["objective.targets.top_k_layers=2", "objective.views=2", "report=false", "optimizer.lr=1e-3"]
+OFTEN = [f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "callbacks.probe.every_n_steps=1000"]
+OFTEN += ["callbacks.probe.rank_samples=8", "data.held_out_fraction=0.1", "callbacks.monitor.grace_steps=1000"]
+WORDS = "It was a day like any other, and nobody in the house knew what was to come of it. "
+
+
+def make_data(folder: Path) -> dict[str, list[str]]:
+    """Small data sets, an epoch of which is five batches; arguments of the program for each modality."""
+    rng = np.random.default_rng(0)
+    images, sounds, texts = folder / "images", folder / "sounds", folder / "texts"
+    for directory in (images, sounds, texts):
+        directory.mkdir(parents=True, exist_ok=True)
+    for number in range(22):
+        Image.fromarray(rng.integers(0, 256, (24, 24), dtype=np.uint8)).save(images / f"{number:02d}.png")
+        soundfile.write(sounds / f"{number:02d}.wav", rng.normal(scale=0.1, size=4000 + 40 * number), 16_000)
+        (texts / f"{number:02d}.txt").write_text(f"{number} " + WORDS * 3)
+    own = {
+        "vision": [f"data.path={images}", "modality.image_px=16", "modality.patch_px=4", "modality.channels=1",
+                   "modality.mean=[0.5]", "modality.std=[0.25]", "data.batch_size_per_device=4"],
+        "audio": [f"data.path={sounds}", "size.conv_dim=8", "modality.max_seconds=0.3", "modality.batch_seconds=1.2"],
+        "text": [f"data.path={texts}", "modality.block_tokens=32", "modality.batch_tokens=128",
+                 ],
+    }  # fmt: skip
+    return {
+        name: [f"modality={name}", "data=folder", f"cache_dir={folder}/cache", *SIZE, *OFTEN, *mine]
+        for name, mine in own.items()
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Processes:
+    """One start of the program: a process, or two that share the work."""
+
+    def __init__(self, arguments: list[str], run: Path, *, count: int, log: Path) -> None:
+        self.run = run
+        self.log = log
+        port = free_port() if count > 1 else 0
+        self.ids = [self._start([*arguments, f"hydra.run.dir={run}"], rank, count, port) for rank in range(count)]
+        self.statuses: dict[int, int] = {}
+
+    def _start(self, arguments: list[str], rank: int, count: int, port: int) -> int:
+        sys.stdout.flush()
+        child = os.fork()
+        if child:
+            return child
+        try:
+            os.setsid()
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            torch.set_num_threads(1)
+            if count > 1:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "NODE_RANK": 0}
+                os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_RUN_ID": "stress"}
+                arguments = [*arguments, "strategy=ddp", "strategy.accelerator=cpu", f"strategy.devices={count}"]
+            sys.argv = ["data2vec_train", *arguments]
+            from lightning.pytorch.utilities import rank_zero_only
+
+            rank_zero_only.rank = rank  # read from the environment when it was imported, before the fork
+            from data2vec_train.__main__ import _pretrain
+            from data2vec_train.config import main
+
+            status = 0
+            try:
+                main(_pretrain, config_name="train")
+            except SystemExit as ending:
+                status = ending.code or 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def running(self) -> list[int]:
+        for one in self.ids:
+            if one not in self.statuses:
+                found, status = os.waitpid(one, os.WNOHANG)
+                if found:
+                    self.statuses[one] = os.waitstatus_to_exitcode(status)
+        return [one for one in self.ids if one not in self.statuses]
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all have left in time; those that have not are killed."""
+        end = time.monotonic() + seconds
+        while self.running() and time.monotonic() < end:
+            time.sleep(0.005)
+        late = self.running()
+        self.kill()
+        return not late
+
+    def kill(self, which: int | None = None) -> None:
+        """SIGKILL to all, workers too, or to one."""
+        for number, one in enumerate(self.ids):
+            if one not in self.statuses and which in (None, number):
+                try:
+                    os.killpg(one, signal.SIGKILL)
+                except ProcessLookupError:
+                    os.kill(one, signal.SIGKILL)
+        while which is None and self.running():
+            time.sleep(0.005)
+
+    def signal(self, number: int, which: list[int]) -> None:
+        for one in which:
+            if self.ids[one] in self.running():
+                os.kill(self.ids[one], number)
+
+
+def step_of(run: Path) -> int:
+    """The last step in metrics.csv; -1 before the first row."""
+    file = run / "metrics.csv"
+    if not file.exists():
+        return -1
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return int(lines[-1].split(b",")[0]) if len(lines) > 1 else -1
+
+
+def flat(tree: object, path: str = ""):
+    """(path, leaf) of nested containers, without what says when something happened."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key not in ("loops", "callbacks", "config"):
+                yield from flat(value, f"{path}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for key, value in enumerate(tree):
+            yield from flat(value, f"{path}.{key}")
+    else:
+        yield path, tree
+
+
+def final_state(run: Path) -> dict[str, object]:
+    """Student, teacher, decoder, optimizer and counters of the newest checkpoint."""
+    return dict(flat(checkpoints.read(checkpoints.resolve(run))))
+
+
+def logged(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without times."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: row[name] for name in row if "second" not in name and "wait" not in name} for row in rows]
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """Names of tensors and rows that are not the same to the last bit."""
+    ours, theirs = final_state(run), final_state(reference)
+    found = [name for name in ours.keys() ^ theirs.keys()]
+    for name in ours.keys() & theirs.keys():
+        one, other = ours[name], theirs[name]
+        if not (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other):
+            found.append(name)
+    rows, others = logged(run), logged(reference)
+    found += [f"row {number}" for number, (one, other) in enumerate(zip(rows, others, strict=False)) if one != other]
+    return found + (["number of rows"] if len(rows) != len(others) else [])
+
+
+def fresh(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def import_everything() -> None:
+    """What every child would import; nothing is computed, since threads do not survive a fork."""
+    import data2vec_train.config
+    import data2vec_train.tasks.pretrain
+    import data2vec_train.tasks.run_report  # noqa: F401

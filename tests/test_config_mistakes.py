@@ -1,0 +1,225 @@
+"""Mistakes that people make on the command line: each is answered in one line that says what to change.
+
+The table calls what the commands call, in this process; a few run as commands, with a limit of time.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data2vec_train.config import _said_twice
+from data2vec_train.preflight import find_faults
+
+ROOT = Path(__file__).parents[1]
+FOLDER = "data=folder data.path=FOLDER "
+FINETUNE = "finetune modality=vision head=image init_from=FOLDER " + FOLDER
+HEARD = "finetune modality=audio head=ctc init_from=FOLDER " + FOLDER
+READ = "finetune modality=text head=sequence init_from=FOLDER " + FOLDER
+PROBE = "probe modality=vision checkpoint=FOLDER " + FOLDER
+EMBED = "embed modality=vision checkpoint=FOLDER out=FOLDER/new.parquet " + FOLDER
+
+# Command -> what its one line holds. FOLDER is an empty folder with a file `here.txt`; `train` is left out.
+MISTAKES = {
+    # names
+    "modality=speech": "there is no modality called 'speech'; did you mean audio?",
+    "modality=null": "modality=null: a group is not null; choose one of audio, text, vision",
+    "modality=[vision,text]": "takes one choice; for several runs write -m modality=vision,text",
+    "modality": "modality: no choice given; write modality=... one of audio, text, vision",
+    "modality:vision": "cannot be read; write modality=vision",
+    "modality==vision": "one '=' is enough: modality=vision",
+    "modality=vision,": "leave out the comma at the end: modality=vision",
+    "~objective": "objective cannot be left out; choose one of data2vec, data2vec2",
+    "++modality=vision": "a group takes no pluses: modality=vision",
+    "head=ctc": "python -m data2vec_train has no head; it has modality, objective",
+    FINETUNE + "size=base": "python -m data2vec_train.finetune has no size; it has modality, head",
+    "precision=fp16": "there is no precision called 'fp16'",
+    "preset=audio_data2vec2": "preset=audio_data2vec2: is for modality=audio, and this is modality=vision",
+    "sample=sample_audio": "sample=sample_audio: is for modality=audio, and this is modality=vision",
+    "modality.name=audio": "modality.name: expected vision, which was chosen, got audio",
+    "learning_rate=0.1": "did you mean optimizer.lr?",
+    "epochs=10": "did you mean trainer.max_steps?",
+    "gpus=2": "did you mean strategy.devices?",
+    "batch_size=32": "did you mean data.batch_size_per_device?",
+    "max_steps=100": "did you mean trainer.max_steps?",
+    "optimzer.lr=0.1": "did you mean optimizer.lr?",
+    "+trainer.precision=16-mixed": "trainer.precision: is set by precision; change that instead",
+    "+strategy.device=3": "Trainer has no setting called 'device'; did you mean devices?",
+    "+modality.chanels=3": "there is no setting called 'modality.chanels'; did you mean modality.channels?",
+    "~seed": "~seed: seed cannot be left out; set it to another value",
+    "+recipe=vision/cifar10": "there is no setting called 'recipe'; did you mean recipes?",
+    "+recipes=cifar10": "there is no recipe called 'cifar10'; did you mean vision/cifar10?",
+    "+recipes=audio/ctc_100h_base": "this recipe is for python -m data2vec_train.finetune",
+    # how it is typed
+    "seed = 1": "seed = 1: write it without spaces: seed=1",
+    "seed= 1": "seed= 1: write it without spaces: seed=1",
+    "seed=": "seed=: no value given; write seed=VALUE, or seed=null",
+    "data=folder data.path=/a(b)": "goes in quotes: 'data.path=\"/a(b)\"'",
+    "data=folder data.path=/ünï": "goes in quotes: 'data.path=\"/ünï\"'",
+    "size.dim=${size": "a bracket or quote is not closed",
+    "data=folder data.path=a,b": "several values make a sweep, which needs -m; for one list write data.path=[a,b]",
+    "seed=${oc.env:NOT_SET_ANYWHERE}": "the environment variable NOT_SET_ANYWHERE is not set; set it",
+    "seed=${seed}": "seed: cannot work out ${seed}: Recursive interpolation",
+    "seed=${nothing}": "seed: refers to ${nothing}, and there is no setting called 'nothing'",
+    # values
+    "optimizer.lr=abc": "optimizer.lr: expected a number, got 'abc'",
+    "optimizer.lr=1e-4x": "optimizer.lr: expected a number, got '1e-4x'",
+    "optimizer.lr=-1": "optimizer.lr: expected a number above 0, got -1",
+    "optimizer.lr=nan": "optimizer.lr: expected a number above 0, got nan",
+    "optimizer.betas=[0.9]": "optimizer.betas: expected two numbers, got [0.9]",
+    "trainer.max_steps=1.5": "trainer.max_steps: expected a whole number, got 1.5",
+    "trainer.max_steps=null": "trainer.max_steps: expected a whole number, got null",
+    "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches: expected a whole number of at",
+    "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val: expected a number of at least 0, got -1",
+    "precision.trainer=16-mixed strategy.accelerator=cpu": "16-mixed needs a GPU, and this run is on the CPU",
+    "strategy.devices=0": "strategy.devices: expected a count, a list such as [0,1], or auto, got 0",
+    "strategy.strategy=dpp": "strategy.strategy: there is no strategy 'dpp'; auto, ddp",
+    "strategy.accelerator=gpuu": "strategy.accelerator: expected one of auto, cpu, gpu",
+    "seed=-1": "seed: expected a whole number from 0 to 4294967295, got -1",
+    "size.depth=-3": "size.depth: expected a whole number of at least 1, got -3",
+    "size.dim=0": "size.dim: expected a whole number of at least 1, got 0",
+    "size.num_heads=5": "size.dim=96 cannot be split into 5 heads; choose 4 or 6 heads",
+    "modality.patch_px=5": "28 pixels cannot be cut into patches of 5",
+    "modality.image_px=[28]": "modality.image_px: expected one side, or [height, width], got [28]",
+    "modality.channels=2": "modality.channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got 2",
+    "modality.augment.crop_scale=[0.9,0.2]": "modality.augment.crop_scale: expected the smallest and the largest share",
+    "modality.visible_block_patches=50": "a square of 50 patches covers the whole image, which has 7 x 7",
+    "modality.encoder.dropout=1.5": "modality.encoder.dropout: expected a number from 0 to below 1, got 1.5",
+    "modality.encoder.activation=relux": "got 'relux'; did you mean relu?",
+    "modality.encoder.prenet_depth=9": "modality.encoder.prenet_depth: expected a number from 0 to below size.depth=4",
+    "callbacks.monitor.progress=fancy": "callbacks.monitor.progress: expected one of auto, bar, lines, none",
+    "scheduler=tri_stage scheduler.hold_steps=9999": "scheduler.hold_steps: 9999, with scheduler.warmup_steps=",
+    "modality=audio modality.sample_rate_hz=0": "modality.sample_rate_hz: expected a whole number of at least 1, got 0",
+    "modality=audio modality.min_seconds=30": "modality.min_seconds: 30 is more than modality.max_seconds",
+    "modality=audio modality.encoder.position_groups=7": "7 groups cannot share the width 96 (size.dim); choose 6",
+    "modality=audio modality.encoder.conv_kernel=[10,3]": "2 layers, and modality.encoder.conv_stride has 7",
+    "modality=text modality.encodings=[utf-88]": "modality.encodings: there is no encoding called 'utf-88'",
+    "modality=text modality.min_tokens=600": "modality.min_tokens: 600 is more than modality.block_tokens=",
+    "data.batch_size_per_device=null": "data.batch_size_per_device: expected a whole number of at least 1, got null",
+    "data.num_workers=many": "data.num_workers: expected a whole number, got 'many'",
+    # what is not there
+    "data.path=FOLDER": "data=sample needs none, for your own data choose data=folder, hf, manifest or stream",
+    "data=folder": "data.path: not set; say which",
+    "data=folder data.path=FOLDER/her.txt": "did you mean FOLDER/here.txt?",
+    "data=folder data.path=FOLDER/here.txt": "here.txt is a file, expected a folder; a data set in one",
+    "data=folder data.path=https://example.org/x": "is an address, expected a folder on this machine",
+    "data=hf data.path=s3://bucket/x": "s3://bucket/x is an address; for files on the web write data.path=parquet",
+    "data=manifest modality=audio data.path=FOLDER": "is a folder, expected a manifest (.tsv)",
+    "data=manifest data.path=FOLDER/here.txt": "data: a manifest lists recordings, and this is modality=vision",
+    "cache_dir=FOLDER/here.txt": "cache_dir: FOLDER/here.txt is a file, expected a folder",
+    "hydra.run.dir=FOLDER/here.txt/run": "hydra.run.dir: FOLDER/here.txt is a file, expected a folder",
+    "init_from=facebook/data2vec-base": "init_from: there is no file or folder facebook/data2vec-base",
+    "init_from=https://x/y.pt": "is an address; weights are only read from this machine",
+    # the other commands
+    FINETUNE + "freeze.encoder_steps=-1": "freeze.encoder_steps: expected a whole number of at least 0, got -1",
+    FINETUNE + "layer_decay.rate=2": "layer_decay.rate: expected a number from 0 to 1, got 2",
+    FINETUNE + "data.train_samples=0": "data.train_samples: expected a whole number of at least 1, got 0",
+    FINETUNE + "data=stream": "data: a stream is only for pretraining",
+    HEARD + "head.remove='('": "head.remove: '(' is no regular expression",
+    HEARD + "head.masks.time_fraction=2": "head.masks.time_fraction: expected a number from 0 to below 1, got 2",
+    HEARD.replace("audio", "vision"): "head: CTC is for modality=audio, and this is modality=vision",
+    READ + "head.text_columns=text": "head.text_columns: expected a list of items, each text, got 'text'",
+    PROBE + "probes=[kn]": "probes: expected one of knn, linear, attentive, got 'kn'; did you mean knn?",
+    PROBE + "layers=first": "layers: expected last, all, or numbers such as [0,6,12], got 'first'",
+    PROBE + "device=gpu": "device: expected auto, cpu, cuda, cuda:1 or mps, got 'gpu'; did you mean cuda?",
+    EMBED + "pooling=max": "pooling: expected one of mean, mean_std, none, got 'max'",
+    EMBED.replace(".parquet", ".csv"): "out: expected a file that ends in .parquet",
+    EMBED.replace("/new", "/no/new"): "out: there is no folder FOLDER/no",
+    "export checkpoint=FOLDER out=FOLDER/new num_heads=abc": "num_heads: expected a whole number of at least 1",
+    "export checkpoint=FOLDER out=FOLDER": "out: FOLDER is not an empty folder; choose another, or remove it",
+    "export checkpoint=FOLDER out=FOLDER/new format=onx": "got 'onx'; did you mean onnx?",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("folder")
+    (made / "here.txt").write_text("x")
+    return made
+
+
+def words_of(command, folder):
+    """(the name of the command's config, its overrides)."""
+    words = command.replace("FOLDER", str(folder)).replace("'('", "\"'('\"").split()
+    words = ["head.remove='('" if word.startswith("head.remove") else word for word in words]
+    return (words[0], words[1:]) if words[0] in ("finetune", "probe", "embed", "export") else ("train", words)
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(command, folder):
+    name, words = words_of(command, folder)
+    if words[-1] == "data=stream":
+        words.remove("data=folder")
+    faults = find_faults(words, config_name=name, multirun=False, on_this_machine=True)
+    assert len(faults) == 1, faults
+    assert MISTAKES[command].replace("FOLDER", str(folder)) in faults[0]
+    assert "\n" not in faults[0]
+
+
+def test_all_groups_that_are_missing_are_said_together():
+    faults = find_faults(["seed=x", "trainer.max_stps=3"], config_name="finetune", multirun=False)
+    for group in ("modality", "head", "data"):
+        assert any(f"{group} is not set; say which: {group}=... one of" in fault for fault in faults)
+    assert any("did you mean trainer.max_steps?" in fault for fault in faults)
+
+
+def test_a_setting_that_is_given_twice_is_named():
+    [fault] = _said_twice(["seed=1", "modality=vision", "seed=2", "size=tiny", "size=tiny"])
+    assert fault == "seed: is set 2 times, to 1 and 2; the last counts"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_that_is_not_installed_is_named():
+    [fault] = find_faults(["logger=wandb"], config_name="train", multirun=False, on_this_machine=True)
+    assert fault == "logger=wandb: needs the package wandb: pip install 'data2vec-train[wandb]'"
+
+
+# What a process does that runs a command: its exit status, what it said, what it imported, and its time on the CPU.
+MEASURED = """
+import json, resource, runpy, sys
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__")
+    status = 0
+except SystemExit as stopped:
+    status = stopped.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [name for name in ("torch", "lightning", "datasets", "numpy") if name in sys.modules]
+print(json.dumps({"status": status, "heavy": heavy, "seconds": used.ru_utime + used.ru_stime}))
+"""
+COMMANDS = {
+    "data2vec_train modality=visoin optimizer.lr=abc size.depth=-3 size.num_heads=5": 4,
+    "data2vec_train data=folder data.path=/nowhere seed=1 seed=2 trainer.max_steps=1.5": 2,
+    "data2vec_train -m seed=0,x modality=vision,adio": 2,
+    "data2vec_train vision --lr 0.1": 3,
+    "data2vec_train.finetune head=cct init_from=/nowhere": 3,
+    "data2vec_train.probe checkpoint=/nowhere modality=vision data=folder data.path=/nowhere": 2,
+    "data2vec_train.embed modality=vision data=sample out=x.csv device=gpu": 4,
+    "data2vec_train.predict checkpoint=/nowhere modality=audio data=hf out=x.jsonl": 2,
+    "data2vec_train.export checkpoint=/nowhere out=x format=onx": 2,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_with_mistakes_ends_at_once_with_status_2(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    measured = json.loads(done.stdout.splitlines()[-1])
+    heading, *faults = done.stderr.splitlines()
+    assert measured["status"] == 2
+    assert len(faults) == COMMANDS[command] == int(heading.split()[0]), done.stderr
+    assert "Traceback" not in done.stderr
+    assert measured["heavy"] == []
+    assert measured["seconds"] < 2
+    assert list(tmp_path.iterdir()) == []  # nothing is left on the disk
