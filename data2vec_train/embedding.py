@@ -173,6 +173,7 @@ def embed_inputs(
         rate = how.sampling_rate
         transform = AudioTransform(normalise=how.do_normalize, sample_rate_hz=rate, max_seconds=float("1e9"))
         options = {"sample_rate_hz": rate, "channels": encoder.channels, "min_seconds": 0.0}
+        options |= {"min_level": 0.0, "max_level": float("inf")}
         waves = [transform.train(decode_audio(_file(one), **options)) for one in inputs]
         return Embedder(encoder, numbers, pooling)(waves)
     from data2vec_train.data.vision import ImageTransform, decode_image

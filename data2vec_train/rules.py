@@ -268,6 +268,8 @@ def _image_has_a_known_number_of_channels(cfg: DictConfig) -> str | None:
 
 
 def _a_visible_block_fits_the_image(cfg: DictConfig) -> str | None:
+    if OmegaConf.select(cfg, "objective") is None:  # only pretraining hides patches
+        return None
     block, image, patch = (_get(cfg, f"modality.{name}") for name in ("visible_block_patches", "image_px", "patch_px"))
     if not block or not image or not patch or patch < 1 or image < patch or block < image // patch:
         return None

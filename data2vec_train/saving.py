@@ -104,8 +104,6 @@ class Checkpointing(L.Callback):
         asynchronous: see `FolderCheckpointIO`.
         directory: `RUN/checkpoints`.
         config: of the run, as plain containers; every checkpoint has it, so that the model can be rebuilt from it.
-        monitor: name of the score that says which is the best; None = there is no best.
-        lower_is_better: whether a lower score is better.
     """
 
     def __init__(
@@ -116,18 +114,13 @@ class Checkpointing(L.Callback):
         asynchronous: bool,
         directory: Path,
         config: dict[str, Any],
-        monitor: str | None = None,
-        lower_is_better: bool = False,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.directory = directory
         self.config = config
-        self.monitor = monitor
-        self.lower_is_better = lower_is_better
         self.io = FolderCheckpointIO(asynchronous=asynchronous)
         self.saved_at = -1
-        self.best: dict[str, float] = {}  # score and step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Clear away what an interrupted writer left."""
@@ -148,19 +141,12 @@ class Checkpointing(L.Callback):
             self.save(trainer, is_best=is_best)
 
     def _is_best(self, trainer: L.Trainer) -> bool:
-        if self.monitor is None:
-            return False
+        """Whether this step was measured, and better than all before."""
         measuring = measuring_callback(trainer)
-        if measuring.measured_at != trainer.global_step:
-            return False
-        score = measuring.metrics.get(self.monitor)
-        if trainer.world_size > 1:  # the last bits may differ, and all have to decide alike
-            score = trainer.strategy.broadcast(score)
-        sign = -1 if self.lower_is_better else 1
-        if score is None or (self.best and sign * score <= sign * self.best["score"]):
-            return False
-        self.best = {"score": score, "step": trainer.global_step}
-        return True
+        step = None if measuring is None else measuring.best_step
+        if trainer.world_size > 1 and measuring is not None and measuring.measured_at == trainer.global_step:
+            step = trainer.strategy.broadcast(step)  # scores may differ in their last bits, and all decide alike
+        return step == trainer.global_step
 
     def save(self, trainer: L.Trainer, *, is_best: bool = False) -> None:
         """Write a checkpoint of this step, on all processes together.
@@ -192,14 +178,6 @@ class Checkpointing(L.Callback):
         text = trainer.strategy.broadcast(text) if trainer.world_size > 1 else text
         if text is not None:
             raise SaveError(text)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best score and its step."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
-        self.best = state_dict["best"]
 
 
 def _describe(error: OSError, directory: Path) -> str:

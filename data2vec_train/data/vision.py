@@ -321,7 +321,8 @@ class ImageTransform:
         if rand_augment is not None:
             if len(rand_augment) != 2 or not 0 <= rand_augment[1] <= 30 or channels not in (1, 3):
                 raise ConfigError(f"rand_augment={list(rand_augment)}; expected [changes, 0 to 30] and 1 or 3 channels")
-            steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=self._interpolation))
+            bilinear = v2.InterpolationMode.BILINEAR  # tensors are not rotated bicubically
+            steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=bilinear))
         # Each pixel of an erased rectangle is noise of its own: it stands where images are normalised already.
         self._erase = v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random") if erase else None
         self._augment = v2.Compose(steps)

@@ -21,6 +21,7 @@ from data2vec_train.hf.base import PretrainedModel
 
 Scores = dict[str, float]
 NO_LABEL = -100  # what losses leave out
+NOTHING_KNOWN = "no test record says what is right, so there is nothing to score; leave data.test_source out"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Examples:
         host: tensors that stay where they are, such as lengths whose values the loss asks for.
         references: for each example, what a prediction is compared with; None = nobody knows.
         keys: names of the records.
+        places: their indices in the source.
         rejected: (key, reason) of records that could not be used.
     """
 
@@ -55,6 +57,7 @@ class Examples:
     host: dict[str, Tensor] = field(default_factory=dict)
     references: tuple[Any, ...] = ()
     keys: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -108,7 +111,13 @@ class PredictionMeter(Meter):
                 self.keys.append(key)
 
     def compute(self) -> Scores:
-        """See `Meter.compute`."""
+        """See `Meter.compute`.
+
+        Raises:
+            DataError: no record said what is right.
+        """
+        if not self.references:
+            raise DataError(NOTHING_KNOWN)
         return self.task.score(self.predictions, self.references)
 
 
@@ -187,10 +196,13 @@ class HeadTask(ABC):
             self.class_names = list(source.class_names)
 
     def usable(self, source: Source) -> np.ndarray:
-        """Indices of the records that can train and test the head, ascending."""
-        if not self.needs_classes or source.labels() is None:
-            return np.arange(len(source))
-        return np.flatnonzero(source.labels() >= 0)
+        """Indices of the records that say what is right, and so can train and test the head; ascending."""
+        known = np.ones(len(source), dtype=bool)
+        if self.needs_classes and source.labels() is not None:
+            known &= source.labels() >= 0
+        for name in self.label_fields:
+            known &= np.array([value is not None for value in source.column(name)], dtype=bool)
+        return np.flatnonzero(known)
 
     def check_test(self, source: Source) -> None:
         """Refuse test records whose labels mean something else.
@@ -279,7 +291,8 @@ class Collate:
         with torch_seeded(self.seed, "batch", *place):
             examples = [sample.inputs for sample in good]
             batch = self.task.collate(examples, train=self.train, rng=generator(self.seed, "batch", *place))
-        return replace(batch, keys=tuple(one["key"] for one in examples), rejected=rejected)
+        keys = tuple(one["key"] for one in examples)
+        return replace(batch, keys=keys, places=tuple(sample.id for sample in good), rejected=rejected)
 
 
 def padded(rows: Sequence[Any], value: float, length: int | None = None) -> Tensor:
@@ -299,9 +312,12 @@ def real_places(lengths: Sequence[int]) -> Tensor:
 
 
 def _other_classes(found: Sequence[str] | None, expected: Sequence[str]) -> str:
-    new = [name for name in found or () if name not in expected]
+    if not found:
+        return (
+            "test records have no classes: put files into a folder for each class, or name the column with "
+            "data.label_column"
+        )
+    new = [name for name in found if name not in expected]
     if new:
         return f"test records have the class {new[0]}, which no training record has; known: {', '.join(expected[:10])}"
-    return (
-        f"test records have the classes {(found or [])[:10]}, training records {expected[:10]}; they must be the same"
-    )
+    return f"test records have the classes {found[:10]}, training records {expected[:10]}; they must be the same"

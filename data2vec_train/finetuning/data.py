@@ -1,15 +1,21 @@
 """Labelled records as batches: which train, which test, and the loaders for both."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data2vec_train.data.datamodule import TimedLoader, available_workers, held_out_rows, ignore_interrupts
+from data2vec_train.data.datamodule import (
+    ResumableData,
+    TimedLoader,
+    available_workers,
+    held_out_rows,
+    ignore_interrupts,
+)
 from data2vec_train.data.dataset import EvaluationDataset, Sample, TrainingDataset
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.data.quarantine import Quarantine
@@ -17,7 +23,9 @@ from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, Len
 from data2vec_train.data.seeding import generator, torch_seeded
 from data2vec_train.data.sources import RawSample, Source
 from data2vec_train.errors import BadSample, DataError
-from data2vec_train.finetuning.base import Collate, Examples, HeadTask
+from data2vec_train.finetuning.base import NOTHING_KNOWN, Collate, Examples, HeadTask
+
+log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 32
 
@@ -86,7 +94,7 @@ class Relabelled(Source):
         return self.source.column(name)
 
 
-class FinetuneData(L.LightningDataModule):
+class FinetuneData(ResumableData):
     """Batches for fine-tuning, and examples that never train, to test on.
 
     Without a `test_source` a share of the records is held out, the same share of every class; records that belong
@@ -106,6 +114,7 @@ class FinetuneData(L.LightningDataModule):
         tolerated_bad_samples: so few broken records never stop it.
         quarantine_path: where broken records are listed.
         seed: of the run.
+        changed_steps: see `ResumableData`.
 
     Raises:
         DataError: records that cannot teach or test the head.
@@ -127,23 +136,29 @@ class FinetuneData(L.LightningDataModule):
         tolerated_bad_samples: int,
         quarantine_path: Path,
         seed: int,
+        changed_steps: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(changed_steps=changed_steps)
         self.task = task
         self.source = source
         self.batching = batching
         self.batch_size = batch_size_per_device
         self.num_workers = available_workers() if num_workers == "auto" else num_workers
         self.seed = seed
-        self.loader: TimedLoader | None = None
 
         rows = task.usable(source)
+        if len(rows) < len(source):
+            log.info(
+                "%d of %d records are left out: they do not say what is right", len(source) - len(rows), len(source)
+            )
         left_out: list[tuple[str, str]] = []
         if source.lengths is not None and batching is not None and not task.may_crop:
             long = source.lengths[rows] > batching.max_length
             why = "longer than the longest that training takes (modality.max_seconds, modality.block_tokens)"
             left_out = [(source[int(row)].key, why) for row in rows[long][:100]]
             rows = rows[~long]
+            if left_out:
+                log.warning("%d records are left out, such as %s: %s", long.sum(), left_out[0][0], why)
         test_rows = None
         if test_source is None:
             groups = source.groups()
@@ -162,6 +177,8 @@ class FinetuneData(L.LightningDataModule):
             if task.needs_classes and test_source.class_names != source.class_names and task.same_classes:
                 test_source = Relabelled(test_source, task.class_names)
             test_rows = task.usable(test_source)
+            if not len(test_rows):
+                raise DataError(NOTHING_KNOWN)
         self.rows = rows
         self.num_samples = len(rows)
         self.test_set = None
@@ -187,11 +204,8 @@ class FinetuneData(L.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """An endless loader of training batches."""
-        place = {"rank": 0, "world_size": 1}
-        if self.trainer is not None:
-            place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         dataset = ExampleTrainingDataset(task=self.task, source=self.source, indices=self.rows, seed=self.seed)
-        order = {"seed": self.seed, **place}
+        order = {"seed": self.seed, **self.place()}
         if self.batching is None or self.source.lengths is None:
             size = min(self.batch_size, len(dataset))
             sampler = EndlessBatchSampler(num_samples=len(dataset), batch_size=size, **order)
@@ -233,7 +247,7 @@ class FinetuneData(L.LightningDataModule):
             DataError: too many are broken, or all.
         """
         usable = 0
-        for batch in test_loader(self.test_set, self.task, self.batching, self.num_workers):
+        for batch in test_loader(self.test_set, self.task, self.batching, self.num_workers, window=None):
             self.quarantine.add(batch.rejected, num_good=len(batch))
             usable += len(batch)
             if len(batch):
@@ -243,15 +257,29 @@ class FinetuneData(L.LightningDataModule):
 
 
 def test_loader(
-    dataset: ExampleTestDataset, task: HeadTask, batching: LengthBatching | None, num_workers: int
+    dataset: ExampleTestDataset,
+    task: HeadTask,
+    batching: LengthBatching | None,
+    num_workers: int,
+    window: int | None,
 ) -> DataLoader:
-    """Batches in file order or, where lengths are known, from short to long."""
-    order = np.arange(len(dataset)) if dataset.lengths is None else np.argsort(dataset.lengths, kind="stable")
+    """Batches in file order or, where lengths are known, from short to long.
+
+    Args:
+        dataset: the examples.
+        task: makes batches of them.
+        batching: how much a batch may hold; None = `EVALUATION_BATCH` examples.
+        num_workers: loader processes.
+        window: only so many neighbours are sorted, and no batch reaches beyond them; None = all.
+    """
+    window = window or len(dataset)
+    lengths = np.zeros(len(dataset)) if dataset.lengths is None else dataset.lengths
+    budget = None if batching is None else 2 * batching.budget
     batches: list[list[int]] = [[]]
-    for row in order:
-        length = 0 if dataset.lengths is None else int(dataset.lengths[row])
-        budget = None if batching is None else 2 * batching.budget
-        if len(batches[-1]) == EVALUATION_BATCH or (budget and (len(batches[-1]) + 1) * length > budget):
+    for row in np.lexsort((lengths, np.arange(len(dataset)) // window)):
+        last = batches[-1]
+        is_full = len(last) == EVALUATION_BATCH or (budget and (len(last) + 1) * int(lengths[row]) > budget)
+        if is_full or (last and last[0] // window != row // window):
             batches.append([])
         batches[-1].append(int(row))
     return DataLoader(

@@ -58,9 +58,11 @@ def regression_scores(predictions: Sequence[float], references: Sequence[float])
 
     found, wanted = (torch.tensor(list(one), dtype=torch.float64) for one in (predictions, references))
     mse = float(mean_squared_error(found, wanted))
-    if len(found) < 2:
+    if len(found) < 2 or min(found.std(), wanted.std()) == 0:  # no correlation with what never changes
         return {"pearson": float("nan"), "spearman": float("nan"), "mse": mse}
-    return {"pearson": float(pearson_corrcoef(found, wanted)), "spearman": float(spearman_corrcoef(found, wanted))} | {
+    # Both are divided by their deviation: torchmetrics gives up, with a warning, where it is below 1e-4.
+    unit = ((one - one.mean()) / one.std() for one in (found, wanted))
+    return {"pearson": float(pearson_corrcoef(*unit)), "spearman": float(spearman_corrcoef(found, wanted))} | {
         "mse": mse
     }
 

@@ -1,5 +1,6 @@
 """The LightningModule of fine-tuning, and the callback that scores it."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -73,7 +74,7 @@ class FinetuneModule(TrainingModule):
         """Loss of one micro-batch, weighted by its number of examples."""
         self.seed_step()
         loss, _ = self.task.loss(self.model, batch)
-        weighted = self.weighted(loss, len(batch))
+        weighted = self.weighted(loss, len(batch), batch.keys)
         self.measure({"train/loss": loss.detach()})
         return weighted
 
@@ -134,12 +135,16 @@ class Evaluation(L.Callback):
         scores = meter.compute() | ({} if loss is None else {"loss": loss})
         self.metrics = {f"test/{name}": value for name, value in scores.items()}
         task = pl_module.task
-        sign = -1 if task.lower_is_better else 1
-        if not self.best or sign * scores[task.metric] > sign * self.best[task.metric]:
+        if not self.best or _rank(task, scores) > _rank(task, self.best):
             self.best = scores | {"step": step}
         self.seconds += time.perf_counter() - started
         # For the checkpoint callback; the loggers get their row from the monitor.
         pl_module.log_dict(self.metrics, logger=False)
+
+    @property
+    def best_step(self) -> int | None:
+        """When the best scores so far were measured."""
+        return self.best.get("step")
 
     def state_dict(self) -> dict:
         """Latest and best results."""
@@ -148,6 +153,12 @@ class Evaluation(L.Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         """See `state_dict`."""
         self.metrics, self.best = state_dict["metrics"], state_dict["best"]
+
+
+def _rank(task: HeadTask, scores: dict[str, float | int]) -> tuple[float, float]:
+    """Higher is better. Among equal scores, such as a word error rate of 1 early on, the lower loss; NaN is worst."""
+    score = -scores[task.metric] if task.lower_is_better else scores[task.metric]
+    return (-math.inf if math.isnan(score) else score), -scores.get("loss", math.inf)
 
 
 @torch.no_grad()
@@ -165,11 +176,13 @@ def evaluate(model: PretrainedModel, task: HeadTask, batches: Iterable[Examples]
             model.eval()
             moved = batch.to(model.device)
             loss, outputs = task.loss(model, moved)
+            if not all(bool(x.isfinite().all()) for x in outputs.values() if isinstance(x, Tensor)):
+                raise CollapseError(
+                    "outputs for test records are not finite: training diverged. Try a lower optimizer.lr"
+                )
             if loss is not None:
                 total, count = total + float(loss) * len(batch), count + len(batch)
             meter.update(outputs, moved)
     finally:
         model.train(was_training)
-    if count and not total == total:
-        raise CollapseError("the loss on the test records is not a number: training diverged. Try a lower optimizer.lr")
     return (total / count if count else None), meter

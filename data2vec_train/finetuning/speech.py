@@ -17,7 +17,16 @@ from torch import Tensor
 from data2vec_train.data.dataset import random_crop
 from data2vec_train.data.sources import RawSample, Source
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.finetuning.base import NO_LABEL, Examples, HeadTask, Inputs, Scores, padded, real_places
+from data2vec_train.finetuning.base import (
+    NO_LABEL,
+    NOTHING_KNOWN,
+    Examples,
+    HeadTask,
+    Inputs,
+    Scores,
+    padded,
+    real_places,
+)
 from data2vec_train.finetuning.metrics import classification_scores, equal_error_rate, transcript_scores
 from data2vec_train.finetuning.transcribe import BeamDecoder
 from data2vec_train.hf.base import PretrainedModel
@@ -172,6 +181,10 @@ class CTC(SpeechTask):
         text = {"upper": str.upper, "lower": str.lower}.get(self.case, str)(text)
         return " ".join(text.split())
 
+    def usable(self, source: Source) -> np.ndarray:
+        """All: `study` refuses those without a transcript."""
+        return np.arange(len(source))
+
     def study(self, source: Source, rows: np.ndarray) -> None:
         """Check the transcripts, and collect their letters.
 
@@ -204,6 +217,11 @@ class CTC(SpeechTask):
                 f"the transcript {unknown[:60]!r} has {letters}, which head.vocabulary={self.vocabulary} does not; "
                 "choose head.vocabulary=letters, or take such letters out with head.remove"
             )
+
+    def check_test(self, source: Source) -> None:
+        """See `HeadTask.check_test`."""
+        if not any(map(self.text_of, source.column(self.text_column))):
+            raise DataError(NOTHING_KNOWN)
 
     def adopt(self, model: PretrainedModel) -> None:
         """The tokenizer that lies beside the weights."""
@@ -398,6 +416,8 @@ class FrameClassification(SpeechTask):
         labels = raw.fields.get(self.labels_column)
         frames = int(self.inputs.token_count(wave.shape[-1]))
         classes = None if labels is None else self._classes(_list_of(labels), frames, wave.shape[-1])
+        if train and not (classes != NO_LABEL).any():
+            raise BadSample("no frame has a class")
         return {"key": raw.key, "wave": wave, "classes": classes}
 
     def _classes(self, labels: list[Any], frames: int, samples: int) -> np.ndarray:
@@ -512,6 +532,12 @@ class SpeakerVerification(SpeechTask):
         """Test speakers may be others."""
         if source.labels() is None:
             raise DataError("test records have no speakers; name their column with data.label_column")
+        counts = np.bincount(source.labels()[source.labels() >= 0])
+        if len(counts) < 2 or counts.max() < 2:
+            raise DataError(
+                f"test records: {counts.sum()} of {len(counts)} speakers; an equal error rate needs two speakers, and "
+                "two recordings of one of them"
+            )
 
     def model_settings(self) -> dict[str, Any]:
         """See `HeadTask.model_settings`."""

@@ -149,15 +149,19 @@ class SequenceClassification(TextTask):
                 raise DataError(f"column {self.label_column} holds no classes; expected lists of them")
             self.class_names = sorted(names)
         elif self.problem == "regression":
-            values = source.column(self.label_column)
-            wrong = next((row for row in rows if not _is_number(values[row])), None)
-            if wrong is not None:
-                raise DataError(
-                    f"{source[int(wrong)].key}: {self.label_column} is {values[wrong]!r}; expected a number"
-                )
+            _check_numbers(source, rows, self.label_column)
             self.class_names = ["score"]
         else:
             super().study(source, rows)
+
+    def check_test(self, source: Source) -> None:
+        """See `HeadTask.check_test`."""
+        if self.problem == "multi_label":
+            _check_known(source.column(self.label_column), self.class_names)
+        elif self.problem == "regression":
+            _check_numbers(source, self.usable(source), self.label_column)
+        else:
+            super().check_test(source)
 
     def model_settings(self) -> dict[str, Any]:
         """See `HeadTask.model_settings`."""
@@ -167,7 +171,9 @@ class SequenceClassification(TextTask):
         """See `HeadTask.example`."""
         pair = text_of(raw.fields.get(self.text_columns[1])) if len(self.text_columns) == 2 else None
         label = raw.label if self.needs_classes else raw.fields.get(self.label_column)
-        if label is not None and self.problem == "multi_label":
+        if label is not None and self.problem == "regression":
+            label = float(label)
+        elif label is not None and self.problem == "multi_label":
             label = [float(name in {str(one) for one in label}) for name in self.class_names]
         return {"key": raw.key, "ids": self.ids_of(text_of(raw.value), pair), "label": label}
 
@@ -201,8 +207,26 @@ class SequenceClassification(TextTask):
         return classification_scores([one["index"] for one in predictions], references, len(self.class_names))
 
 
+def _check_numbers(source: Source, rows: np.ndarray, name: str) -> None:
+    values = source.column(name)
+    wrong = next((row for row in rows if not _is_number(values[row])), None)
+    if wrong is not None:
+        raise DataError(f"{source[int(wrong)].key}: {name} is {values[wrong]!r}; expected a number")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if isinstance(value, str):  # in .csv files everything is
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _check_known(lists: Sequence[Any], names: Sequence[str]) -> None:
+    new = {str(one) for row in lists for one in row or ()} - set(names)
+    if new:
+        raise DataError(f"test records have the class {sorted(new)[0]}, which no training record has")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +274,7 @@ class TokenClassification(TextTask):
 
     def check_test(self, source: Source) -> None:
         """See `HeadTask.check_test`."""
-        new = {str(tag) for tags in source.column(self.tags_column) for tag in tags or ()} - set(self.class_names)
-        if new:
-            raise DataError(f"test records have the class {sorted(new)[0]}, which no training record has")
+        _check_known(source.column(self.tags_column), self.class_names)
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `HeadTask.example`."""
@@ -327,7 +349,8 @@ class QuestionAnswering(TextTask):
     Args:
         question_column: the questions.
         context_column: the texts.
-        answers_column: {text: [...], answer_start: [...]}, in characters; empty lists = there is no answer.
+        answers_column: {text: [...], answer_start: [...]}, in characters, or a list of {text, answer_start}; empty =
+            there is no answer.
         stride: tokens that neighbouring windows share; at most a quarter of a window.
         max_answer_tokens: longer answers are not predicted.
         unanswerable: whether "no answer" may be predicted.
@@ -379,7 +402,7 @@ class QuestionAnswering(TextTask):
         """See `HeadTask.example`."""
         question, context = text_of(raw.value).strip(), text_of(raw.fields.get(self.context_column))
         answers = raw.fields.get(self.answers_column)
-        texts, starts = ((), ()) if answers is None else (answers["text"], answers["answer_start"])
+        texts, starts = _texts_and_starts(answers)
         if len(texts) and context[starts[0] : starts[0] + len(texts[0])] != texts[0]:
             raise BadSample(f"the answer {texts[0][:40]!r} does not stand at character {starts[0]} of its text")
         try:
@@ -443,6 +466,21 @@ class QuestionAnswering(TextTask):
         return answer_scores(predictions, [answers or [""] for _, answers in references])
 
 
+def _texts_and_starts(answers: Any) -> tuple[list[str], list[int]]:
+    """The right answers, and where they begin; nothing for None."""
+    if isinstance(answers, Mapping):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+    else:
+        rows = [] if answers is None else answers
+        both = [one for one in rows if isinstance(one, Mapping)]
+        texts, starts = [one.get("text") for one in both], [one.get("answer_start") for one in both]
+        if len(both) < len(rows):
+            texts = None
+    if texts is None or starts is None or len(texts) != len(starts):
+        raise BadSample(f"the answers {str(answers)[:60]}; expected {{text: [...], answer_start: [...]}}")
+    return list(texts), list(starts)
+
+
 class MultipleChoice(TextTask):
     """Which of several texts goes on from, or answers, another.
 
@@ -498,9 +536,9 @@ class MultipleChoice(TextTask):
             raise BadSample(f"{len(choices)} choices; expected two or more")
         label = raw.fields.get(self.label_column)
         if label is not None:
-            label = int(label)
-            if not 0 <= label < len(choices):
+            if not str(label).isdigit() or int(label) >= len(choices):
                 raise BadSample(f"choice {label} of {len(choices)}; expected 0 to {len(choices) - 1}")
+            label = int(label)
         rows = [self.ids_of(context, text_of(choice)) for choice in choices]
         return {"key": raw.key, "rows": rows, "label": label}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data2vec_train.data.sources import RawSample, Source
 from data2vec_train.data.vision import read, to_tensor
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.finetuning.base import Examples, HeadTask, Inputs, Meter, Scores
+from data2vec_train.finetuning.base import NOTHING_KNOWN, Examples, HeadTask, Inputs, Meter, Scores
 from data2vec_train.finetuning.metrics import classification_scores, segmentation_scores
 from data2vec_train.finetuning.speech import class_predictions
 from data2vec_train.hf.base import PretrainedModel
@@ -51,8 +51,7 @@ class ImageClassification(HeadTask):
                 "head.mix_probability and head.label_smoothing are shares from 0 to 1, got "
                 f"{mix_probability} and {label_smoothing}"
             )
-        self.mixup = mixup
-        self.cutmix = cutmix
+        self.mixup, self.cutmix = float(mixup), float(cutmix)  # torchvision draws nothing with a whole number
         self.mix_probability = mix_probability
         self.label_smoothing = label_smoothing
 
@@ -123,7 +122,13 @@ class SegmentationMeter(Meter):
             self.confusion += counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> Scores:
-        """See `Meter.compute`."""
+        """See `Meter.compute`.
+
+        Raises:
+            DataError: no image had a map.
+        """
+        if not self.confusion.any():
+            raise DataError(NOTHING_KNOWN)
         return segmentation_scores(self.confusion)
 
 
@@ -187,6 +192,10 @@ class SemanticSegmentation(HeadTask):
         """See `HeadTask.label_fields`."""
         return [] if self.map_column is None else [self.map_column]
 
+    def usable(self, source: Source) -> np.ndarray:
+        """All: maps are not read before they are needed."""
+        return np.arange(len(source))
+
     def study(self, source: Source, rows: np.ndarray) -> None:
         """Check that there is a map for every image.
 
@@ -221,6 +230,8 @@ class SemanticSegmentation(HeadTask):
         transform = self.inputs.transform
         pixels = to_tensor(self.inputs.decode(raw.value))  # (channels, H, W) uint8
         classes = self._classes(raw)
+        if train and classes is None:
+            raise BadSample("it has no map")
         if classes is not None and classes.shape != pixels.shape[1:]:
             raise BadSample(f"a map of {classes.shape} pixels for an image of {tuple(pixels.shape[1:])}")
         size = pixels.shape[1:]

@@ -143,7 +143,8 @@ class XVectorHead(nn.Module):
         for layer in self.tdnn:
             x = layer(x)
         if num_frames is None:
-            mean, std = x.mean(dim=1), x.std(dim=1)
+            mean = x.mean(dim=1)
+            std = x.std(dim=1) if x.shape[1] > 1 else torch.zeros_like(mean)
         else:
             # A recording that is shorter than the reach still has its first output frame.
             count = self.output_lengths(num_frames, ignore_dilation=ignore_dilation).clamp(1, x.shape[1])
@@ -152,6 +153,8 @@ class XVectorHead(nn.Module):
             variance = (x - mean[:, None]).masked_fill(~real, 0.0).square().sum(dim=1) / (count[:, None] - 1).clamp(
                 min=1
             )
-            std = variance.sqrt()
+            # Channels that never change, as in a single frame: the slope of the root is infinite at 0.
+            varies = variance > 0
+            std = torch.where(varies, variance, 1.0).sqrt() * varies
         embeddings = self.feature_extractor(torch.cat([mean, std], dim=-1))
         return embeddings, self.classifier(embeddings)

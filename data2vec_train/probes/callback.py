@@ -78,6 +78,7 @@ class ProbeCallback(L.Callback):
         self.accuracies: dict[str, dict[str, float]] = {"knn": {}, "linear": {}}
         self.ranks: dict[str, float] = {}
         self.explained: dict[str, float | int] = {}
+        self.best: dict[str, float | int] = {}  # highest kNN accuracy and its step
         self.measured_at = -1
         self.seconds = 0.0  # spent here, which is not training time
 
@@ -104,6 +105,9 @@ class ProbeCallback(L.Callback):
             start = time.perf_counter()
             self._measure(trainer, pl_module.objective.student, "trained")
             self._explain(trainer, pl_module, "trained")
+            accuracy = self.accuracies["knn"].get("trained")
+            if accuracy is not None and accuracy > self.best.get("knn", -1):
+                self.best = {"knn": accuracy, "step": step}
             if step == trainer.max_steps:
                 teacher = pl_module.objective.teacher
                 embedder = pl_module.objective.student if teacher.share_embeddings else None
@@ -149,6 +153,11 @@ class ProbeCallback(L.Callback):
             self.metrics |= {f"probe/{name}": values[which] for name, values in self.accuracies.items()}
 
     @property
+    def best_step(self) -> int | None:
+        """When the highest kNN accuracy so far was measured; None without labels."""
+        return self.best.get("step")
+
+    @property
     def summary(self) -> dict:
         """`rankme` and `probe` as they appear in summary.json; `probe` is None without labels."""
         rank = self.ranks.get("trained", self.ranks.get("untrained"))
@@ -171,12 +180,14 @@ class ProbeCallback(L.Callback):
             "ranks": self.ranks,
             "explained": self.explained,
             "metrics": self.metrics,
+            "best": self.best,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """See `state_dict`."""
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
         self.explained, self.metrics = state_dict["explained"], state_dict["metrics"]
+        self.best = state_dict["best"]
 
 
 def raw_input(raw: RawFeatures, batches: Iterable[Batch]) -> Labelled:

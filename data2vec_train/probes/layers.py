@@ -82,13 +82,15 @@ def attentive_probes(
     num_classes: int,
     num_heads: int,
     epochs: int,
+    batch_size: int,
     lr: float,
     weight_decay: float,
     seed: int,
 ) -> list[float]:
     """Test accuracy of an `AttentiveProbe` on each layer.
 
-    All are trained in the same passes over the data, each on its own layer: tokens are never kept.
+    All are trained in the same passes over the data, each on its own layer: tokens are never kept. The encoder's
+    batches are learnt from in steps of `batch_size` records: how many it can take at once is no rule for the probes.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
@@ -104,11 +106,16 @@ def attentive_probes(
         for batch in fit(epoch):
             moved = batch.to(device)
             tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
-            # Each head has a loss of its own: their sum has the gradients of all.
-            loss = sum(F.cross_entropy(head(one, mask), moved.labels) for head, one in zip(heads, tokens, strict=True))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            for rows in torch.arange(len(batch), device=device).split(batch_size):
+                seen = None if mask is None else mask[rows]
+                # Each head has a loss of its own: their sum has the gradients of all.
+                loss = sum(
+                    F.cross_entropy(head(one[rows], seen), moved.labels[rows])
+                    for head, one in zip(heads, tokens, strict=True)
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
     right, count = np.zeros(len(layers)), 0
     heads.eval()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from data2vec_train.config import build
@@ -95,9 +95,8 @@ def _identity(cfg: DictConfig, source: Source, layers: tuple[int, ...], state: d
     for name, tensor in state.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    from omegaconf import OmegaConf
-
     facts = {
+        "source": OmegaConf.to_container(cfg.data.source, resolve=True),
         "modality": OmegaConf.to_container(cfg.modality, resolve=True),
         "layers": layers,
         "how": [cfg.pooling, cfg.dtype, cfg.rows_per_part],
@@ -168,6 +167,8 @@ def _lists(arrays: list[np.ndarray], kind: Any, pooling: str) -> Any:
     """Rows of numbers, or with "none" of rows of numbers, as an arrow array."""
     import pyarrow
 
+    if sum(one.size for one in arrays) >= 2**31:  # what offsets can count
+        raise ConfigError("a part has more than 2^31 numbers in a layer; lower rows_per_part")
     if pooling != "none":
         flat = np.concatenate(arrays) if arrays else np.empty(0, kind.to_pandas_dtype())
         width = len(arrays[0]) if arrays else 0
@@ -203,9 +204,11 @@ def _merge(parts: Path, count: int, out: Path, rejected: list[tuple[str, str]]) 
     finally:
         if writer is not None:
             writer.close()
+    listing = out.with_name(out.name + ".rejected.jsonl")
+    listing.unlink(missing_ok=True)  # of an earlier file with this name
     if rejected:
         lines = [json.dumps({"key": key, "reason": why}) + "\n" for key, why in rejected]
-        _replace(out.with_name(out.name + ".rejected.jsonl"), "".join(lines).encode())
+        _replace(listing, "".join(lines).encode())
     if not rows:
         key, why = rejected[0]
         shutil.rmtree(parts)

@@ -94,8 +94,6 @@ def finetune(cfg: DictConfig) -> float | None:
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
-        monitor=None if data.test_set is None else f"test/{task.metric}",
-        lower_is_better=task.lower_is_better,
     )
     trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing)
     _describe(task, model, data, run_dir)
@@ -104,7 +102,7 @@ def finetune(cfg: DictConfig) -> float | None:
         raise collapse
     summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
-        model = _best(run_dir, model, evaluation)
+        model = _best(run_dir, model, evaluation, trainer.global_step)
         save_finetuned(cfg, model, task, run_dir / MODEL_FOLDER)
         log.info("weights: %s", run_dir / MODEL_FOLDER)
         if cfg.report:
@@ -208,9 +206,9 @@ def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> Hea
     return task
 
 
-def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation) -> PretrainedModel:
-    """The model of the best evaluation."""
-    if evaluation.best and evaluation.best["step"] != evaluation.measured_at:
+def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation, step: int) -> PretrainedModel:
+    """The model of the best evaluation, from the one of `step`."""
+    if evaluation.best_step not in (None, step):
         content = checkpoints.read(checkpoints.resolve(run_dir / checkpoints.FOLDER / "best"))
         state = {name.removeprefix("model."): one for name, one in content["state_dict"].items()}
         model.load_state_dict(state)

@@ -108,8 +108,10 @@ def _said(task: HeadTask, one: Any) -> str:
         one = " ".join(f"{part['label']} {part['start']:.2f}-{part['end']:.2f}" for part in one["segments"])
     elif isinstance(one, dict) and "labels" in one:
         one = ", ".join(one["labels"]) or "none"
-    elif isinstance(one, int) and task.class_names is not None:
+    elif isinstance(one, int) and task.needs_classes:
         one = task.class_names[one]
+    elif isinstance(one, list) and one and isinstance(one[0], float):  # for each class whether it is right
+        one = ", ".join(name for name, on in zip(task.class_names, one, strict=True) if on) or "none"
     elif isinstance(one, tuple) and len(one) == 2:  # a text and its right answers
         one = " / ".join(one[1] or [""])
     elif isinstance(one, np.ndarray):
@@ -147,7 +149,8 @@ def _maps_section(model: PretrainedModel, task: HeadTask, data: FinetuneData) ->
     rows = []
     for batch in data.test_batches():
         found = task.predict(model, batch.to(model.device))
-        for place in range(min(len(batch), 6 - len(rows))):
+        with_map = [place for place, wanted in enumerate(batch.references) if wanted is not None]
+        for place in with_map[: 6 - len(rows)]:
             picture = task.inputs.transform.display(batch.inputs["pixel_values"][place])
             maps = [batch.references[place], found[place]]
             pictures = [np.uint8(picture * 255)] + [COLOURS[np.asarray(one, np.int64)] for one in maps]

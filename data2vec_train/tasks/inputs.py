@@ -23,7 +23,7 @@ MODALITIES = {"audio": AudioEncoder, "text": TextEncoder, "vision": VisionEncode
 
 
 def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
-    """Make `cfg.modality` prepare inputs as the weights want them, but for what the command line sets itself.
+    """Make `cfg.modality` prepare inputs as the weights want them, but for what the command line or a recipe sets.
 
     Raises:
         ConfigError: the weights are of another modality.
@@ -32,7 +32,7 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
     modality = next((name for name, kind in MODALITIES.items() if isinstance(encoder, kind)), None)
     if modality is not None and modality != cfg.modality.name:
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
-    given = {one.partition("=")[0].lstrip("+~") for one in HydraConfig.get().overrides.task}
+    given = _given()
     facts = {"audio": _audio, "text": _text, "vision": _vision}[cfg.modality.name](model)
     with open_dict(cfg):
         for name, value in facts.items():
@@ -41,6 +41,23 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
         if modality == "text":
             longest = min(encoder.max_tokens, cfg.modality.block_tokens)
             cfg.modality.block_tokens = longest
+
+
+def _given() -> set[str]:
+    """Settings that the command line makes, itself or by a recipe."""
+    given = {one.partition("=")[0].lstrip("+~") for one in HydraConfig.get().overrides.task}
+    recipe = HydraConfig.get().runtime.choices.get("recipes")
+    for source in HydraConfig.get().runtime.config_sources:
+        path = Path(source.path, "recipes", f"{recipe}.yaml")
+        if source.schema == "file" and recipe is not None and path.is_file():
+            given |= _names(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+    return given
+
+
+def _names(node: dict[str, Any]) -> set[str]:
+    """Dotted names of all that a config sets."""
+    below = [f"{key}.{name}" for key, value in node.items() if isinstance(value, dict) for name in _names(value)]
+    return {*map(str, node), *below}
 
 
 def _described(model: PretrainedModel, kind: type, file: str) -> Any:
@@ -70,6 +87,9 @@ def _vision(model: PretrainedModel) -> dict[str, Any]:
     found = _described(model, ImageProcessor, PREPROCESSOR_NAME)
     if found is None:
         return facts
+    if found.size is not None:  # fine-tuning may have been at another size than pretraining
+        height, width = found.size
+        facts["image_px"] = height if height == width else [height, width]
     known = found.image_mean is not None
     facts |= {"mean": list(found.image_mean), "std": list(found.image_std)} if known else {"mean": [0.0], "std": [1.0]}
     return facts | {"fit": found.fit}

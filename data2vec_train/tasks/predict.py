@@ -1,10 +1,11 @@
 """What a fine-tuned model says about files: transcripts, classes, answers, maps."""
 
+import itertools
 import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from data2vec_train.tasks.pretrain import quiet_libraries
 log = logging.getLogger(__name__)
 
 SHOWN = 10  # predictions that are printed
+WINDOW = 512  # records that are batched by length, and then written in their order
 
 
 def predict(cfg: DictConfig) -> int:
@@ -41,6 +43,8 @@ def predict(cfg: DictConfig) -> int:
     out = Path(cfg.out).expanduser()
     if out.exists():
         raise ConfigError(f"out={out} exists already; choose another name, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {out.absolute().parent}")
     model = load_pretrained(cfg.checkpoint)
     if model.base_model is model:
         raise ConfigError(
@@ -59,29 +63,55 @@ def predict(cfg: DictConfig) -> int:
         out.mkdir(parents=True)
     path = out / "predictions.jsonl" if maps else out
     unfinished = path.with_name(path.name + ".unfinished")
-    shown = good = bad = 0
+    good, bad = 0, len(source.rejected) + len(source.left_out)
+    lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
+    reported = time.monotonic()
     with unfinished.open("w", encoding="utf-8") as file, torch.no_grad():
-        for key, why in (*source.rejected, *source.left_out):
-            bad += 1
-            file.write(json.dumps({"key": key, "error": why}) + "\n")
-        for batch in test_loader(dataset, task, None, workers):
-            for key, why in batch.rejected:
-                bad += 1
-                file.write(json.dumps({"key": key, "error": why}) + "\n")
+        _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
+        loader = test_loader(dataset, task, None, workers, window=WINDOW)
+        for rows, batch in zip(loader.batch_sampler, loader, strict=True):
+            if lines and rows[0] // WINDOW != next(iter(lines)) // WINDOW:
+                _write(file, [lines.pop(row) for row in sorted(lines)])
             found = task.predict(model, batch.to(device)) if len(batch) else []
-            for key, one in zip(batch.keys, found, strict=True):
-                said = _map_file(out, key, one) if maps else _plain(one)
-                file.write(json.dumps({"key": key, "prediction": said}, ensure_ascii=False) + "\n")
-                if shown < SHOWN:
-                    shown += 1
-                    log.info("%s: %s", key, str(said)[:200])
-                good += 1
+            for row, key, one in zip(batch.places, batch.keys, found, strict=True):
+                lines[row] = {"key": key, "prediction": _map_file(out, key, one, cfg) if maps else _plain(one)}
+            broken = [row for row in rows if row not in batch.places]
+            for row, (key, why) in zip(broken, batch.rejected, strict=True):
+                lines[row] = {"key": key, "error": why}
+            good, bad = good + len(batch), bad + len(broken)
+            if time.monotonic() - reported > 10:
+                reported = time.monotonic()
+                log.info("%d of %d records", good + bad, len(source))
+        _write(file, [lines[row] for row in sorted(lines)])
     unfinished.replace(path)
     if not good:
         raise DataError(f"none of {bad} records can be used; see {path}")
+    _show(path)
     failed = f", {bad} cannot be used" if bad else ""
     log.info("%d predictions%s: %s (%.0f s)", good, failed, path, time.monotonic() - started)
     return good
+
+
+def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _show(path: Path) -> None:
+    """The first predictions, for people."""
+    with path.open(encoding="utf-8") as file:
+        found = (line for line in map(json.loads, file) if "prediction" in line)
+        for line in itertools.islice(found, SHOWN):
+            log.info("%s: %s", line["key"], _in_words(line["prediction"]))
+
+
+def _in_words(said: Any) -> str:
+    if isinstance(said, dict) and "probability" in said:
+        return f"{said['label']} ({said['probability']:.0%})"
+    if isinstance(said, list) and said and isinstance(said[0], float):
+        return f"a vector of {len(said)} numbers"
+    if isinstance(said, dict):
+        said = next(iter(said.values()))
+    return str(said)[:200] or "(nothing)"
 
 
 def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
@@ -120,15 +150,19 @@ def _plain(one: Any) -> Any:
     if isinstance(one, np.ndarray):
         return [round(float(value), 6) for value in one]
     if isinstance(one, dict):
-        return {name: value for name, value in one.items() if name in ("label", "probability", "labels", "segments")}
+        said = {name: value for name, value in one.items() if name in ("label", "probability", "labels", "segments")}
+        return said | ({"probability": round(said["probability"], 6)} if "probability" in said else {})
     return one
 
 
-def _map_file(out: Path, key: str, classes: np.ndarray) -> str:
+def _map_file(out: Path, key: str, classes: np.ndarray, cfg: DictConfig) -> str:
+    """Name of the picture below `out`: that of the image, but for its ending."""
     from PIL import Image
 
-    name = Path(key.replace(":", "_")).with_suffix(".png")
-    name = Path(*[part for part in name.parts if part not in ("/", "..")])
+    name = Path(*[part for part in Path(key.replace(":", "_")).parts if part not in ("/", "..")])
+    whole = name.with_name(name.name + ".png")
+    name = name.with_suffix(".png") if name.suffix.lower() in cfg.modality.extensions else whole
+    name = whole if (out / name).exists() else name  # a.jpg beside a.png
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(classes).save(out / name)
     return str(name)

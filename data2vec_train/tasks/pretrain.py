@@ -126,7 +126,6 @@ def pretrain(cfg: DictConfig) -> float | None:
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
-        monitor=None if data.test_set is None else "probe/knn",
     )
     trainer = build_trainer(cfg, run, [probe, monitor], checkpointing)
     _describe(cfg, objective, data, run_dir)

@@ -151,6 +151,7 @@ def _measure(
             num_classes=len(data.class_names),
             num_heads=cfg.attentive.num_heads,
             epochs=cfg.attentive.epochs,
+            batch_size=cfg.attentive.batch_size,
             lr=cfg.attentive.lr,
             weight_decay=cfg.attentive.weight_decay,
             seed=cfg.seed,

@@ -261,6 +261,15 @@ def test_a_shift_moves_the_digit_and_fills_with_zero():
     assert set(full.unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_random_changes_work_with_any_interpolation(interpolation):
+    torch.manual_seed(0)
+    changes = {"channels": 3, "rand_augment": [2, 9], "interpolation": interpolation}
+    transform = ImageTransform(**PLAIN | changes)
+    for _ in range(40):  # all kinds of change come
+        assert transform.train(PIXELS).isfinite().all()
+
+
 def test_a_flip_happens_as_often_as_asked():
     image = np.zeros((28, 28), np.uint8)
     image[:, 0] = 255

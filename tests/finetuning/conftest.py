@@ -203,8 +203,9 @@ def command(weights, tmp_path) -> Callable[..., tuple[int, Path]]:
         given += ["data.num_workers=0", "callbacks.monitor.progress=none", f"cache_dir={tmp_path}/cache"]
         given += [f"hydra.run.dir={run_dir}", "modality.min_tokens=2"] if modality == "text" else []
         given += [f"hydra.run.dir={run_dir}"] if modality != "text" else []
-        extra = [one for one in HEADS[head][0] if one.partition("=")[0] not in {x.partition("=")[0] for x in more}]
-        return run("finetune", *given, *extra, *more), run_dir
+        changed = {one.partition("=")[0] for one in more}
+        kept = [one for one in (*given, *HEADS[head][0]) if one.partition("=")[0] not in changed]
+        return run("finetune", *kept, *more), run_dir
 
     return fine_tune
 
@@ -213,6 +214,12 @@ def command(weights, tmp_path) -> Callable[..., tuple[int, Path]]:
 def program_of() -> Callable[..., int]:
     """`python -m data2vec_train.COMMAND ...` in this process; gives the exit status."""
     return run
+
+
+@pytest.fixture(name="write")
+def write_fixture() -> Callable[[list[dict], Path], Path]:
+    """Rows to a parquet file."""
+    return write
 
 
 @pytest.fixture

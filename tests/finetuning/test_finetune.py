@@ -20,7 +20,7 @@ def test_every_head_trains_and_leaves_a_model(command, heads, head):
     assert np.isfinite(summary["best"][heads[head][1]])
     assert (run_dir / "report.html").stat().st_size > 5000
     model = ours.load_pretrained(run_dir)
-    again = ours.load_pretrained(run_dir / "checkpoints" / "last.ckpt")
+    again = ours.load_pretrained(run_dir / "checkpoints" / "last")
     assert type(model) is type(again)
     assert model.config.id2label == again.config.id2label
 

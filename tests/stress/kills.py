@@ -44,8 +44,8 @@ def main() -> None:
         arguments = [*commands[modality], f"trainer.accumulate_grad_batches={accumulate}"]
         arguments += ["callbacks.checkpoint.every_n_steps=2"]
         if case not in references:
-            run = references[case] = tiny.fresh(options.folder / "whole" / "-".join(map(str, case)))
-            start(arguments, run, count, workers=0).wait(300)
+            whole = options.folder / "whole" / "-".join(map(str, case))
+            references[case] = tiny.reference([*arguments, "data.num_workers=0"], whole, count=count)
         run = tiny.fresh(options.folder / "killed" / f"{runs:04d}")
         for _ in range(options.kills_per_run):
             edge = rng.random() < options.edge_share
