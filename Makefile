@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+STRESS ?= /tmp/data2vec_stress
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-audio demo-text test test-slow lint format build clean
+.PHONY: help install demo demo-audio demo-text test test-slow stress lint format build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +33,12 @@ test: $(READY)  ## Run the fast tests
 
 test-slow: $(READY)  ## Run all tests, the ones that train for minutes too
 	$(RUN) -m pytest
+
+stress: $(READY)  ## Kill, signal and starve runs for about an hour; every one has to end in the same bits
+	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.kills --kills 200 --folder $(STRESS)/kills
+	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.saves --kills 200 --full-disks 20 --folder $(STRESS)/saves
+	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.signals --signals 50 --folder $(STRESS)/signals
+	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.sweeps --kills 10 --folder $(STRESS)/sweeps
 
 lint: $(READY)  ## Check style, spelling and dead code
 	$(RUN) -m ruff check .

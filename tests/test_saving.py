@@ -167,9 +167,7 @@ def test_a_disk_that_is_full_stops_the_run_with_what_to_do(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     run = Run(tmp_path / "run", callbacks=(Stop(5, lambda: monkeypatch.setattr(checkpoints, "write", full)),))
-    with pytest.raises(
-        SaveError, match=r"No space left on device\. Earlier checkpoints .* give the same command"
-    ):
+    with pytest.raises(SaveError, match=r"No space left on device\. Earlier checkpoints .* give the same command"):
         run.fit()
     monkeypatch.undo()
     assert_same(Run(tmp_path / "run").fit(), Run(tmp_path / "whole").fit())
@@ -178,9 +176,7 @@ def test_a_disk_that_is_full_stops_the_run_with_what_to_do(tmp_path, monkeypatch
 def test_another_number_of_batches_per_step_is_refused(tmp_path):
     with pytest.raises(Killed):
         Run(tmp_path / "run", accumulate=2, last=(Stop(4, kill),)).fit()
-    with pytest.raises(
-        ConfigError, match=r"took 2 batches, and now would take 1 .* set trainer.accumulate_grad"
-    ):
+    with pytest.raises(ConfigError, match=r"took 2 batches, and now would take 1 .* set trainer.accumulate_grad"):
         Run(tmp_path / "run", accumulate=1).fit()
     Run(tmp_path / "run", accumulate=1, changed=True).fit()
 
@@ -231,9 +227,7 @@ def test_a_hundred_steps_that_are_not_finite_change_nothing(tmp_path):
 def test_too_many_in_a_row_stop_the_run_saved_and_with_the_samples(tmp_path):
     spoil = Spoil({2: "nan", 4: "nan", 5: "inf", 6: "loss"})
     run = Run(tmp_path / "run", callbacks=(spoil,))
-    with pytest.raises(
-        CollapseError, match=r"3 times in a row, up to step 6; .* samples of the last were \d+"
-    ):
+    with pytest.raises(CollapseError, match=r"3 times in a row, up to step 6; .* samples of the last were \d+"):
         run.fit()
     assert checkpoints.pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-00000006"
 

@@ -68,7 +68,7 @@ class Collator:
         rejected = tuple(pair for sample in samples for pair in sample.rejected)
         good = [sample for sample in samples if sample.inputs is not None]
         if not good:
-            return Batch(inputs=torch.empty(0), rejected=rejected)
+            return Batch(inputs=torch.empty(0), rejected=rejected, place=samples[-1].place)
         lengths = torch.tensor([sample.inputs.shape[-1] for sample in good])
         inputs = self._stack([sample.inputs for sample in good])
         labels = None
@@ -80,6 +80,7 @@ class Collator:
             ids=torch.tensor([sample.id for sample in good]),
             labels=labels,
             rejected=rejected,
+            place=samples[-1].place,
             **self._hide(good, lengths),
         )
 

@@ -1,5 +1,6 @@
 """One DataModule for all modalities: which records train, which feed the probes, and the loaders for both."""
 
+import logging
 import os
 import signal
 import time
@@ -21,6 +22,8 @@ from data2vec_train.data.seeding import generator
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
 UNLABELLED_HELD_OUT = 512
@@ -155,6 +158,8 @@ class DataModule(ResumableData):
         self.batch_size = batch_size_per_device
         self.num_workers = available_workers() if num_workers == "auto" else num_workers
         self.collate = collator
+        self._places: dict[int, tuple[int, int]] = {}  # of a stream: worker -> epoch, records of it that are done with
+        self._streams: list[dict[str, Any]] | None = None  # of all processes, in the run that goes on
 
         streaming = isinstance(source, StreamingSource)
         if not streaming:
@@ -211,7 +216,7 @@ class DataModule(ResumableData):
             "seed": self.seed,
         }
         if isinstance(self.source, StreamingSource):
-            place.pop("first_batch", None)
+            place = {"rank": place["rank"], "world_size": place["world_size"], **self._stream_places()}
             dataset = StreamingDataset(
                 source=self.source, batching=self.batching, batch_size=self.batch_size, **place, **common
             )
@@ -244,10 +249,54 @@ class DataModule(ResumableData):
         Raises:
             DataError: too many are broken, or nothing in the batch could be used or replaced.
         """
+        if batch.place is not None:
+            worker, *place = batch.place
+            self._places[worker] = tuple(place)
         self.quarantine.add(batch.rejected, num_good=len(batch))
         if not len(batch):
             self.quarantine.stop("nothing usable was found in a whole batch")
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ResumableData`; of a stream also where each worker of each process is."""
+        state = super().state_dict()
+        if isinstance(self.source, StreamingSource):
+            mine = {"workers": max(1, self.num_workers), "places": self._places}
+            everyone = [mine]
+            if self.trainer.world_size > 1:
+                everyone = [None] * self.trainer.world_size
+                torch.distributed.all_gather_object(everyone, mine)
+            state["streams"] = everyone
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._streams = state_dict.get("streams")
+
+    def _stream_places(self) -> dict[str, Any]:
+        """Arguments of a `StreamingDataset`: where the run that goes on was."""
+        if self._streams is None or self.trainer is None:
+            return {}
+        workers = max(1, self.num_workers)
+        now = [workers] * self.trainer.world_size
+        before = [one["workers"] for one in self._streams]
+        if before != now:
+            epochs = [epoch for one in self._streams for epoch, _ in one["places"].values()]
+            epoch = min(epochs, default=0)
+            log.warning(
+                "the stream was read by %s workers (one number for each process) and now is by %s: epoch %d of it "
+                "begins anew, and its samples come again",
+                before,
+                now,
+                epoch,
+            )
+            return {"places": {worker: (epoch, 0) for worker in range(workers)}}
+        if self.batching is not None:
+            log.info("the stream goes on where it was; samples that waited for others of their length may come again")
+        self._places = dict(self._streams[self.trainer.global_rank]["places"])
+        batches = self._first_batch // self.trainer.world_size
+        return {"places": self._places, "first_worker": batches % workers}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Lightning would wait for the copy of anything that is not a plain tensor."""

@@ -1,7 +1,7 @@
 """From raw records to samples the collate function can stack; broken ones are replaced and reported."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Sample:
     label: int | None
     rejected: tuple[tuple[str, str], ...]  # (key, reason) of what was tried before
     key: str = ""  # of the record, where somebody wants to know
+    place: tuple[int, int, int] | None = None  # in a stream: worker, epoch, and number of its record, from 1
 
 
 class TrainingDataset(Dataset[Sample]):
@@ -155,6 +156,9 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
         batch_size: the most samples in such a batch; None = as the budget allows.
         rank: of this process.
         world_size: number of processes.
+        places: where each worker goes on: (epoch, how many records of it are done with); a worker that is not in it
+            begins with the first. Records that are done with are read again, but not decoded.
+        first_worker: number of the worker whose batch comes first.
     """
 
     def __init__(
@@ -168,6 +172,8 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
         batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        places: Mapping[int, tuple[int, int]] | None = None,
+        first_worker: int = 0,
     ) -> None:
         self.source = source
         self.decode = decode
@@ -177,6 +183,8 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.places = dict(places or {})
+        self.first_worker = first_worker
 
     def __iter__(self) -> Iterator[Sample | list[Sample]]:
         return self._samples() if self.batching is None else self._batches(self.batching)
@@ -201,13 +209,18 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
                 bin_ = max(pool, key=lambda one: sum(kept.inputs.shape[-1] for kept in pool[one]))
             batch = pool.pop(bin_)
             pooled -= sum(kept.inputs.shape[-1] for kept in batch)
+            waiting = [kept.place for samples in pool.values() for kept in samples]
+            if waiting:  # a run that goes on reads them again, and with them some that it has seen
+                worker, epoch, number = min(waiting)
+                batch[-1] = replace(batch[-1], place=(worker, epoch, number - 1))
             yield batch
 
     def _samples(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        number = (number + self.first_worker) % count
         rejected: list[tuple[str, str]] = []
-        epoch = 0
+        epoch, done = self.places.get(number, (0, 0))
         while True:
             seen = 0
             stream = self.source.stream(
@@ -220,6 +233,9 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
             )
             for raw in stream:
                 seen += 1
+                if seen <= done:
+                    continue
+                place = (number, epoch, seen)
                 record_id = zlib.crc32(raw.key.encode("utf-8", "backslashreplace"))
                 try:
                     decoded = self.decode(raw.value)
@@ -228,11 +244,11 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
                 except BadSample as error:
                     rejected.append((raw.key, str(error)))
                     if len(rejected) > MAX_REPLACEMENTS:
-                        yield Sample(None, epoch, record_id, None, tuple(rejected))
+                        yield Sample(None, epoch, record_id, None, tuple(rejected), place=place)
                         rejected = []
                     continue
-                yield Sample(inputs, epoch, record_id, raw.label, tuple(rejected))
+                yield Sample(inputs, epoch, record_id, raw.label, tuple(rejected), place=place)
                 rejected = []
             if seen == 0:  # this worker got no share of the stream
                 return
-            epoch += 1
+            epoch, done = epoch + 1, 0

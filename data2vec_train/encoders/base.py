@@ -90,6 +90,7 @@ class Batch(_TensorRecord):
     ids: Tensor | None = None  # (B,) int64, sample ids
     labels: Tensor | None = None  # (B,)
     rejected: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be used
+    place: tuple[int, int, int] | None = None  # of a stream: worker, epoch, and records of it that are done with
 
     def __len__(self) -> int:
         return self.inputs.shape[0]

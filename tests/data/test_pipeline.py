@@ -14,7 +14,7 @@ from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
-from data2vec_train.data.sampler import EndlessBatchSampler, Key
+from data2vec_train.data.sampler import EndlessBatchSampler, Key, LengthBatching
 from data2vec_train.data.seeding import torch_seeded
 from data2vec_train.data.sources import RawSample, Source, StreamingSource
 from data2vec_train.encoders.base import Batch
@@ -496,3 +496,51 @@ def test_a_stream_trains_without_length_and_without_probes(tmp_path):
     assert data.test_set is None
     assert data.training_subset(5) is None
     assert all(batch.masks.masked.shape == (4, 2, 12) for batch in batches)
+
+
+@pytest.mark.parametrize("batching", [None, LengthBatching(budget=9, max_length=3, max_waste=0.3, crop=False)])
+def test_a_stream_goes_on_where_each_worker_stood(batching):
+    """The next samples are those that would have come; those in a pool of lengths may come twice, none is lost."""
+
+    def samples(number: int, **options) -> list[Sample]:
+        found = stream_set(40, batching=batching, batch_size=None if batching is None else 4, **options)
+        items = itertools.islice(found, number)
+        return list(items) if batching is None else [sample for batch in items for sample in batch]
+
+    whole = samples(100)
+    for stop in (1, 7, 39, 40, 41, 63):
+        before = samples(stop)
+        worker, *place = before[-1].place
+        after = samples(100 - stop, places={worker: tuple(place)})
+        keys = [(sample.epoch, sample.id) for sample in before + after]
+        if batching is None:
+            assert keys == [(sample.epoch, sample.id) for sample in whole]
+        else:
+            first = {key for key in keys if key[0] == 0}
+            assert first == {(sample.epoch, sample.id) for sample in whole if sample.epoch == 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_a_stream_that_is_killed_ends_in_the_same_bits(workers, tmp_path):
+    from tests.test_saving import Killed, Run, Stop, assert_same, kill
+
+    def run(folder: Path, **options) -> Run:
+        made = Run(folder, workers=workers, **options)
+        made.data.source = StreamedNoise()
+        return made
+
+    whole = run(tmp_path / "whole").fit()
+    for step in (2, 5):
+        folder = tmp_path / str(step)
+        with pytest.raises(Killed):
+            run(folder, callbacks=(Stop(step, kill),)).fit()
+        assert_same(run(folder).fit(), whole)
+
+
+class StreamedNoise(StreamingSource):
+    class_names = None
+
+    def stream(self, *, epoch, seed, worker, num_workers, rank, world_size):
+        images = np.random.default_rng((seed, epoch)).normal(size=(22, 1, 8, 12)).astype(np.float32)
+        for number in range(rank * num_workers + worker, 22, num_workers * world_size):
+            yield RawSample(f"n{number}", images[number])

@@ -56,11 +56,12 @@ def free_port() -> int:
 class Processes:
     """One start of the program: a process, or two that share the work."""
 
-    def __init__(self, arguments: list[str], run: Path, *, count: int, log: Path) -> None:
+    def __init__(self, arguments: list[str], run: Path | None, *, count: int, log: Path) -> None:
         self.run = run
         self.log = log
         port = free_port() if count > 1 else 0
-        self.ids = [self._start([*arguments, f"hydra.run.dir={run}"], rank, count, port) for rank in range(count)]
+        arguments = arguments if run is None else [*arguments, f"hydra.run.dir={run}"]  # None: a sweep
+        self.ids = [self._start(arguments, rank, count, port) for rank in range(count)]
         self.statuses: dict[int, int] = {}
 
     def _start(self, arguments: list[str], rank: int, count: int, port: int) -> int:
