@@ -95,7 +95,8 @@ def finetune(cfg: DictConfig) -> float | None:
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing)
+    # The encoder may learn later than the head, its front end never, and tokens that only pretraining needs do not.
+    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing, parts_may_rest=True)
     _describe(task, model, data, run_dir)
     collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:
