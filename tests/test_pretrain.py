@@ -78,13 +78,14 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     assert not re.search(r'(src|href)="https?:', report)
     assert "seed: 0" in (run_dir / "config.yaml").read_text()
 
-    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, "resume=never", f"hydra.run.dir={run_dir}")
+    command = ["modality=vision", "trainer.max_steps=6", "trainer.log_every_n_steps=3", *TINY]
+    again = run_program(*command, "resume=never", f"hydra.run.dir={run_dir}")
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
-    again = run_program("modality=vision", "trainer.max_steps=6", *TINY, f"hydra.run.dir={run_dir}")
+    again = run_program(*command, f"hydra.run.dir={run_dir}")
     assert again.returncode == 0, again.stderr
     assert "is finished already" in again.stdout
-    other = run_program("modality=vision", "trainer.max_steps=6", "seed=5", *TINY, f"hydra.run.dir={run_dir}")
+    other = run_program(*command, "seed=5", f"hydra.run.dir={run_dir}")
     assert other.returncode == 2
     assert "holds a run with other settings: seed=5 (was 0)" in other.stderr
 
@@ -142,8 +143,9 @@ def test_a_folder_that_cannot_be_used_is_one_line(make, words, run_program, tmp_
     make(tmp_path / "images")
     result = run_program("data=folder", f"data.path={tmp_path / 'images'}", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "images" in result.stderr
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("1 thing to mend")]
+    assert len(lines) == 1, result.stderr
+    assert "images" in lines[0]
 
 
 def test_class_folders_feed_the_probes(run_program, tmp_path):

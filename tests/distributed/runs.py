@@ -64,7 +64,7 @@ def compare(run: Path, reference: Path) -> dict[str, float]:
 
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["train/loss"]]  # the first row is before training
 
 
 def main() -> None:
