@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["order", "augment", "mask", "replace", "step", "crop", "corrupt", "equalise", "batch", "layers"]
+Purpose = Literal["order", "augment", "mask", "replace", "step", "crop", "corrupt", "equalise", "batch"]
 _STREAMS: dict[Purpose, int] = {"order": 1, "augment": 2, "mask": 3, "replace": 4, "step": 5}
-_STREAMS |= {"crop": 6, "corrupt": 7, "equalise": 8, "batch": 9, "layers": 10}
+_STREAMS |= {"crop": 6, "corrupt": 7, "equalise": 8, "batch": 9}
 
 
 def generator(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

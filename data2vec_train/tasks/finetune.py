@@ -95,8 +95,7 @@ def finetune(cfg: DictConfig) -> float | None:
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    # The encoder may learn later than the head, its front end never, and tokens that only pretraining needs do not.
-    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing, parts_may_rest=True)
+    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing)
     _describe(task, model, data, run_dir)
     collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:

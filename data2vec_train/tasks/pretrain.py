@@ -19,7 +19,6 @@ from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.errors import CollapseError
 from data2vec_train.hf.convert import PREPROCESSING_FOLDER
 from data2vec_train.hf.tokenizers import TextTokenizer
@@ -128,8 +127,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    drops = any(one.layer_drop for one in objective.student.modules() if isinstance(one, Transformer))
-    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing, parts_may_rest=drops)
+    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing)
     _describe(cfg, objective, data, run_dir)
     collapse = fit_or_collapse(trainer, module, data, run)
 
@@ -152,12 +150,7 @@ def _score(summary: dict) -> float | None:
 
 
 def build_trainer(
-    cfg: DictConfig,
-    run: RunDirectory,
-    callbacks: list[L.Callback],
-    checkpointing: Checkpointing,
-    *,
-    parts_may_rest: bool,
+    cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing
 ) -> L.Trainer:
     """Lightning's trainer with what all runs have: checkpoints, a watch over numbers, signals, loggers.
 
@@ -166,15 +159,9 @@ def build_trainer(
         run: where the run stands.
         callbacks: those that measure, then the monitor.
         checkpointing: saves the run.
-        parts_may_rest: whether there are steps in which some weights get no gradient.
     """
-    strategy = build(cfg.strategy)
-    if strategy["strategy"] == "ddp" and parts_may_rest:
-        strategy["strategy"] = "ddp_find_unused_parameters_true"
     finite = build(cfg.callbacks.finite)(path=run.path / NONFINITE, checkpointing=checkpointing)
-    # CSVLog asks by itself whether it is in the first process; the others write as soon as they exist.
-    nodes = cfg.logger.values() if rank_zero_only.rank == 0 else ()
-    loggers = [build(node)(save_dir=str(run.path), step=run.step) for node in nodes]
+    loggers = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
     trainer: L.Trainer = build(
         cfg.trainer,
         callbacks=[*callbacks, checkpointing, finite, Interruption(checkpointing=checkpointing)],
@@ -183,7 +170,7 @@ def build_trainer(
         default_root_dir=run.path,
         precision=cfg.precision.trainer,
         enable_checkpointing=False,  # Lightning's own
-        **strategy,
+        **cfg.strategy,
     )
     own_signals(trainer)
     return trainer
