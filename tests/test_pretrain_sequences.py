@@ -100,7 +100,7 @@ def test_a_folder_of_texts_trains_on_the_good_ones_and_lists_the_bad(
     bad = quarantined(run)
     assert bad == {
         "deep/empty.txt": "empty file",
-        "deep/program.txt": "a binary file",
+        "deep/program.txt": "a binary file, or UTF-16 or UTF-32 without a byte order mark",
         "deep/many.jsonl:2": "not a line of JSON",
     }
     summary = json.loads((run / "summary.json").read_text())
