@@ -156,8 +156,9 @@ def test_a_mistake_is_answered_in_one_line(command, folder):
         words.remove("data=folder")
     faults = find_faults(words, config_name=name, multirun=False, on_this_machine=True)
     assert len(faults) == 1, faults
-    assert MISTAKES[command].replace("FOLDER", str(folder)) in faults[0]
-    assert "\n" not in faults[0]
+    fault = faults[0].replace(", eeg,", ",")  # the plugin of other tests of the same process
+    assert MISTAKES[command].replace("FOLDER", str(folder)) in fault
+    assert "\n" not in fault
 
 
 def test_all_groups_that_are_missing_are_said_together():
