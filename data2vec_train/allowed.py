@@ -13,7 +13,7 @@ from data2vec_train.signatures import did_you_mean, file_of, find, public_names,
 # downloads is left out: tasks, hf, lightning's command line and its demos, torchvision's data sets.
 OURS = (
     *("data2vec", "data", "decoders", "encoders", "finetuning", "heads", "layers", "masking", "module", "monitor"),
-    *("optim", "pictures", "probes", "saving", "targets", "teacher", "hf.preprocessing", "tasks.sweep"),
+    *("optim", "parallel", "pictures", "probes", "saving", "targets", "teacher", "hf.preprocessing", "tasks.sweep"),
 )
 LIBRARIES = (
     *("lightning.Trainer", "lightning.pytorch.Trainer", "lightning.pytorch.trainer.Trainer"),

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from data2vec_train import launch
 from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
 from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError
 from data2vec_train.places import config_directory, stay_off_the_network
@@ -112,9 +113,9 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     `weights` names the setting with trained weights: unless the command says `modality=`, it is that of the weights.
 
     Exits with 2 for a fault in the command, the config, the data or the disk, with 3 for a collapse, with 130 after
-    Ctrl-C and with 75 after SIGTERM or SIGUSR1 (a run is saved then, and the same command goes on with it), and with 1
-    for anything else, which keeps its stack trace. A sweep goes on when a member fails, and exits with the
-    worst status of its members.
+    Ctrl-C and with 75 after SIGTERM or SIGUSR1 (a run is saved then, and the same command goes on with it; after
+    SIGUSR1 a job of SLURM puts itself back into the queue), and with 1 for anything else, which keeps its stack trace.
+    A sweep goes on when a member fails, and exits with the worst status of its members.
     """
     # Hydra's own short form hides the frames that a bug report needs.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -137,7 +138,10 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
             sys.stderr.write(f"{len(faults)} thing{'s' * (len(faults) > 1)} to mend in the command or config:\n{lines}")
             sys.exit(2)
         # Scripts add settings to those they have, so it is no fault; but it is worth a word.
-        sys.stderr.write("".join(f"note: {one}\n" for one in _said_twice(typed)))
+        if launch.rank() == 0:
+            sys.stderr.write("".join(f"note: {one}\n" for one in _said_twice(typed)))
+        if any(one.startswith("hydra/launcher=") for one in args.overrides):
+            os.environ["DATA2VEC_LAUNCH"] = launch.name()  # its members run elsewhere and later, and have one directory
         guarded = _guard(task, statuses)
         guarded.__module__ = f"{__package__}.{config_name}"  # after which hydra names the job, and so its log file
         directory, args.config_path = args.config_path or config_directory(), None
@@ -212,7 +216,7 @@ def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:
     if absent:
         return [f"{one}: there is no such directory of configs" for one in absent]
     return find_faults(
-        args.overrides,
+        [*args.overrides, *(["hydra.mode=MULTIRUN"] if args.multirun else [])],
         config_name=args.config_name or config_name,
         config_dir=directory and directory.absolute(),
         extra_config_dir=extra,
@@ -229,16 +233,22 @@ def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callabl
         hydra_config = HydraConfig.get()
         is_member = hydra_config.mode == RunMode.MULTIRUN
         who = f" in sweep member {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)})" if is_member else ""
+        who += f" in process {launch.rank()}" if launch.rank() else ""
         try:
-            # A sweep may be longer than what was checked before it started.
-            if is_member and (faults := preflight(cfg)):
-                raise ConfigError("; ".join(faults))
+            if is_member:
+                load_plugins()  # on a cluster the member is another process
+                # A sweep may be longer than what was checked before it started.
+                if faults := preflight(cfg):
+                    raise ConfigError("; ".join(faults))
             return task(cfg)
         except (ConfigError, DataError, SaveError, CollapseError) as error:
             sys.stderr.write(f"error{who}: {error}\n")
             status = 3 if isinstance(error, CollapseError) else 2
         except Interrupted as error:
-            sys.stderr.write(f"{error}\n")
+            if launch.rank() == 0:
+                sys.stderr.write(f"{error}\n")
+            if error.signal_number == signal.SIGUSR1 and (answer := launch.requeue()):
+                sys.stderr.write(f"{answer}\n")
             raise SystemExit(130 if error.signal_number == signal.SIGINT else 75) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from data2vec_train.data.seeding import torch_seed
 from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
 from data2vec_train.encoders.base import Batch
+from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.errors import ConfigError
 from data2vec_train.optim import Schedule, set_lr
+from data2vec_train.parallel import shard
 
 # A power of two: dividing by it and multiplying by it again changes no bit.
 UNIT = 2.0**14
@@ -43,6 +45,18 @@ class TrainingModule(L.LightningModule):
         """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
         number = len(self._counts) * self.trainer.world_size + self.global_rank
         torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
+        if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
+            # All batches of a step skip the same blocks: processes wait for each other at every block they run.
+            for one in self._with_layer_drop():
+                one.layer_seed = torch_seed(self.seed, "step", self.trainer.global_step, 0, 1)
+
+    def _with_layer_drop(self) -> list[Transformer]:
+        return [one for one in self.modules() if isinstance(one, Transformer) and one.layer_drop]
+
+    @property
+    def weights_may_rest(self) -> bool:
+        """Whether there are steps in which some weights get no gradient."""
+        return True
 
     def weighted(self, loss: Tensor, count: int, samples: Tensor | tuple[str, ...]) -> Tensor:
         """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`.
@@ -173,6 +187,16 @@ class Data2VecModule(TrainingModule):
         super().__init__(schedule=schedule, seed=seed, log_every_n_steps=log_every_n_steps)
         self.objective = objective
         self.make_optimizer = optimizer
+
+    def configure_model(self) -> None:
+        """With `strategy=fsdp` keep only a share of the weights here."""
+        if self.device_mesh is not None:
+            shard(self.objective, self.device_mesh["data_parallel"])
+
+    @property
+    def weights_may_rest(self) -> bool:
+        """Only those of blocks that layer drop skips."""
+        return bool(self._with_layer_drop())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""

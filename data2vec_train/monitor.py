@@ -253,10 +253,11 @@ def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     note = Path(save_dir) / "wandb_id"
-    if not step or not note.is_file():
+    if rank_zero_only.rank == 0 and (not step or not note.is_file()):
         note.write_text(secrets.token_hex(4))
+    identity = note.read_text() if rank_zero_only.rank == 0 else None  # only the first process logs
     offline = "WANDB_API_KEY" not in os.environ
-    return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=note.read_text(), resume="allow")
+    return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=identity, resume="allow")
 
 
 def describe(row: dict[str, float]) -> str:

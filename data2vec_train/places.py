@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from data2vec_train import launch
 from data2vec_train.errors import ConfigError
 
 _HERE = Path(__file__).resolve().parent
@@ -51,12 +52,14 @@ def stay_off_the_network() -> None:
 
 
 def register_resolvers() -> None:
-    """Makes five functions available in configs.
+    """Makes seven functions available in configs.
 
     `${share:0.1,${trainer.max_steps}}`: that share of a whole number, at least 1 unless it is 0.
     `${product:60,16000}`: the product, rounded to a whole number.
     `${sample:FILE}`: path of a data set inside the package.
     `${vocabulary:PATH,TRAIN_VOCAB_SIZE,NAME}`: a fact about a tokenizer, see `tokenizer_facts`.
+    `${launch:}`: a name that the processes of a run have in common, see `launch.name`.
+    `${first_process:VALUE,OTHER}`: VALUE in the first process of a run, OTHER in the others.
     `${oc.env:NAME,DEFAULT}`: an environment variable, as always, but no password.
     """
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
@@ -64,6 +67,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("product", lambda a, b: round(a * b), replace=True)
     OmegaConf.register_new_resolver("sample", lambda file: str(_HERE / "samples" / file), replace=True)
     OmegaConf.register_new_resolver("vocabulary", _vocabulary, replace=True)
+    OmegaConf.register_new_resolver("launch", launch.name, replace=True)
+    OmegaConf.register_new_resolver("first_process", lambda a, b: a if launch.rank() == 0 else b, replace=True)
 
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|COOKIE|(^|_)KEY(_|$)", re.IGNORECASE)
@@ -92,3 +97,7 @@ def _vocabulary(path: str | None, train_vocab_size: int | None, name: str) -> in
         return tokenizer_facts(path, train_vocab_size)[name]
     except ConfigError as error:
         raise ConfigError(f"modality.tokenizer: {error}") from error
+
+
+# Here as well: a member of a sweep on a cluster is unpickled, and its config resolved, before anything of ours runs.
+register_resolvers()

@@ -18,6 +18,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data2vec_train import launch
 from data2vec_train.places import text_of_recipe
 from data2vec_train.signatures import did_you_mean, find, keys_of, mismatch, show, signature
 
@@ -720,7 +721,80 @@ def _out_has_a_folder(cfg: DictConfig) -> str | None:
     return f"out: there is no folder {parent}"
 
 
+def _device_count(cfg: DictConfig) -> int | None:
+    """Devices on each node; None when it cannot be told without asking torch, or nothing is said."""
+    devices = _get(cfg, "strategy.devices", (int, str, list))
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([one for one in devices.split(",") if one])
+    if devices not in (None, "auto", "-1", -1):
+        return int(devices) if str(devices).isdigit() else None
+    if devices is None or _get(cfg, "strategy.accelerator", str) == "cpu" or not may_have_a_gpu():
+        return None if devices is None else 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*"))) or None
+
+
+def _sweep_can_start_its_processes(cfg: DictConfig) -> str | None:
+    is_sweep = str(_get(cfg, "hydra.mode", object)).endswith("MULTIRUN")
+    if not is_sweep or _name(cfg, "hydra.launcher") == "SlurmLauncher":
+        return None
+    nodes, started = _get(cfg, "strategy.num_nodes") or 1, launch.started_processes()
+    if launch.by_torchrun() or (started is not None and started[1] > 1):
+        program = "torchrun" if launch.by_torchrun() else "srun"
+        return (
+            f"-m: under {program} every process would run the whole sweep; start {program} once for each member, "
+            "without -m, or let hydra/launcher=slurm start them all"
+        )
+    count = (_device_count(cfg) or 1) * nodes
+    if count == 1:
+        return None
+    return (
+        f"strategy.devices: {count} devices need {count} processes, and each of them would run the whole sweep; write "
+        f"hydra/launcher=slurm on a cluster, or start torchrun --nproc-per-node {count} once for each member, without "
+        "-m. A sweep on one device works as it is: strategy.devices=1"
+    )
+
+
+def _processes_match_the_devices(cfg: DictConfig) -> str | None:
+    if str(_get(cfg, "hydra.mode", object)).endswith("MULTIRUN"):
+        return None  # its members are started elsewhere
+    nodes, count, started = _get(cfg, "strategy.num_nodes") or 1, _device_count(cfg), launch.started_processes()
+    if count is None:
+        return None
+    if started is None:
+        if nodes == 1:
+            return None
+        return (
+            f"strategy.num_nodes: {nodes}, and no process is started on another node from here; start torchrun on each "
+            "node, or write srun before the command"
+        )
+    local, total = started
+    if (count, count * nodes) == (local, total):
+        return None
+    program, there = "torchrun" if launch.by_torchrun() else "srun", total // local
+    return (
+        f"strategy.devices: {program} started {local} processes on each of {there} nodes, and the command says "
+        f"{count} devices on each of {nodes}; write strategy.devices={local} strategy.num_nodes={there}"
+        f"{' strategy=ddp' if _get(cfg, 'strategy.strategy', str) == 'auto' and total > 1 else ''}"
+    )
+
+
+def _nodes_share_a_directory(cfg: DictConfig) -> str | None:
+    where = OmegaConf.to_container(cfg.hydra.run, resolve=False).get("dir") if "hydra" in cfg else None
+    if launch.has_a_common_name() or "${launch:" not in str(where):
+        return None
+    return (
+        "hydra.run.dir: torchrun runs on several nodes, and each would choose its own; write hydra.run.dir=DIR, the "
+        "same for all nodes and on a disk that all of them see"
+    )
+
+
 MACHINE_RULES: list[Rule] = [
+    _sweep_can_start_its_processes,
+    _processes_match_the_devices,
+    _nodes_share_a_directory,
     _gpu_is_there,
     _logger_is_installed,
     _workers_fit,

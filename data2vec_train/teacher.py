@@ -79,10 +79,10 @@ class EMATeacher(nn.Module):
         averaged, towards = [], []
         for name, parameter in self.encoder.named_parameters():
             if name in self.copied:
-                parameter.copy_(sources[name])
+                _local(parameter).copy_(_local(sources[name]))
             else:
-                averaged.append(parameter)
-                towards.append(sources[name].float())
+                averaged.append(_local(parameter))
+                towards.append(_local(sources[name]).float())
         if tau < 1.0 and on_host:
             torch._foreach_lerp_(averaged, towards, 1.0 - tau)
         elif tau < 1.0:
@@ -117,3 +117,8 @@ class EMATeacher(nn.Module):
         """
         tokens, token_mask = student_tokens if self.share_embeddings else self.encoder.embed(inputs, attention_mask)
         return self.encoder.contextualize(tokens, token_mask, tap=tap, last=last), token_mask
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; teacher and student are cut in the same places (`parallel.shard`)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

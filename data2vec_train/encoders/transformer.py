@@ -235,6 +235,9 @@ class Transformer(nn.Module):
 
     Drop path grows linearly from 0 at the first block to `drop_path` at the last. Layer drop skips whole blocks in
     training, each with probability `layer_drop`, for all rows alike.
+
+    Attributes:
+        layer_seed: which blocks are skipped follows from this alone; None = they are drawn from torch's generator.
     """
 
     def __init__(
@@ -264,6 +267,7 @@ class Transformer(nn.Module):
         if not 0.0 <= layer_drop < 1.0:
             raise ValueError(f"layer_drop is a probability in [0, 1), got {layer_drop}")
         self.layer_drop = layer_drop
+        self.layer_seed: int | None = None
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
             Block(
@@ -311,12 +315,13 @@ class Transformer(nn.Module):
         """
         layers: list[Tensor] = []
         first_tapped = len(self.blocks) - last
+        draws = None if self.layer_seed is None else torch.Generator().manual_seed(self.layer_seed)
         keep = extras is not None and extras.keep_hidden_states
         if keep:
             extras.hidden_states.append(x)
         for layer, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Drawn on the host, so that no device has to be asked whether to run the block.
-            if self.training and self.layer_drop and float(torch.rand(())) < self.layer_drop:
+            if self.training and self.layer_drop and float(torch.rand((), generator=draws)) < self.layer_drop:
                 if keep and not extras.omit_dropped:
                     extras.hidden_states.append(x)
                 continue

@@ -24,6 +24,7 @@ from data2vec_train.hf.convert import PREPROCESSING_FOLDER
 from data2vec_train.hf.tokenizers import TextTokenizer
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
+from data2vec_train.parallel import keep_whole
 from data2vec_train.probes.callback import ProbeCallback
 from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
 from data2vec_train.tasks.init_from import adopt, initialise
@@ -170,7 +171,7 @@ def build_trainer(
         default_root_dir=run.path,
         precision=cfg.precision.trainer,
         enable_checkpointing=False,  # Lightning's own
-        **cfg.strategy,
+        **build(cfg.strategy),
     )
     own_signals(trainer)
     return trainer
@@ -190,8 +191,11 @@ def fit_or_collapse(
         with interruption.listening(), disk_trouble(run.path):
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
     except CollapseError as error:
-        return error
-    return None
+        collapse = error
+    else:
+        collapse = None
+    keep_whole(module)  # the first process writes the report alone
+    return collapse
 
 
 def _summary(
@@ -257,5 +261,6 @@ def quiet_libraries() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r"The number of training batches .* is smaller than the logging interval",
         r"Found \d+ module\(s\) in eval mode",  # the teacher, on purpose
+        r"FSDP2-wrapped module \(.*\) returned a view tensor",  # which nothing changes in place
     ):
         warnings.filterwarnings("ignore", message=message)
