@@ -351,6 +351,8 @@ def _choice_fault(choice: Override, error: Exception, configs: _Configs) -> str:
         return f"{line}: {choice.key_or_group} is not chosen by default; add it with a plus: +{plain}"
     if choice.is_add() and re.search("Multiple values|more than once", str(error)):
         return f"{line}: {choice.key_or_group} already has a choice; leave out the plus: {plain}"
+    if "Could not load 'hydra/launcher/submitit" in str(error):
+        return f"{line}: needs the package submitit: pip install 'data2vec-train[slurm]'"
     return f"{line}: {_one_line(error)}"
 
 

@@ -281,9 +281,10 @@ class FiniteSteps(L.Callback):
             return
         self.in_a_row += 1
         self.skipped += 1
-        row = {"step": judged.step, "samples": judged.names()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {"step": judged.step, "samples": _of_all_processes(judged.names(), trainer)}
+        if trainer.is_global_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if self.in_a_row == 1:
             log.warning("step %d: loss or gradient is not finite; the step was passed over", judged.step)
         if self.in_a_row >= self.max_in_a_row:
@@ -305,6 +306,15 @@ class FiniteSteps(L.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """See `state_dict`."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+
+def _of_all_processes(names: list[int | str], trainer: L.Trainer) -> list[int | str]:
+    """All of them are at this place: a step that one cannot use is passed over by all."""
+    if trainer.world_size == 1:
+        return names
+    everywhere: list[list[int | str]] = [[]] * trainer.world_size
+    dist.all_gather_object(everywhere, names)
+    return [name for one in everywhere for name in one]
 
 
 class Interruption(L.Callback):

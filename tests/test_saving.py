@@ -142,9 +142,11 @@ def test_checkpoints_written_in_the_background_are_those_of_their_step(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_ends_the_step_saves_and_leaves(number, tmp_path):
+def test_a_signal_ends_the_step_saves_and_leaves(number, tmp_path, request):
     whole = Run(tmp_path / "whole").fit()
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, before)  # processes in the background ignore some
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     with pytest.raises(Interrupted, match="stopped and saved after step 4") as caught:
         Run(tmp_path / "run", callbacks=(Stop(4, lambda: os.kill(os.getpid(), number)),)).fit()
     assert caught.value.signal_number == number

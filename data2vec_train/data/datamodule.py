@@ -55,6 +55,8 @@ class ResumableData(L.LightningDataModule):
         changed_steps: allow a run to go on with another number of batches per optimizer step.
     """
 
+    quarantine: Quarantine
+
     def __init__(self, *, changed_steps: bool) -> None:
         super().__init__()
         self.changed_steps = changed_steps
@@ -90,7 +92,9 @@ class ResumableData(L.LightningDataModule):
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches all steps so far took, and one step."""
+        """How many batches all steps so far took, and one step; processes share what is in quarantine, too."""
+        if self.trainer.world_size > 1:
+            self.quarantine.share()
         steps = self.trainer.global_step - self._first_step
         return {"batches": self._first_batch + steps * self._per_step(), "batches_per_step": self._per_step()}
 

@@ -5,11 +5,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
 from data2vec_train.errors import DataError
 
 
 class Quarantine:
     """Writes each broken sample once, with its reason, and stops the run when there are too many.
+
+    Of several processes the first one writes; what the others have found reaches it with `share`.
 
     Args:
         path: the JSON-lines file; it appears with the first broken sample.
@@ -20,6 +25,7 @@ class Quarantine:
 
     def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float, tolerated: int) -> None:
         self.path = path
+        self.found: dict[str, str] = {}  # since the last `share`
         self.num_samples = num_samples
         self.max_bad_fraction = max_bad_fraction
         self.tolerated = tolerated
@@ -38,6 +44,7 @@ class Quarantine:
         self.drawn += num_good + len(rejected)
         new = {key: reason for key, reason in rejected if key not in self.reasons}
         self.reasons |= new
+        self.found |= new
         self.write(new.items())
         if self._too_many():
             self.stop(f"data.max_bad_fraction={self.max_bad_fraction:g}")
@@ -47,9 +54,21 @@ class Quarantine:
         new = {key: reason for key, reason in pairs if key not in self.written}
         self.written |= new.keys()
         lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items()]
-        if lines:
+        if lines and rank_zero_only.rank == 0:
             with self.path.open("a") as file:
                 file.write("".join(lines))
+
+    def share(self) -> None:
+        """Tell the other processes what this one has found; all have to ask.
+
+        Whether there are too many is asked again with the next batch.
+        """
+        everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, self.found)
+        self.found = {}
+        for found in everywhere:
+            self.reasons = found | self.reasons
+            self.write(found.items())
 
     def stop(self, why: str) -> NoReturn:
         """Raise the DataError that names the first broken sample and the list of all."""

@@ -123,7 +123,7 @@ def main() -> None:
         found[case] = compare(run, reference) | {"seconds": time.monotonic() - started}
         listed = run / "nonfinite.jsonl"
         steps = [json.loads(line)["step"] for line in listed.read_text().splitlines()] if listed.exists() else []
-        found[case]["passed_over"] = len(set(steps))  # each process has a line with its samples
+        found[case]["passed_over"] = len(set(steps))  # one line of all processes with its samples
         found[case]["report"] = (run / "report.html").exists()
         sys.stderr.write(json.dumps({case: found[case]}) + "\n")
     sys.stdout.write(json.dumps(found) + "\n")
