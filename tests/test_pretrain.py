@@ -194,7 +194,10 @@ def test_divergence_is_one_line_and_leaves_a_report(run_program, tmp_path):
 def test_an_interrupted_run_keeps_its_weights(tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "data2vec_train", "trainer.max_steps=100000", *TINY, f"hydra.run.dir={run_dir}"]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options = {"cwd": CHECKOUT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Processes that a shell starts in the background ignore Ctrl-C, and hand this on.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
         while "step 20/" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
