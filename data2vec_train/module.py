@@ -1,6 +1,7 @@
 """The LightningModule: it only says when things happen. What happens is in `data2vec.py`."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import lightning as L
 import torch
@@ -47,9 +48,10 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             # All batches of a step skip the same blocks: processes wait for each other at every block they run.
-            for one in self._with_layer_drop():
+            for one in self._with_layer_drop:
                 one.layer_seed = torch_seed(self.seed, "step", self.trainer.global_step, 0, 1)
 
+    @cached_property
     def _with_layer_drop(self) -> list[Transformer]:
         return [one for one in self.modules() if isinstance(one, Transformer) and one.layer_drop]
 
@@ -196,7 +198,7 @@ class Data2VecModule(TrainingModule):
     @property
     def weights_may_rest(self) -> bool:
         """Only those of blocks that layer drop skips."""
-        return bool(self._with_layer_drop())
+        return bool(self._with_layer_drop)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from data2vec_train import checkpoints
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import TrainingModule
 from data2vec_train.saving import measuring_callback
@@ -48,7 +50,7 @@ class CSVLog(Logger):
             rows = list(csv.DictReader(file))
         if not content.endswith("\n"):  # killed while writing it
             rows = rows[:-1]
-        self._write([row for row in rows if int(row["step"]) <= step], mode="w")
+        self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     @rank_zero_only
     def save(self) -> None:
@@ -81,15 +83,17 @@ class CSVLog(Logger):
                 with self.path.open(newline="") as file:
                     rows = list(csv.DictReader(file))
             self.columns += new
-            self._write(rows, mode="w")
-        self._write([row], mode="a")
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, fieldnames=self.columns).writerow(row)
 
-    def _write(self, rows: list[dict], *, mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def _rewrite(self, rows: list[dict]) -> None:
+        """The whole file, which is there as it was or as it is to be, whatever stops the process."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        checkpoints.replace_file(self.path, text.getvalue().encode())
 
 
 class Monitor(L.Callback):

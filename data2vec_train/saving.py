@@ -20,13 +20,12 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from data2vec_train import checkpoints
-from data2vec_train.errors import CollapseError, DataError, Interrupted, SaveError
+from data2vec_train.errors import CollapseError, Interrupted, SaveError
 from data2vec_train.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-FAILED = 255  # what a process whose data cannot be used tells the others, where no signal has this number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,11 +162,24 @@ class Checkpointing(L.Callback):
         self.saved_at = step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Add the config, and how much of the data the steps so far have used."""
+        """Add the config."""
         checkpoint["config"] = self.config
+
+    def save_before_leaving(self, trainer: L.Trainer) -> None:
+        """Have a checkpoint of this step on the disk, on all processes together.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self.saved_at != trainer.global_step:
+            self.save(trainer)
+        self._finish(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last checkpoint."""
+        self._finish(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
         self.io.wait()
         self._check(trainer)
 
@@ -288,9 +300,7 @@ class FiniteSteps(L.Callback):
         if self.in_a_row == 1:
             log.warning("step %d: loss or gradient is not finite; the step was passed over", judged.step)
         if self.in_a_row >= self.max_in_a_row:
-            if self.checkpointing.saved_at != trainer.global_step:
-                self.checkpointing.save(trainer)
-            self.checkpointing.on_train_end(trainer, pl_module)
+            self.checkpointing.save_before_leaving(trainer)
             names = ", ".join(map(str, row["samples"][:8])) + (", ..." if len(row["samples"]) > 8 else "")
             raise CollapseError(
                 f"training diverged: loss or gradient was not finite {self.in_a_row} times in a row, up to step "
@@ -331,8 +341,7 @@ class Interruption(L.Callback):
 
     def __init__(self, *, checkpointing: Checkpointing) -> None:
         self.checkpointing = checkpointing
-        self.received = 0  # number of the signal, FAILED, or 0
-        self.failure: DataError | None = None
+        self.received = 0  # number of the signal, or 0
         self._group: dist.ProcessGroup | None = None
         self._exchange: tuple[dist.Work, Tensor] | None = None
         self._seen_step = 0
@@ -366,16 +375,6 @@ class Interruption(L.Callback):
         with contextlib.suppress(OSError):
             os.write(2, f"\nstopping after this step{text}\n".encode())
 
-    def fail(self, failure: DataError) -> None:
-        """This process cannot go on; with others it has to tell them first.
-
-        Raises:
-            DataError: `failure`, when there are no others.
-        """
-        if self._group is None:
-            raise failure
-        self.failure, self.received = failure, FAILED
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a channel between the processes beside the one for gradients."""
         self._seen_step = trainer.global_step
@@ -387,20 +386,14 @@ class Interruption(L.Callback):
 
         Raises:
             Interrupted: a process got a signal; the run is saved.
-            DataError: the data of a process cannot be used; the run is saved.
         """
         if trainer.global_step == self._seen_step:
             return  # in the middle of an accumulation
         self._seen_step = trainer.global_step
         received = self._exchanged(last=trainer.global_step == trainer.max_steps)
-        if not received:
-            return
-        if self.checkpointing.saved_at != trainer.global_step:
-            self.checkpointing.save(trainer)
-        self.checkpointing.on_train_end(trainer, pl_module)  # waits for the writer
-        if received == FAILED:
-            raise self.failure or DataError("another process found data that cannot be used; see its message")
-        raise Interrupted(received, trainer.global_step)
+        if received:
+            self.checkpointing.save_before_leaving(trainer)
+            raise Interrupted(received, trainer.global_step)
 
     def _exchanged(self, *, last: bool) -> int:
         """What was received anywhere, as of the step before this one; after the last step, of this one."""

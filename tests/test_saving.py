@@ -15,6 +15,7 @@ from data2vec_train import checkpoints
 from data2vec_train.errors import CollapseError, ConfigError, Interrupted, SaveError
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.saving import Checkpointing, FiniteSteps, Interruption, own_signals
+from tests.stress.tiny import flat
 from tests.test_module import Noise, data_of, module_of, objective, trainer_of
 
 STEPS = 8
@@ -87,18 +88,6 @@ class Run:
         with (self.folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         return [{name: row[name] for name in row if "second" not in name and "wait" not in name} for row in rows]
-
-
-def flat(tree: object, path: str = ""):
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key not in ("loops", "callbacks"):
-                yield from flat(value, f"{path}.{key}")
-    elif isinstance(tree, (list, tuple)):
-        for key, value in enumerate(tree):
-            yield from flat(value, f"{path}.{key}")
-    else:
-        yield path, tree
 
 
 def assert_same(run: Run, whole: Run) -> None:

@@ -1,6 +1,7 @@
 """The list of samples that could not be used."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -89,7 +90,7 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))
     for line in whole.splitlines():
         row = json.loads(line)
         yield row["key"], row["reason"]

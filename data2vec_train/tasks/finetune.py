@@ -27,7 +27,7 @@ from data2vec_train.monitor import Monitor
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of
 from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
-from data2vec_train.tasks.run_directory import SUMMARY, open_run, write_summary
+from data2vec_train.tasks.run_directory import QUARANTINE, SUMMARY, open_run, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneDat
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
-        quarantine_path=run_dir / "quarantine.jsonl",
+        quarantine_path=run_dir / QUARANTINE,
         seed=cfg.seed,
         changed_steps=cfg.resume == "changed",
     )

@@ -28,7 +28,15 @@ from data2vec_train.parallel import keep_whole
 from data2vec_train.probes.callback import ProbeCallback
 from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
 from data2vec_train.tasks.init_from import adopt, initialise
-from data2vec_train.tasks.run_directory import METRICS, NONFINITE, SUMMARY, RunDirectory, open_run, write_summary
+from data2vec_train.tasks.run_directory import (
+    METRICS,
+    NONFINITE,
+    QUARANTINE,
+    SUMMARY,
+    RunDirectory,
+    open_run,
+    write_summary,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +79,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
-        quarantine_path=run_dir / "quarantine.jsonl",
+        quarantine_path=run_dir / QUARANTINE,
         seed=cfg.seed,
         changed_steps=cfg.resume == "changed",
     )
