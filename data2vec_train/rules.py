@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data2vec_train import launch
+from data2vec_train.layers import backends
 from data2vec_train.places import text_of_recipe
 from data2vec_train.signatures import did_you_mean, find, keys_of, mismatch, show, signature
 
@@ -176,7 +177,7 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "strategy.accelerator": lambda: ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     "callbacks.monitor.progress": lambda: ("auto", "bar", "lines", "none"),
     "modality.encoder.activation": lambda: keys_of("data2vec_train.layers.misc", "ACTIVATIONS"),
-    "attention.backend": lambda: keys_of("data2vec_train.layers.attention", "BACKENDS"),
+    "attention.backend": lambda: (*backends.NAMES, "auto"),
 }
 
 
@@ -554,6 +555,33 @@ def _gpu_is_there(cfg: DictConfig) -> str | None:
     return None
 
 
+def _attention_can(cfg: DictConfig) -> str | None:
+    backend = _get(cfg, "attention.backend", str)
+    encoder = _get(cfg, "modality.encoder", dict)
+    if backend not in backends.NAMES or encoder is None:
+        return None
+    accelerator = _get(cfg, "strategy.accelerator", str)
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and may_have_a_gpu())
+    precision = str(_get(cfg, "precision.trainer", str))
+    low = "float16" if precision.startswith("16") else "bfloat16"
+    dim, heads = _get(cfg, "modality.encoder.dim", int), _get(cfg, "modality.encoder.num_heads", int)
+    biases = [_get(cfg, f"modality.encoder.{name}", str) for name in ("relative_bias", "alibi")]
+    rate = _get(cfg, "modality.encoder.attention_dropout", (int, float))
+    case = backends.Case(
+        device="cuda" if on_gpu else "cpu",
+        dtype="float32" if precision.startswith(("32", "64")) or not on_gpu else low,
+        head_dim=dim // heads if dim and heads else None,
+        bias=any(bias not in (None, "none") for bias in biases),
+        padding=_get(cfg, "modality.batching", object) is not None,
+        per_query=False,
+        dropout=bool(rate),
+    )
+    reason = backends.refusal(backend, case)
+    if reason is None:
+        return None
+    return f"attention={backend}: {reason}; choose one of {', '.join(backends.able(case))}, auto"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -796,6 +824,7 @@ MACHINE_RULES: list[Rule] = [
     _processes_match_the_devices,
     _nodes_share_a_directory,
     _gpu_is_there,
+    _attention_can,
     _logger_is_installed,
     _workers_fit,
     _manifest_is_of_recordings,

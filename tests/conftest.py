@@ -19,6 +19,17 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 @pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let FlexAttention compute gradients without a GPU: torch has a plain implementation for it, and only refuses."""
+    import torch.nn.attention.flex_attention as flex
+
+    from data2vec_train.layers import backends
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(backends, "_flex", lambda case: "it drops no attention weights" if case.dropout else None)
+
+
+@pytest.fixture
 def composed() -> Callable[..., DictConfig]:
     """Compose the real configuration with overrides."""
 

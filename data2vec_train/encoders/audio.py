@@ -13,7 +13,6 @@ covers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Literal
 
 import torch
@@ -32,6 +31,7 @@ from data2vec_train.encoders.base import (
     repeat_views,
 )
 from data2vec_train.encoders.transformer import Extras, Transformer
+from data2vec_train.layers.attention import Bias
 from data2vec_train.layers.misc import activation_of, init_bert
 from data2vec_train.layers.positions import ALiBi, ConvPositions
 
@@ -309,11 +309,11 @@ class AudioEncoder(ModalityEncoder):
         tokens = tokens + self.positions(tokens, attention_mask)
         if dropped:
             tokens, attention_mask = keep_visible(tokens, attention_mask, masks)  # (N, V, D)
-        biases = repeat(None, self.depth)
+        biases: list[Bias | None] = [None] * self.depth
         if self.alibi is not None:
             where = masks.visible if dropped else torch.arange(tokens.shape[1], device=tokens.device)[None]
             biases = self.alibi(where)
-            biases = repeat(biases[0], self.depth) if len(biases) == 1 else iter(biases)
+            biases = biases * self.depth if len(biases) == 1 else biases
         x, layers = self.transformer(
             self.dropout(self.input_norm(tokens)),
             key_mask=attention_mask,

@@ -3,8 +3,6 @@
 1.0 corrupts the token ids, 2.0 drops hidden tokens; the encoder is the same. Letters: see `encoders.base`.
 """
 
-from itertools import repeat
-
 import torch
 from torch import Tensor, nn
 
@@ -181,6 +179,6 @@ class TextEncoder(ModalityEncoder):
         if masks is not None:
             tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x, layers = self.transformer(
-            tokens, key_mask=attention_mask, biases=repeat(None, self.depth), tap=tap, last=last, extras=extras
+            tokens, key_mask=attention_mask, biases=[None] * self.depth, tap=tap, last=last, extras=extras
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

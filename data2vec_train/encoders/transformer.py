@@ -11,7 +11,7 @@ output of fc2, which is what most variants of data2vec regress ("ffn" tap), befo
 to, and lists to collect attention weights in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.encoders.base import Tap
-from data2vec_train.layers.attention import attention, attention_weights, check_backend
+from data2vec_train.layers.attention import Bias, attention, attention_weights, check_backend, fastest
 from data2vec_train.layers.misc import DropPath, activation_of
 
 QKVBias = Literal["qkv", "qv", "none"]
@@ -71,9 +71,7 @@ class Extras:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused projection; rows of `qkv` are q, then k, then v."""
 
-    def __init__(
-        self, *, dim: int, num_heads: int, qkv_bias: QKVBias, attention_dropout: float, backend: str, block: int
-    ) -> None:
+    def __init__(self, *, dim: int, num_heads: int, qkv_bias: QKVBias, attention_dropout: float, block: int) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
@@ -81,14 +79,21 @@ class SelfAttention(nn.Module):
             raise ValueError(f"qkv_bias is 'qkv', 'qv' or 'none', got {qkv_bias!r}")
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.backend = check_backend(backend)
         self.block = block
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "qkv")
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, extras: Extras | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        bias: Bias | Tensor | None,
+        extras: Extras | None = None,
+        *,
+        backend: str,
+    ) -> Tensor:
         """X (N, Q, D), key_mask (N, S) or (N, Q, S) bool, bias broadcastable to (N, H, Q, S) -> (N, Q, D)."""
         qkv_bias = self.qkv.bias
         if self.q_bias is not None:
@@ -99,25 +104,24 @@ class SelfAttention(nn.Module):
             k, v = extras.cache.extend(self.block, k, v)
         collect = extras.attentions if extras is not None and extras.keep_attentions else None
         dropout_p = self.attention_dropout if self.training else 0.0
-        mixed = _mix(q, k, v, key_mask, bias, dropout_p=dropout_p, backend=self.backend, collect=collect)
+        mixed = _mix(q, k, v, key_mask, bias, dropout_p=dropout_p, backend=backend, collect=collect)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention to the states of another encoder."""
 
-    def __init__(self, *, dim: int, num_heads: int, attention_dropout: float, backend: str, block: int) -> None:
+    def __init__(self, *, dim: int, num_heads: int, attention_dropout: float, block: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.backend = check_backend(backend)
         self.block = block
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, extras: Extras) -> Tensor:
+    def forward(self, x: Tensor, extras: Extras, *, backend: str) -> Tensor:
         """X (N, Q, D), attending to `extras.memory` -> (N, Q, D)."""
         q = self._heads(self.query(x))
         if extras.cache is not None and self.block in extras.cache.memory:
@@ -128,7 +132,7 @@ class CrossAttention(nn.Module):
                 extras.cache.memory[self.block] = (k, v)
         collect = extras.cross_attentions if extras.keep_attentions else None
         dropout_p = self.attention_dropout if self.training else 0.0
-        mixed = _mix(q, k, v, extras.memory_mask, None, dropout_p=dropout_p, backend=self.backend, collect=collect)
+        mixed = _mix(q, k, v, extras.memory_mask, None, dropout_p=dropout_p, backend=backend, collect=collect)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def _mix(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    bias: Tensor | None,
+    bias: Bias | Tensor | None,
     *,
     dropout_p: float,
     backend: str,
@@ -192,14 +196,13 @@ class Block(nn.Module):
         activation_dropout: float,
         drop_path: float,
         cross_attention: bool,
-        backend: str,
         block: int,
     ) -> None:
         super().__init__()
         if cross_attention and norm_first:
             raise ValueError("cross_attention needs post-norm blocks: norm_first=False")
         self.norm_first = norm_first
-        attend = dict(dim=dim, num_heads=num_heads, attention_dropout=attention_dropout, backend=backend, block=block)
+        attend = dict(dim=dim, num_heads=num_heads, attention_dropout=attention_dropout, block=block)
         self.attention = SelfAttention(qkv_bias=qkv_bias, **attend)
         self.cross = CrossAttention(**attend) if cross_attention else None
         self.norm_cross = nn.LayerNorm(dim, eps=norm_eps) if cross_attention else None
@@ -216,16 +219,22 @@ class Block(nn.Module):
         return self.drop_path(branch if scale is None else scale * branch)
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, extras: Extras | None = None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        bias: Bias | Tensor | None,
+        extras: Extras | None = None,
+        *,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         """X (N, S, D) -> the block's output and the raw FFN output, both (N, S, D)."""
         if self.norm_first:
-            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias, extras), self.scale1)
+            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias, extras, backend=backend), self.scale1)
             ffn = self.ffn(self.norm2(x))
             return x + self._branch(ffn, self.scale2), ffn
-        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias, extras), self.scale1))
+        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias, extras, backend=backend), self.scale1))
         if self.cross is not None and extras is not None and extras.memory is not None:
-            x = self.norm_cross(x + self._branch(self.cross(x, extras), None))
+            x = self.norm_cross(x + self._branch(self.cross(x, extras, backend=backend), None))
         ffn = self.ffn(x)
         return self.norm2(x + self._branch(ffn, self.scale2)), ffn
 
@@ -237,6 +246,7 @@ class Transformer(nn.Module):
     training, each with probability `layer_drop`, for all rows alike.
 
     Attributes:
+        backend: what computes attention, see `layers.attention`; "auto" = the fastest for the shape.
         layer_seed: which blocks are skipped follows from this alone; None = they are drawn from torch's generator.
     """
 
@@ -266,6 +276,9 @@ class Transformer(nn.Module):
             raise ValueError(f"a transformer needs at least one block, got depth={depth}")
         if not 0.0 <= layer_drop < 1.0:
             raise ValueError(f"layer_drop is a probability in [0, 1), got {layer_drop}")
+        self.backend = check_backend(backend)
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
         self.layer_drop = layer_drop
         self.layer_seed: int | None = None
         self.activation_checkpointing = activation_checkpointing
@@ -284,7 +297,6 @@ class Transformer(nn.Module):
                 activation_dropout=activation_dropout,
                 drop_path=drop_path * layer / max(depth - 1, 1),
                 cross_attention=cross_attention,
-                backend=backend,
                 block=layer,
             )
             for layer in range(depth)
@@ -295,7 +307,7 @@ class Transformer(nn.Module):
         x: Tensor,
         *,
         key_mask: Tensor | None,
-        biases: Iterator[Tensor | None],
+        biases: Sequence[Bias | None],
         tap: Tap | None,
         last: int,
         extras: Extras | None = None,
@@ -313,6 +325,11 @@ class Transformer(nn.Module):
         Returns:
             The last block's output (N, S, D) and the tapped tensors, each (N, S, D); a dropped block has none.
         """
+        backend = self._backend(x, key_mask, biases[0])
+        if backend != "flex":
+            # Once for all blocks that share it, and outside of what is computed twice with activation checkpointing.
+            made = {one: bias.dense() for one, bias in {id(bias): bias for bias in biases if bias is not None}.items()}
+            biases = [made.get(id(bias)) for bias in biases]
         layers: list[Tensor] = []
         first_tapped = len(self.blocks) - last
         draws = None if self.layer_seed is None else torch.Generator().manual_seed(self.layer_seed)
@@ -326,11 +343,17 @@ class Transformer(nn.Module):
                     extras.hidden_states.append(x)
                 continue
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x, ffn = checkpoint(block, x, key_mask, bias, extras, use_reentrant=False)
+                x, ffn = checkpoint(block, x, key_mask, bias, extras, backend=backend, use_reentrant=False)
             else:
-                x, ffn = block(x, key_mask, bias, extras)
+                x, ffn = block(x, key_mask, bias, extras, backend=backend)
             if keep:
                 extras.hidden_states.append(x)
             if tap is not None and layer >= first_tapped:
                 layers.append(ffn if tap == "ffn" else x)
         return x, layers
+
+    def _backend(self, x: Tensor, key_mask: Tensor | None, bias: Bias | None) -> str:
+        if self.backend != "auto":
+            return self.backend
+        dropout_p = self.attention_dropout if self.training else 0.0
+        return fastest(x, num_heads=self.num_heads, key_mask=key_mask, bias=bias, dropout_p=dropout_p)

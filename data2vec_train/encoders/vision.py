@@ -8,8 +8,7 @@ Which is which is said by the switches in `configs/preset/vision_*.yaml`. Letter
 (Hp, Wp) patch grid, T = Hp * Wp in row-major order.
 """
 
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
 from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
+from data2vec_train.layers.attention import Bias
 from data2vec_train.layers.misc import init_beit, init_bert, scale_down_by_depth
-from data2vec_train.layers.positions import RelativePositionBias, bias_between, sincos_grid
+from data2vec_train.layers.positions import RelativeBias, RelativePositionBias, sincos_grid
 
 
 @dataclass(frozen=True)
@@ -269,18 +269,17 @@ class VisionEncoder(ModalityEncoder):
             patches = resized.flatten(2).mT
         return prefix, patches
 
-    def _attention_biases(  # noqa: ANN202 - an iterator of (1 or N, H, S, S) or None
-        self, visible: Tensor | None, grid: tuple[int, int] | None
-    ):
+    def _attention_biases(self, visible: Tensor | None, grid: tuple[int, int] | None) -> list[Bias | None]:
+        """One for each block."""
         if not len(self.relative_biases):
-            return repeat(None, self.depth)
-        biases = [module(grid) for module in self.relative_biases]
+            return [None] * self.depth
+        biases: list[RelativeBias] = [module(grid) for module in self.relative_biases]
         if visible is not None:
             prefix = torch.arange(self.num_prefix_tokens, device=visible.device).expand(visible.shape[0], -1)
             kept = torch.cat([prefix, visible + self.num_prefix_tokens], dim=1)  # (N, S)
-            biases = [bias_between(bias, kept) for bias in biases]
+            biases = [replace(bias, kept=kept) for bias in biases]
         if len(biases) == 1:
-            return repeat(biases[0], self.depth)
+            return biases * self.depth
         if len(biases) > self.depth:
-            return iter([bias + biases[-1] for bias in biases[:-1]])
-        return iter(biases)
+            return [replace(bias, table=bias.table + biases[-1].table) for bias in biases[:-1]]
+        return biases

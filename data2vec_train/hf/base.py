@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.encoders.transformer import CrossAttention, Extras, SelfAttention
+from data2vec_train.encoders.transformer import Extras, Transformer
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.configs import Data2VecConfig
 from data2vec_train.hf.names import to_theirs
 from data2vec_train.hf.outputs import ModelOutput
 from data2vec_train.hf.weights import SAFETENSORS_NAME, LoadReport, put_into, read_tensors
-from data2vec_train.layers.attention import BACKENDS
+from data2vec_train.layers.backends import NAMES
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class PretrainedModel(nn.Module):
         """
         _check_backend(name)
         for module in self.modules():
-            if isinstance(module, (SelfAttention, CrossAttention)):
+            if isinstance(module, Transformer):
                 module.backend = name
         self.config.attn_implementation = name
 
@@ -364,8 +364,8 @@ def attentions_of(extras: Extras) -> tuple[Tensor, ...] | None:
 
 
 def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
-        raise ConfigError(f"attn_implementation={name!r} does not exist; choose one of {', '.join(BACKENDS)}")
+    if name not in (*NAMES, "auto"):
+        raise ConfigError(f"attn_implementation={name!r} does not exist; choose one of {', '.join(NAMES)}, auto")
 
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:

@@ -5,11 +5,13 @@ Letters: N rows, T tokens, V visible tokens, D width, H heads, E prefix tokens, 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data2vec_train.layers.attention import Bias
 from data2vec_train.layers.misc import activation_of
 
 
@@ -52,6 +54,33 @@ def relative_position_index(grid: tuple[int, int], num_prefix_tokens: int) -> Te
     return index
 
 
+@dataclass(frozen=True)
+class RelativeBias(Bias):
+    """A bias that is looked up: what stands in row `index` of a table, for each pair of positions."""
+
+    table: Tensor  # (R, H)
+    index: Tensor  # (S, S) int64, a row of the table for every query and key
+    kept: Tensor | None = None  # (N, S') int64: the positions that each row kept, None = all of them
+
+    @property
+    def learned(self) -> Tensor:
+        """The table."""
+        return self.table
+
+    def dense(self) -> Tensor:
+        """(1, H, S, S), or (N, H, S', S')."""
+        index = self.index[None]
+        if self.kept is not None:
+            index = self.index[self.kept[:, :, None], self.kept[:, None, :]]  # (N, S', S')
+        return F.embedding(index, self.table).permute(0, 3, 1, 2)
+
+    def at(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """See `Bias.at`."""
+        if self.kept is not None:
+            query, key = self.kept[row, query], self.kept[row, key]
+        return self.table[self.index[query, key], head]
+
+
 class RelativePositionBias(nn.Module):
     """A learned number per head and relative offset of two patches, added to the attention logits; starts at zero.
 
@@ -68,16 +97,15 @@ class RelativePositionBias(nn.Module):
         self.transposed = False
         self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, num_heads))
         index = relative_position_index(grid, num_prefix_tokens)
-        self.register_buffer("index", index.flatten(), persistent=False)
+        self.register_buffer("index", index, persistent=False)
 
-    def forward(self, grid: tuple[int, int] | None = None) -> Tensor:
-        """(1, H, S, S) for the grid it was made for; for another one, the table is resized bilinearly."""
+    def forward(self, grid: tuple[int, int] | None = None) -> RelativeBias:
+        """The bias for the grid it was made for; for another one, the table is resized bilinearly."""
         table, index = self.table, self.index
         if grid is not None and (grid != self.grid or self.transposed):
             table = self._resized(grid)
-            index = relative_position_index(grid, self.num_prefix_tokens).flatten().to(table.device)
-        size = math.isqrt(index.numel())
-        return table[index].view(size, size, -1).permute(2, 0, 1)[None]
+            index = relative_position_index(grid, self.num_prefix_tokens).to(table.device)
+        return RelativeBias(table, index)
 
     def _resized(self, grid: tuple[int, int]) -> Tensor:
         shape = [2 * side - 1 for side in (self.grid[::-1] if self.transposed else self.grid)]
@@ -86,13 +114,6 @@ class RelativePositionBias(nn.Module):
         size = tuple(2 * side - 1 for side in grid)
         offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
         return torch.cat([offsets[0].flatten(1).mT, prefix])
-
-
-def bias_between(bias: Tensor, kept: Tensor) -> Tensor:
-    """The bias among the positions that each row kept: (1, H, S, S) and kept (N, S') -> (N, H, S', S')."""
-    num_rows, num_kept = kept.shape
-    pairs = kept[:, :, None] * bias.shape[-1] + kept[:, None, :]  # (N, S', S') into the flattened (S, S)
-    return bias[0].flatten(1)[:, pairs.flatten()].view(-1, num_rows, num_kept, num_kept).transpose(0, 1)
 
 
 class ConvPositions(nn.Module):
@@ -149,6 +170,29 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return slopes.float()
 
 
+@dataclass(frozen=True)
+class LinearBias(Bias):
+    """A bias that falls with the distance of two positions, -slope * |i - j|."""
+
+    slope: Tensor  # (H,) float32
+    positions: Tensor  # (1 or N, S) int64
+
+    @property
+    def learned(self) -> Tensor:
+        """The slopes."""
+        return self.slope
+
+    def dense(self) -> Tensor:
+        """(1 or N, H, S, S) float32."""
+        distance = (self.positions[:, :, None] - self.positions[:, None, :]).abs()[:, None]  # (1 or N, 1, S, S)
+        return -self.slope[:, None, None] * distance
+
+    def at(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """See `Bias.at`."""
+        row = row if len(self.positions) > 1 else 0
+        return -self.slope[head] * (self.positions[row, query] - self.positions[row, key]).abs()
+
+
 class ALiBi(nn.Module):
     """Symmetric linear bias -scale * slope * |i - j| on the attention logits, with a learned scale per head.
 
@@ -162,9 +206,8 @@ class ALiBi(nn.Module):
     def __init__(self, *, num_heads: int, num_scales: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(num_scales, 1, num_heads, 1, 1))
-        self.register_buffer("slopes", alibi_slopes(num_heads)[:, None, None], persistent=False)  # (H, 1, 1)
+        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)  # (H,)
 
-    def forward(self, positions: Tensor) -> list[Tensor]:
-        """Positions (N, S) of the tokens before any were dropped -> one bias (N, H, S, S) float32 for each scale."""
-        distance = (positions[:, :, None] - positions[:, None, :]).abs()[:, None]  # (N, 1, S, S)
-        return [-(self.slopes * scale.clamp(min=0)) * distance for scale in self.scale]
+    def forward(self, positions: Tensor) -> list[LinearBias]:
+        """Positions (1 or N, S) of the tokens before any were dropped -> one bias for each scale."""
+        return [LinearBias(self.slopes * scale.flatten().clamp(min=0), positions) for scale in self.scale]
