@@ -1,0 +1,1 @@
+"""Measurements of speed, beside other programs where these are installed."""
