@@ -12,6 +12,7 @@ again, so that the same model would seem to work harder with one backend than wi
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,9 +28,17 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 def flops_by_operation(function: Callable[[], Any]) -> dict[str, int]:
     """Name of the operation, such as `aten.mm` -> floating-point operations of one call."""
-    with FlopCounterMode(display=False, custom_mapping=_corrected()) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_corrected())
+    counter.mod_tracker = _NoModules()
+    with counter:
         function()
     return {str(operation): count for operation, count in counter.get_flop_counts().get("Global", {}).items()}
+
+
+class _NoModules(nullcontext):
+    """Instead of torch's, which tells modules apart by hooks, and fails in a teacher that is given a student's tokens."""
+
+    parents = ("Global",)
 
 
 def _convolution_backward(

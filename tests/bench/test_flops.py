@@ -67,3 +67,14 @@ def test_the_counts_of_operations_have_their_names():
 
 def test_nothing_but_additions_counts_nothing():
     assert count_flops(lambda: torch.zeros(3) + 1) == 0
+
+
+def test_modules_under_no_grad_may_see_views_of_tensors_with_gradient():
+    layer = nn.Sequential(nn.Conv1d(4, 4, 1))
+    tokens = nn.Linear(4, 4)(torch.zeros(2, 3, 4))
+
+    def teach():
+        with torch.no_grad():
+            layer(tokens.mT)
+
+    assert count_flops(teach) == 2 * 2 * 3 * 4 * 4
