@@ -2,10 +2,10 @@
 
 import importlib.util
 
-PEERS = ("transformers", "fairseq")
+PEERS = {"transformers": "encoder and seed_table", "fairseq": "step"}  # what they are compared in
 
 
 def installed(names: list[str]) -> tuple[list[str], list[str]]:
     """Those of `names` that can be imported, and a line for each of the others."""
     here = [name for name in names if importlib.util.find_spec(name) is not None]
-    return here, [f"{name} is not installed: left out" for name in names if name not in here]
+    return here, [f"{name} is not installed: {PEERS[name]} without it" for name in names if name not in here]

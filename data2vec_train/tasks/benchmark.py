@@ -1,14 +1,19 @@
 """Measuring: a table on the screen, every single number in a file, and a picture."""
 
+import dataclasses
 import json
 import logging
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,19 +21,23 @@ from data2vec_train.bench import machine
 from data2vec_train.bench.attention import measure_attention
 from data2vec_train.bench.context import Arithmetic, Bench
 from data2vec_train.bench.ema import measure_ema
-from data2vec_train.bench.encoder import measure_encoder
+from data2vec_train.bench.encoder import CLASS, SAMPLE_RATE_HZ, measure_encoder
 from data2vec_train.bench.loader import measure_loader
 from data2vec_train.bench.measurements import Case
-from data2vec_train.bench.peers import installed
+from data2vec_train.bench.originals import original_step
+from data2vec_train.bench.peers import PEERS, installed
 from data2vec_train.bench.picture import draw
 from data2vec_train.bench.seed_table import measure_seed_table
 from data2vec_train.bench.startup import measure_startup
+from data2vec_train.bench.steps import our_step
 from data2vec_train.bench.tables import case_lines, overall, progress_line
 from data2vec_train.bench.timing import Effort
+from data2vec_train.bench.whole_step import OURS, StepRun, measure_step
 from data2vec_train.config import build
 from data2vec_train.errors import ConfigError
 from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults
+from data2vec_train.tasks.published import base_batch, base_config, base_objective, base_update
 from data2vec_train.tasks.run_report import command_line
 
 log = logging.getLogger(__name__)
@@ -44,12 +53,11 @@ def benchmark(cfg: DictConfig) -> None:
     measurement fails.
 
     Raises:
-        ConfigError: nothing to measure, or a setting of `loader.settings` is wrong.
+        ConfigError: a setting of `loader.settings` is wrong.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    kinds = [cfg.what] if isinstance(cfg.what, str) else list(cfg.what)
-    against = [cfg.against] if isinstance(cfg.against, str) else list(cfg.against or [])
-    peers, left_out = installed(against)
+    kinds = _chosen(cfg.what, MEASURES)
+    peers, left_out = installed(_chosen(cfg.against, PEERS))
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
@@ -76,13 +84,25 @@ def benchmark(cfg: DictConfig) -> None:
     cases: list[Case] = []
     try:
         for kind in kinds:
-            for case in MEASURES[kind](cfg, bench):
-                cases.append(case)
-                log.info("%s", progress_line(case))
+            with _other_configs():
+                for case in MEASURES[kind](cfg, bench):
+                    cases.append(case)
+                    log.info("%s", progress_line(case))
     finally:
         if cases:
             rates += _matmul_rates(cfg, bench)
             _write(cases, facts, rates, run_dir)
+
+
+@contextmanager
+def _other_configs() -> Iterator[None]:
+    """Hydra composes one config at a time: this command's makes room for those of training commands, and comes back."""
+    state = GlobalHydra.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.set_state(state)
 
 
 def _write(cases: list[Case], facts: dict[str, Any], rates: list[float], run_dir: Path) -> None:
@@ -121,8 +141,62 @@ def _matmul_rates(cfg: DictConfig, bench: Bench) -> list[float]:
 # From settings to measurements
 
 
+def _chosen(value: object, names: Iterable[str]) -> list[str]:
+    """One name, a list of them, or "all"."""
+    if value == "all":
+        return list(names)
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _modalities(cfg: DictConfig) -> list[str]:
+    return _chosen(cfg.modalities, CLASS)
+
+
 def _settings(cfg: DictConfig, name: str) -> dict[str, Any]:
     return OmegaConf.to_container(cfg[name], resolve=True)
+
+
+def _step(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
+    options = cfg.step
+    lengths = {
+        "vision": (0, f"{options.image_px} px"),
+        "audio": (round(options.audio_seconds * SAMPLE_RATE_HZ), f"{options.audio_seconds:g} s"),
+        "text": (options.text_tokens, f"{options.text_tokens} tokens"),
+    }
+    sizes = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
+    settings = [f"size.{name}={cfg.size[name]}" for name in sizes if name in cfg.size]
+    settings += [f"attention.backend={cfg.attention.backend}", *shlex.split(options.settings)]
+    for modality in _modalities(cfg):
+        length, amount = lengths[modality]
+        own = [f"modality.image_px={options.image_px}"] if modality == "vision" else []
+        for objective in options.objectives:
+            make = partial(_step_run, modality, objective, (*settings, *own), options.batch_size, length)
+            yield from measure_step(
+                bench,
+                name=f"{modality} {objective}, {options.batch_size} x {amount}",
+                make=lambda arm, make=make: partial(make, bench.arithmetic, arm),
+                loss_tolerance=options.loss_tolerance,
+            )
+
+
+def _step_run(
+    modality: str,
+    objective: str,
+    settings: tuple[str, ...],
+    samples: int,
+    length: int,
+    arithmetic: Arithmetic,
+    arm: str,
+) -> StepRun:
+    """A step at the published settings; also called in a process of its own."""
+    cfg = base_config(modality, objective, *settings)
+    ours = base_objective(cfg).to(arithmetic.device)
+    batch = base_batch(cfg, ours, samples=samples, length=length).to(arithmetic.device)
+    # The work of a step, and weights that stay the same however many there are.
+    update = dataclasses.replace(base_update(cfg), lr=0.0)
+    if arm == OURS:
+        return StepRun(our_step(ours, batch, update), batch, arithmetic)
+    return StepRun(original_step(modality, objective, ours=ours, batch=batch, update=update), batch, arithmetic)
 
 
 def _attention(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
@@ -132,7 +206,7 @@ def _attention(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
 def _encoder(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
     return measure_encoder(
         bench,
-        modalities=list(cfg.modalities),
+        modalities=_modalities(cfg),
         size=_settings(cfg, "size"),
         backend=cfg.attention.backend,
         **_settings(cfg, "encoder"),
@@ -144,7 +218,8 @@ def _ema(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
 
 
 def _startup(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
-    return measure_startup(bench, **_settings(cfg, "startup"))
+    options = _settings(cfg, "startup")
+    return measure_startup(bench, demo=shlex.split(options.pop("demo")), **options)
 
 
 def _seed_table(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
@@ -159,8 +234,8 @@ def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
     quiet_libraries()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     options = _settings(cfg, "loader")
-    settings = options.pop("settings")
-    for modality in cfg.modalities:
+    settings = shlex.split(options.pop("settings"))
+    for modality in _modalities(cfg):
         train = training_config([f"modality={modality}", *settings])
         encoder = build(train.modality.encoder)
 
@@ -186,6 +261,7 @@ def training_config(overrides: list[str]) -> DictConfig:
 
 
 MEASURES: dict[str, Callable[[DictConfig, Bench], Iterator[Case]]] = {
+    "step": _step,
     "attention": _attention,
     "encoder": _encoder,
     "loader": _loader,
