@@ -182,14 +182,12 @@ def _older_libraries() -> Iterator[None]:
 
 
 def _fairseq_optimizer(original: _Original, update: Update) -> Callable[[], None]:
-    """fairseq measures the norm at every step, whether it clips or not."""
+    """As fairseq does, measure the norm at every step, whether it is clipped or not."""
     from fairseq.optim.adam import Adam
     from fairseq.utils import clip_grad_norm_
 
     parameters = [p for p in original.model.parameters() if p.requires_grad]
-    optimizer = Adam(
-        parameters, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay
-    )
+    optimizer = Adam(parameters, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay)
 
     def optimise() -> None:
         clip_grad_norm_(parameters, update.clip_norm or 0.0)
@@ -262,7 +260,7 @@ def _convolutions(ours: Data2Vec) -> str:
 
 
 def _mean(result: dict[str, Any]) -> Tensor:
-    """fairseq's `ModelCriterion` sums, and its trainer divides."""
+    """The sum of `ModelCriterion`, divided as the trainer does."""
     return sum(loss.float().sum() for loss in result["losses"].values()) / result["sample_size"]
 
 
