@@ -36,7 +36,7 @@ def flops_by_operation(function: Callable[[], Any]) -> dict[str, int]:
 
 
 class _NoModules(nullcontext):
-    """Instead of torch's, which tells modules apart by hooks, and fails in a teacher that is given a student's tokens."""
+    """Instead of torch's, which tells modules apart by hooks and fails in a teacher with a student's tokens."""
 
     parents = ("Global",)
 

@@ -75,7 +75,10 @@ def progress_line(case: Case) -> str:
 
 
 def overall(cases: list[Case]) -> dict[str, float]:
-    """ "encoder: ours against transformers sdpa" -> geometric mean over all cases, where every one has a ratio."""
+    """Geometric means over cases, by what is compared: "encoder: ours against transformers sdpa".
+
+    Left out where a case has no ratio, or where there is one case only.
+    """
     found: dict[str, list[Ratio]] = {}
     for case in cases:
         for arm in case.arms:

@@ -37,7 +37,7 @@ from data2vec_train.config import build
 from data2vec_train.errors import ConfigError
 from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults
-from data2vec_train.tasks.published import base_batch, base_config, base_objective, base_update
+from data2vec_train.tasks.published import RECIPES, base_batch, base_config, base_objective, base_update
 from data2vec_train.tasks.run_report import command_line
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,8 @@ def _step(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
         length, amount = lengths[modality]
         own = [f"modality.image_px={options.image_px}"] if modality == "vision" else []
         for objective in options.objectives:
+            recipe = [f"+recipes={RECIPES[modality, objective]}", "data.path=."]  # no data is read
+            _check([*recipe, *settings, *own], on_this_machine=False)
             make = partial(_step_run, modality, objective, (*settings, *own), options.batch_size, length)
             yield from measure_step(
                 bench,
@@ -232,30 +234,30 @@ def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
     from data2vec_train.tasks.pretrain import build_data, quiet_libraries
 
     quiet_libraries()
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     options = _settings(cfg, "loader")
     settings = shlex.split(options.pop("settings"))
     for modality in _modalities(cfg):
-        train = training_config([f"modality={modality}", *settings])
+        train = _training_config([f"modality={modality}", *settings])
         encoder = build(train.modality.encoder)
 
         def make(workers: int, train: DictConfig = train, encoder: Any = encoder) -> Any:
             train.data.num_workers = workers
+            run_dir = Path(HydraConfig.get().runtime.output_dir)
             return build_data(train, encoder=encoder, run_dir=run_dir)
 
         name = " ".join([modality, *settings])
         yield from measure_loader(bench, name=name, make=make, **options)
 
 
-def training_config(overrides: list[str]) -> DictConfig:
-    """What a training command with these settings would have.
-
-    Raises:
-        ConfigError: it would not start.
-    """
-    faults = find_faults(overrides, config_name="train", multirun=False, on_this_machine=True)
+def _check(overrides: list[str], *, on_this_machine: bool) -> None:
+    """Raise ConfigError with all that is wrong with a training command of these settings."""
+    faults = find_faults(overrides, config_name="train", multirun=False, on_this_machine=on_this_machine)
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _training_config(overrides: list[str]) -> DictConfig:
+    _check(overrides, on_this_machine=True)
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         return compose("train", overrides=overrides)
 
