@@ -2,10 +2,14 @@
 
 import importlib.util
 
-PEERS = {"transformers": "encoder and seed_table", "fairseq": "step"}  # what they are compared in
+PEERS: dict[str, tuple[str, ...]] = {  # what they are compared in
+    "transformers": ("encoder", "seed_table"),
+    "fairseq": ("step",),
+}
 
 
-def installed(names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of `names` that can be imported, and a line for each of the others."""
+def installed(names: list[str], kinds: list[str]) -> tuple[list[str], list[str]]:
+    """Those of `names` that can be imported, and a line for each of the others that one of `kinds` compares with."""
     here = [name for name in names if importlib.util.find_spec(name) is not None]
-    return here, [f"{name} is not installed: {PEERS[name]} without it" for name in names if name not in here]
+    missed = {name: [kind for kind in PEERS[name] if kind in kinds] for name in names if name not in here}
+    return here, [f"{name} is not installed: {' and '.join(one)} without it" for name, one in missed.items() if one]

@@ -30,13 +30,19 @@ Bar = tuple[str, Spread, str]
 
 
 def _kinds(cases: list[Case]) -> list[tuple[str, bool]]:
-    return list(dict.fromkeys((case.kind, case.reference is not None) for case in cases))
+    return list(dict.fromkeys((case.kind, _is_compared(case)) for case in cases))
+
+
+def _is_compared(case: Case) -> bool:
+    """Whether it has any ratio; the others show their times."""
+    ratios = [case.ratio(arm) for arm in case.arms]
+    return any(ratio is not None and ratio.refusal is None for ratio in ratios)
 
 
 def _bars(cases: list[Case], kind: str, compared: bool) -> list[Bar]:
     bars: list[Bar] = []
     for case in cases:
-        if case.kind != kind or (case.reference is not None) != compared:
+        if case.kind != kind or _is_compared(case) != compared:
             continue
         for arm in case.arms:
             ratio, label = case.ratio(arm), f"{case.name}\n{arm.name}"

@@ -57,7 +57,7 @@ def benchmark(cfg: DictConfig) -> None:
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     kinds = _chosen(cfg.what, MEASURES)
-    peers, left_out = installed(_chosen(cfg.against, PEERS))
+    peers, left_out = installed(_chosen(cfg.against, PEERS), kinds)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device

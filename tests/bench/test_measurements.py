@@ -118,9 +118,11 @@ def test_what_fails_in_the_process_that_measures_memory_is_said():
 
 
 def test_peers_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setitem(PEERS, "no_such_program", "step")
-    monkeypatch.setitem(PEERS, "torch", "step")
-    assert installed(["torch", "no_such_program"]) == (["torch"], ["no_such_program is not installed: step without it"])
+    monkeypatch.setitem(PEERS, "no_such_program", ("step",))
+    monkeypatch.setitem(PEERS, "torch", ("step",))
+    both = ["torch", "no_such_program"]
+    assert installed(both, ["ema", "step"]) == (["torch"], ["no_such_program is not installed: step without it"])
+    assert installed(both, ["ema"]) == (["torch"], [])
 
 
 @pytest.mark.parametrize(
