@@ -326,7 +326,7 @@ def _image_v1(ours: Data2Vec, batch: Batch) -> _Original:
     )
     held: list[Any] = []
     masked = batch.masks.masked[:, 0].unflatten(1, student.grid)
-    width = (widths["dim"],)
+    width, beta, tau = (widths["dim"],), ours.loss_beta, ours.tau
     wanted = range(student.depth - ours.targets.top_k_layers, student.depth)
 
     def make_teacher() -> nn.Module:
@@ -340,11 +340,11 @@ def _image_v1(ours: Data2Vec, batch: Batch) -> _Original:
             targets = F.layer_norm(targets.float(), width)
             targets = targets.reshape(-1, *width)[masked.flatten().bool()]
         predictions = model(batch.inputs, bool_masked_pos=masked, return_all_tokens=False).float()
-        return F.smooth_l1_loss(predictions.reshape(-1, *width), targets, beta=ours.loss_beta)
+        return F.smooth_l1_loss(predictions.reshape(-1, *width), targets, beta=beta)
 
     def average(step: int) -> None:
-        tau = tau_at(step, **ours.tau)
-        held[0]._update(model, update_fn=lambda e, m: tau * e + (1.0 - tau) * m)
+        decay = tau_at(step, **tau)
+        held[0]._update(model, update_fn=lambda e, m: decay * e + (1.0 - decay) * m)
 
     names = beit_vision(depth=student.depth, relative_bias="shared")
     return _Original(model, names, "", make_teacher, "", loss, average)
