@@ -14,10 +14,14 @@ from data2vec_train.bench.encoder import OURS, SDPA, EncoderRun, compare, measur
 from data2vec_train.bench.measurements import Agreement, Arm, Case
 from data2vec_train.bench.memory import peak_memory
 from data2vec_train.bench.peers import PEERS, installed
+from data2vec_train.bench.picture import draw
+from data2vec_train.bench.steps import our_step
 from data2vec_train.bench.tables import case_lines, overall, spread_text, time_text
 from data2vec_train.bench.timing import Effort, interleave
+from data2vec_train.bench.whole_step import ORIGINAL, StepRun, measure_step
 from data2vec_train.errors import ConfigError
 from data2vec_train.layers import attention
+from data2vec_train.tasks.published import base_batch, base_config, base_objective, base_update
 
 CPU = torch.device("cpu")
 SAME, OTHER = Agreement("outputs", 1e-6, 1e-4, "x"), Agreement("outputs", 0.3, 1e-4, "last_hidden_state")
@@ -217,3 +221,45 @@ def test_without_transformers_our_encoder_is_measured_alone(tmp_path):
 def test_an_unknown_precision_is_one_line():
     with pytest.raises(ConfigError, match=r"precision.trainer=64-true: expected one of 32-true"):
         Arithmetic("cpu", "64-true")
+
+
+def step_run(*, shift=0.0):
+    """A tiny step of ours; `shift` moves its weights away from those of other calls."""
+    sizes = ["size.dim=32", "size.depth=2", "size.num_heads=4", "size.ffn_dim=64", "modality.image_px=32"]
+    cfg = base_config("vision", "data2vec", *sizes, "modality.patch_px=8", "objective.targets.top_k_layers=1")
+    ours = base_objective(cfg)
+    with torch.no_grad():
+        ours.student.class_token.mul_(1 + shift).add_(shift * torch.linspace(-1, 1, 32))
+    batch = base_batch(cfg, ours, samples=2, length=0)
+    return StepRun(our_step(ours, batch, base_update(cfg)), batch, Arithmetic("cpu", "32-true"))
+
+
+def refuse():
+    raise ConfigError("the original program does not import here; pip install it")
+
+
+@pytest.mark.parametrize(
+    ("original", "said"),
+    [(step_run, None), (partial(step_run, shift=0.1), "gradients differ by"), (refuse, "the original program does not")],
+)
+def test_a_step_is_compared_with_an_original_that_computes_the_same(original, said):
+    make = {ORIGINAL: original, OURS: step_run}.get
+    whole, parts = measure_step(bench(peers=["fairseq"]), name="images", make=make, loss_tolerance=1e-5)
+    ratio = whole.ratio(whole.arm(OURS))
+    if said is None:
+        assert ratio.refusal is None
+        assert [one.what for one in whole.arm(OURS).agreements] == ["losses", "gradients"]
+        assert whole.arm(OURS).flops == whole.arm(ORIGINAL).flops > 0
+    else:
+        assert said in "\n".join(case_lines(whole, peak=1e9))
+        assert ratio is None or ratio.wall is None
+    assert whole.arm(OURS).items == {"samples": 2, "masked views": 2, "tokens": 32}
+    assert len(parts.arms) == 5
+    assert all(len(arm.seconds) == 2 for arm in parts.arms)
+
+
+def test_a_picture_of_refusals_shows_times(tmp_path):
+    one = case([2.0, 2.0], [1.0, 1.0], agreement=OTHER)
+    one.arms.append(Arm("picky", refused="it needs a GPU"))
+    draw([one, case([2.0, 2.0], [1.0, 1.0])], tmp_path / "a.png", title="a machine")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
