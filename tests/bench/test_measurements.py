@@ -240,7 +240,11 @@ def refuse():
 
 @pytest.mark.parametrize(
     ("original", "said"),
-    [(step_run, None), (partial(step_run, shift=0.1), "gradients differ by"), (refuse, "the original program does not")],
+    [
+        (step_run, None),
+        (partial(step_run, shift=0.1), "gradients differ by"),
+        (refuse, "the original program does not"),
+    ],
 )
 def test_a_step_is_compared_with_an_original_that_computes_the_same(original, said):
     make = {ORIGINAL: original, OURS: step_run}.get
