@@ -152,16 +152,15 @@ class Ratio:
     def __str__(self) -> str:
         if self.refusal is not None:
             return self.refusal
-        spread = Spread.of(self.wall)
-        doubt = "" if self.is_resolved else " not resolved"
-        return f"{spread.median:.2f} [{spread.low:.2f}..{spread.high:.2f}]{doubt}"
+        return ratio_text(self.wall) + ("" if self.is_resolved else " not resolved")
+
+
+def ratio_text(ratios: list[float]) -> str:
+    """Median and range: "1.24 [1.19..1.40]"."""
+    spread = Spread.of(ratios)
+    return f"{spread.median:.2f} [{spread.low:.2f}..{spread.high:.2f}]"
 
 
 def _ratios(reference: list[float], other: list[float]) -> list[float]:
     """Round by round; a process that used no measurable time on the CPU is taken to have used a microsecond."""
     return [max(a, 1e-6) / max(b, 1e-6) for a, b in zip(reference, other, strict=True)]
-
-
-def geometric_mean(ratios: list[float]) -> float:
-    """Of ratios."""
-    return statistics.geometric_mean(ratios)

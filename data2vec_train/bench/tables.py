@@ -1,6 +1,9 @@
 """Cases as lines of text."""
 
-from data2vec_train.bench.measurements import Arm, Case, Ratio, Spread, geometric_mean
+import statistics
+from dataclasses import dataclass
+
+from data2vec_train.bench.measurements import Arm, Case, Ratio, Spread, ratio_text
 
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
@@ -25,7 +28,8 @@ def case_lines(case: Case, *, peak: float) -> list[str]:
         peak: floating-point operations per second of this machine's matrix products.
     """
     last = f"times as fast as {case.reference}" if case.reference else ""
-    heads = ["", "time", "CPU time", *_rate_names(case), "GFLOP", "GFLOP/s", "of peak", "memory", "at rest", last]
+    heads = ["", "time", "CPU time", *_rate_names(case), "GFLOP", "GFLOP/s", "of peak", "memory", "at rest"]
+    heads += [last, "by CPU time"]
     table = [[arm.name, *_cells(arm, case, peak)] for arm in case.arms]
     kept = [place for place in range(len(heads)) if any(line[place] for line in table)]
     cells = [[line[place] for place in kept] for line in [heads, *table]]
@@ -41,7 +45,7 @@ def _rate_names(case: Case) -> list[str]:
 def _cells(arm: Arm, case: Case, peak: float) -> list[str]:
     rates = [f"{arm.rates[name]:.4g}" if name in arm.rates else "" for name in _rate_names(case)]
     if arm.refused is not None:
-        return ["", "", *rates, "", "", "", "", "", arm.refused]
+        return ["", "", *rates, "", "", "", "", "", arm.refused, ""]
     rate, ratio = arm.flop_rate, case.ratio(arm)
     return [
         spread_text(arm.seconds),
@@ -53,6 +57,7 @@ def _cells(arm: Arm, case: Case, peak: float) -> list[str]:
         _megabytes(arm.peak_bytes),
         _megabytes(arm.idle_bytes),
         "" if ratio is None else str(ratio),
+        "" if ratio is None or ratio.cpu is None or not any(arm.cpu_seconds) else ratio_text(ratio.cpu),
     ]
 
 
@@ -74,7 +79,20 @@ def progress_line(case: Case) -> str:
     return f"{case.kind}: {case.name}: {', '.join(said)}"
 
 
-def overall(cases: list[Case]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Mean:
+    """Geometric mean of the ratios of several cases."""
+
+    ratio: float
+    cases: int
+    unresolved: int  # of them
+
+    def __str__(self) -> str:
+        doubt = f", {self.unresolved} of them not resolved" if self.unresolved else ""
+        return f"{self.ratio:.2f} times as fast, the geometric mean of {self.cases} cases{doubt}"
+
+
+def overall(cases: list[Case]) -> dict[str, Mean]:
     """Geometric means over cases, by what is compared: "encoder: ours against transformers sdpa".
 
     Left out where a case has no ratio, or where there is one case only.
@@ -85,7 +103,11 @@ def overall(cases: list[Case]) -> dict[str, float]:
             if (ratio := case.ratio(arm)) is not None:
                 found.setdefault(f"{case.kind}: {arm.name} against {case.reference}", []).append(ratio)
     return {
-        name: geometric_mean([Spread.of(one.wall).median for one in ratios])
+        name: Mean(
+            statistics.geometric_mean([Spread.of(one.wall).median for one in ratios]),
+            len(ratios),
+            sum(not one.is_resolved for one in ratios),
+        )
         for name, ratios in found.items()
         if len(ratios) > 1 and all(one.refusal is None for one in ratios)
     }

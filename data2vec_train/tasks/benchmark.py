@@ -109,7 +109,7 @@ def _write(cases: list[Case], facts: dict[str, Any], rates: list[float], run_dir
     peak, means = max(rates), overall(cases)
     facts["machine"]["load_average_at_the_end"] = machine.load_average()
     facts["matmul_flops_per_second"] = rates
-    facts["geometric_means"] = means
+    facts["geometric_means"] = {name: dataclasses.asdict(mean) for name, mean in means.items()}
     facts["cases"] = [case.as_json() for case in cases]
     for plain in facts["cases"]:
         for arm in plain["arms"]:
@@ -120,7 +120,7 @@ def _write(cases: list[Case], facts: dict[str, Any], rates: list[float], run_dir
     for case in cases:
         log.info("\n%s", "\n".join(case_lines(case, peak=peak)))
     for name, mean in means.items():
-        log.info("\n%s: %.2f, the geometric mean", name, mean)
+        log.info("\n%s: %s", name, mean)
     log.info("\npeak of matrix products: %.4g GFLOP/s; %s", peak / 1e9, run_dir / RESULTS)
 
 
