@@ -37,6 +37,7 @@ _MAY_BE_LEFT_OUT = ("debug", "sample", "supervised", "pieces", "recipes")  # gro
 _TAKES_SEVERAL = ("logger", "recipes", "debug")
 # Mappings whose settings the program knows by name: one more would be read by nobody.
 _FIXED = ("attention", "attentive", "data", "freeze", "layer_decay", "modality", "precision", "rates", "size")
+_FIXED += ("peak", "step", "encoder", "backends", "loader", "ema", "startup", "seed_table")  # of a benchmark
 # What other programs call it.
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "optimizer.lr"),

@@ -98,6 +98,10 @@ _RANGES = [
         callbacks.evaluation.every_n_steps callbacks.checkpoint.every_n_steps
         neighbours attentive.epochs attentive.num_heads rows_per_part num_heads
         head.vector_dim head.tdnn_dim head.max_answer_tokens head.masks.time_span head.max_tokens
+        rounds threads peak.side peak.repeats step.batch_size step.image_px step.text_tokens encoder.batch_sizes
+        encoder.image_px encoder.patch_px encoder.text_tokens loader.batches loader.samples ema.image_px ema.patch_px
+        startup.packages seed_table.patch_px seed_table.training_px seed_table.training_batch seed_table.inference_px
+        seed_table.inference_batches
         """,
     ),
     *_range(
@@ -106,7 +110,7 @@ _RANGES = [
         """
         scheduler.warmup_steps scheduler.hold_steps objective.tau_anneal_steps data.tolerated_bad_samples
         data.num_workers modality.encoder.position_depth callbacks.monitor.grace_steps
-        modality.augment.shift_px freeze.encoder_steps head.continue_tokens head.stride
+        modality.augment.shift_px freeze.encoder_steps head.continue_tokens head.stride warmups loader.workers
         """,
     ),
     *_range(
@@ -114,7 +118,8 @@ _RANGES = [
         lambda value: value > 0 and value < math.inf,
         """
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
-        attentive.lr head.max_seconds modality.decode.max_pixels
+        attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
+        encoder.audio_seconds startup.timeout_s
         """,
     ),
     *_range("a number above 0", lambda value: value > 0, "modality.segment_seconds layer_decay.rate"),
@@ -124,7 +129,7 @@ _RANGES = [
         """
         optimizer.weight_decay trainer.gradient_clip_val modality.min_seconds objective.loss_beta attentive.weight_decay
         l2 callbacks.probe.l2 head.mixup head.cutmix modality.encoder.embed_gradient scheduler.min_lr scheduler.end_lr
-        scheduler.start_lr callbacks.monitor.min_target_std callbacks.monitor.min_prediction_std
+        scheduler.start_lr min_seconds callbacks.monitor.min_target_std callbacks.monitor.min_prediction_std
         """,
     ),
     *_range(
@@ -178,7 +183,40 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "callbacks.monitor.progress": lambda: ("auto", "bar", "lines", "none"),
     "modality.encoder.activation": lambda: keys_of("data2vec_train.layers.misc", "ACTIVATIONS"),
     "attention.backend": lambda: (*backends.NAMES, "auto"),
+    "what": lambda: ("all", *keys_of("data2vec_train.tasks.benchmark", "MEASURES")),
+    "against": lambda: ("all", *keys_of("data2vec_train.bench.peers", "PEERS")),
+    "modalities": lambda: ("all", *MODALITIES),
+    "step.objectives": lambda: ("data2vec", "data2vec2"),
+    "encoder.modes": lambda: ("inference", "training"),
+    "backends.names": lambda: backends.NAMES,
 }
+
+
+def _there_is_something_to_measure(cfg: DictConfig) -> str | None:
+    for path in ("what", "modalities", "step.objectives", "encoder.modes", "encoder.batch_sizes", "loader.workers"):
+        if _get(cfg, path, list) == []:
+            return f"{path}: nothing is left to measure; name at least one"
+    return None
+
+
+def _attention_has_four_sizes(cfg: DictConfig) -> str | None:
+    for shape in _get(cfg, "backends.shapes", list) or []:
+        sizes = shape if isinstance(shape, list) else [shape]
+        if len(sizes) != 4 or any(type(one) is not int or one < 1 for one in sizes):
+            return f"backends.shapes: expected [[rows,heads,length,width of a head],...], got {show(shape)}"
+    return None
+
+
+def _measured_images_have_patches(cfg: DictConfig) -> str | None:
+    for group, sides in (("encoder", "image_px"), ("ema", "image_px"), ("seed_table", "inference_px")):
+        side, patch = _get(cfg, f"{group}.{sides}"), _get(cfg, f"{group}.patch_px")
+        if side and patch and side > 0 and patch > 0 and side % patch:
+            return f"{group}.{sides}: {side} pixels cannot be cut into patches of {patch} ({group}.patch_px)"
+    pixels, patch = _get(cfg, "seed_table.training_px", list), _get(cfg, "seed_table.patch_px")
+    numbers = pixels is None or all(type(one) is int for one in pixels)
+    if pixels is None or not numbers or (len(pixels) == 2 and min(pixels) >= (patch or 1)):
+        return None
+    return f"seed_table.training_px: expected [height,width], neither below seed_table.patch_px, got {show(pixels)}"
 
 
 def _seed_is_a_whole_number(cfg: DictConfig) -> str | None:
@@ -649,6 +687,9 @@ RULES: list[Rule] = [
     _strategy_exists,
     _strategy_is_what_the_trainer_takes,
     _device_exists,
+    _there_is_something_to_measure,
+    _attention_has_four_sizes,
+    _measured_images_have_patches,
     _weights_can_be_read,
     _out_is_free,
 ]

@@ -136,6 +136,25 @@ MISTAKES = {
     "export checkpoint=FOLDER out=FOLDER/new num_heads=abc": "num_heads: expected a whole number of at least 1",
     "export checkpoint=FOLDER out=FOLDER": "out: FOLDER is not an empty folder; choose another, or remove it",
     "export checkpoint=FOLDER out=FOLDER/new format=onx": "got 'onx'; did you mean onnx?",
+    "benchmark what=encodr": "what: expected one of all, step, attention, encoder, loader, ema, startup, seed_table",
+    "benchmark what=[ema,startupp]": "got 'startupp'; did you mean startup?",
+    "benchmark what=[]": "what: nothing is left to measure; name at least one",
+    "benchmark what=ema,encoder": "several values make a sweep, which needs -m; for one list write what=[ema,encoder]",
+    "benchmark against=fairsec": "expected one of all, transformers, fairseq, got 'fairsec'; did you mean fairseq?",
+    "benchmark modalities=[speech]": "modalities: expected one of all, audio, text, vision, got 'speech'",
+    "benchmark rounds=0": "rounds: expected a whole number of at least 1, got 0",
+    "benchmark tolerance=-1": "tolerance: expected a number above 0, got -1",
+    "benchmark size=tinny": "there is no size called 'tinny'; did you mean tiny?",
+    "benchmark modality=vision": "data2vec_train.benchmark has no modality; it has size, attention, precision",
+    "benchmark encoder.batch_size=[4]": "did you mean encoder.batch_sizes?",
+    "benchmark encoder.batch_sizes=[0]": "encoder.batch_sizes: expected a whole number of at least 1, got [0]",
+    "benchmark encoder.modes=training": "encoder.modes: expected a list, got 'training'",
+    "benchmark encoder.image_px=225": "encoder.image_px: 225 pixels cannot be cut into patches of 16",
+    "benchmark backends.shapes=[[8,12,197]]": "expected [[rows,heads,length,width of a head],...], got [8, 12, 197]",
+    "benchmark backends.names=[flas]": "backends.names: expected one of",
+    "benchmark seed_table.training_px=[1048]": "seed_table.training_px: expected [height,width]",
+    "benchmark +loader.batchs=3": "there is no setting called 'loader.batchs'; did you mean loader.batches?",
+    "benchmark device=gpu": "device: expected auto, cpu, cuda, cuda:1 or mps, got 'gpu'; did you mean cuda?",
 }
 
 
@@ -150,7 +169,9 @@ def words_of(command, folder):
     """(the name of the command's config, its overrides)."""
     words = command.replace("FOLDER", str(folder)).replace("'('", "\"'('\"").split()
     words = ["head.remove='('" if word.startswith("head.remove") else word for word in words]
-    return (words[0], words[1:]) if words[0] in ("finetune", "probe", "embed", "export") else ("train", words)
+    return (
+        (words[0], words[1:]) if words[0] in ("finetune", "probe", "embed", "export", "benchmark") else ("train", words)
+    )
 
 
 @pytest.mark.parametrize("command", MISTAKES)
@@ -206,6 +227,7 @@ COMMANDS = {
     "data2vec_train.embed modality=vision data=sample out=x.csv device=gpu": 4,
     "data2vec_train.predict checkpoint=/nowhere modality=audio data=hf out=x.jsonl": 2,
     "data2vec_train.export checkpoint=/nowhere out=x format=onx": 2,
+    "data2vec_train.benchmark what=[ema,encodr] rounds=0 size=tinny": 3,
 }
 
 

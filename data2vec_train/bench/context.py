@@ -1,0 +1,73 @@
+"""What all measurements of one command share."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from data2vec_train.bench.measurements import Arm, Case
+from data2vec_train.bench.memory import KIND, peak_memory
+from data2vec_train.bench.timing import Effort, interleave
+from data2vec_train.errors import ConfigError
+
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Types of numbers: weights are float32, products what `precision` says; picklable, for a process of its own."""
+
+    device: str
+    precision: str  # as in `configs/precision`
+
+    def __post_init__(self) -> None:
+        if self.precision not in AUTOCAST:
+            raise ConfigError(f"precision.trainer={self.precision}: expected one of {', '.join(AUTOCAST)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That matrices are multiplied in."""
+        return AUTOCAST[self.precision] or torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        """The context for a forward pass."""
+        low = AUTOCAST[self.precision]
+        return nullcontext() if low is None else torch.autocast(torch.device(self.device).type, dtype=low)
+
+
+@dataclass
+class Bench:
+    """How, on what and against whom to measure.
+
+    Attributes:
+        arithmetic: device and types.
+        effort: see `timing.Effort`.
+        peers: that are installed and asked for.
+        measures_memory: also start a process for each arm.
+        threads: of torch.
+        tolerance: largest difference of outputs, and of gradients as a share, that still counts as the same.
+    """
+
+    arithmetic: Arithmetic
+    effort: Effort
+    peers: list[str]
+    measures_memory: bool
+    threads: int
+    tolerance: float
+
+    @property
+    def device(self) -> torch.device:
+        """That everything runs on."""
+        return torch.device(self.arithmetic.device)
+
+    def memory_of(self, arm: Arm, make: Callable[[], Callable[[], object]]) -> None:
+        """Fill in the peak memory of an arm, if that was asked for."""
+        if self.measures_memory:
+            arm.idle_bytes, arm.peak_bytes = peak_memory(make, device=self.device, threads=self.threads, calls=2)
+            arm.memory_kind = KIND[self.device.type]
+
+    def time(self, case: Case, runs: dict[str, Callable[[], object]]) -> Case:
+        """Measure the runs of a case in turn."""
+        interleave(runs, effort=self.effort, device=self.device, arms=case.arms)
+        return case
