@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"errors"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
-COMMANDS = ("export", "finetune", "probe", "embed", "predict")
+COMMANDS = ("export", "finetune", "probe", "embed", "predict", "plan")
 FORBIDDEN_BELOW_TASKS = {"hydra", "omegaconf"}
 MAY_USE_HYDRA = ("config", "places", "preflight", "rules", "tasks", "__main__", *COMMANDS)
 HEAVY = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "PIL", "transformers", "torchvision"}
@@ -130,7 +130,7 @@ def test_every_rule_is_about_something_that_exists():
         (
             "data.vision",
             "from omegaconf import DictConfig",
-            "only config, places, preflight, rules, tasks, __main__, export, finetune, probe, embed, predict may",
+            "only config, places, preflight, rules, tasks, __main__, export, finetune, probe, embed, predict, plan may",
         ),
         ("data.collate", "from data2vec_train.data2vec import Data2Vec", "data must not know"),
         ("monitor", "from data2vec_train.config import build", "entry points are imported by entry points only"),
