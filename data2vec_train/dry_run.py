@@ -11,7 +11,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import Batch, Masks
+from data2vec_train.encoders.transformer import Block
 from data2vec_train.flops import count_flops
 
 GPU_BLOCK = 512  # bytes; PyTorch's allocator for GPUs rounds up to it
@@ -142,21 +143,20 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *, gpu: bool
 ) -> Tensor:
     """The kernel that `scaled_dot_product_attention` chooses."""
-    if not gpu:
-        if dropout_p == 0 and (attn_mask is None or not attn_mask.requires_grad):
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=attn_mask)[
-                0
-            ]
+    kernels = torch.ops.aten
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+    if not gpu and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    if not gpu:
+        return kernels._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=attn_mask)[0]
     if attn_mask is None and q.dtype != torch.float32:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, False)[0]
+        return kernels._scaled_dot_product_flash_attention(q, k, v, dropout_p, False)[0]
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
         if width := -attn_mask.shape[-1] % 8:  # the kernel reads rows of eight numbers
             attn_mask = F.pad(attn_mask, (0, width))[..., : attn_mask.shape[-1]]
         attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p)[0]
+    return kernels._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,15 +248,15 @@ def step_memory(
     existing = [*tensors_of(objective), *gradients, *tensors_of(batch)]
     allocations = Allocations(existing=existing, block=GPU_BLOCK if gpu else 1)
     arithmetic = DeviceArithmetic(low=low, gpu=gpu)
-    with allocations, arithmetic:
-        with _parts(objective, lambda part, call: _booked(allocations, part, call)):
+    with allocations:
+        with arithmetic, _parts(objective, partial(_booked, allocations)):
             loss = objective(batch).loss
         # Autocast keeps its copies of trained weights until here; those that the backward pass needs stay.
         allocations.rebook(arithmetic.copies.values(), COPIES)
         arithmetic.copies = None
         held = allocations.by_part()
         forward_peak, allocations.peak = allocations.peak, allocations.live
-        torch.autograd.backward(loss)
+        _backward(objective, loss, arithmetic)
     made = sum(one.grad.nbytes for one in trained if one.grad is not None)
     for parameter in trained:
         parameter.grad = None
@@ -277,18 +277,33 @@ def _parts(objective: Data2Vec, around: Callable[[str, Callable[[], Any]], Any])
     student = objective.student
     places = [(student, "embed", FRONT_END), (student, "contextualize", BLOCKS), (objective, "teach", TEACHER)]
     places.append((objective.decoder, "forward", DECODER))
-    for owner, name, part in places:
-        method = getattr(owner, name)
+    with ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(_wrapped(owner, name, partial(around, part)))
+        yield
 
-        def wrapped(*args: Any, _method: Callable = method, _part: str = part, **kwargs: Any) -> Any:
-            return around(_part, lambda: _method(*args, **kwargs))
 
-        setattr(owner, name, wrapped)
+@contextmanager
+def _wrapped(owner: nn.Module, name: str, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(lambda: method(*args, **kwargs)))
     try:
         yield
     finally:
-        for owner, name, _ in places:
-            delattr(owner, name)
+        delattr(owner, name)
+
+
+def _backward(objective: Data2Vec, loss: Tensor, arithmetic: DeviceArithmetic) -> None:
+    """The backward pass; a block that is computed again in it finds the arithmetic of its forward pass."""
+
+    def again(call: Callable[[], Any]) -> Any:
+        with arithmetic:
+            return call()
+
+    with ExitStack() as stack:
+        for block in [one for one in objective.student.modules() if isinstance(one, Block)]:
+            stack.enter_context(_wrapped(block, "forward", again))
+        torch.autograd.backward(loss)
 
 
 def step_flops(objective: Data2Vec, batch: Batch, *, gpu: bool) -> dict[str, int]:
@@ -306,11 +321,11 @@ def step_flops(objective: Data2Vec, batch: Batch, *, gpu: bool) -> dict[str, int
         return results[0]
 
     def step() -> None:
-        with _parts(objective, count):
+        arithmetic = DeviceArithmetic(low=None, gpu=gpu)
+        with arithmetic, _parts(objective, count):
             loss = objective(batch).loss
-        torch.autograd.backward(loss)
+        _backward(objective, loss, arithmetic)
 
-    with DeviceArithmetic(low=None, gpu=gpu):
-        total = count_flops(step)
+    total = count_flops(step)
     objective.zero_grad(set_to_none=True)
     return counts | {"backward": total - sum(counts.values())}

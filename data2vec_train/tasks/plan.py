@@ -56,7 +56,7 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
     hardware = Hardware(**OmegaConf.to_container(cfg.hardware, resolve=True))
     planner = Planner(
         objective=objective,
-        batch=drawn_batch(cfg, objective),
+        batch=drawn_batch(cfg, objective, samples=_DRAWN),
         optimizer=_stepped_optimizer(cfg, objective),
         hardware=hardware,
         reserve=Reserve(**cfg.reserve),
@@ -130,7 +130,7 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
 # From the config
 
 
-def drawn_batch(cfg: DictConfig, objective: Data2Vec) -> Batch:
+def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
     """Empty samples of the largest size, with masks from the masker of the run.
 
     Raises:
@@ -139,12 +139,12 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec) -> Batch:
     modality, encoder = cfg.modality, objective.student
     batching = build(modality.batching)
     if isinstance(encoder, VisionEncoder):
-        inputs = [torch.zeros(modality.channels, *encoder.image_size)] * _DRAWN
+        inputs = [torch.zeros(modality.channels, *encoder.image_size)] * samples
     elif isinstance(encoder, AudioEncoder):
         shape = (batching.max_length,) if encoder.channels == 1 else (encoder.channels, batching.max_length)
-        inputs = [torch.zeros(shape)] * _DRAWN
+        inputs = [torch.zeros(shape)] * samples
     elif isinstance(encoder, TextEncoder):
-        inputs = [torch.zeros(modality.block_tokens, dtype=torch.int64)] * _DRAWN
+        inputs = [torch.zeros(modality.block_tokens, dtype=torch.int64)] * samples
         if not modality.cross_documents:
             inputs[-1] = inputs[-1][1:]  # then the batch has padding, and attention a mask
     else:
@@ -263,10 +263,9 @@ def _refusal(cfg: DictConfig, planner: Planner, setup: Setup, facts: dict[str, A
     }
     helps += [f"{setting}, which needs {_gib(size)}" for setting, size in less.items() if size <= planner.limit]
     text = f"this run needs {_gib(needed)} on each device, and {name} has {_gib(planner.limit)}"
-    if helps:
-        return f"{text}; what fits: {'; or '.join(helps)}"
-    tried = ", ".join(f"{setting} ({_gib(size)})" for setting, size in less.items() if size < needed)
-    return f"{text}; no batch is small enough, and too little alone is {tried}; take a smaller size or other hardware"
+    text += f"; what fits: {'; or '.join(helps)}" if helps else "; choose a smaller size, or other hardware"
+    tried = [f"{setting} ({_gib(size)})" for setting, size in less.items() if planner.limit < size < needed]
+    return f"{text}; not enough alone: {', '.join(tried)}" if tried else text
 
 
 def _batch_setting(cfg: DictConfig, setup: Setup, most: int) -> str:
