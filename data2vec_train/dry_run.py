@@ -135,7 +135,7 @@ class DeviceArithmetic(TorchFunctionMode):
         return self.copies[id(value)]
 
 
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(x: Tensor, *, p: float, training: bool, **_: bool) -> Tensor:
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 

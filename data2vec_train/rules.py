@@ -800,9 +800,7 @@ def _nodes_share_a_directory(cfg: DictConfig) -> str | None:
     )
 
 
-WRITING_RULES: list[Rule] = [
-    functools.partial(_can_be_written, name) for name in ("hydra.run.dir", "hydra.sweep.dir")
-]
+WRITING_RULES: list[Rule] = [functools.partial(_can_be_written, name) for name in ("hydra.run.dir", "hydra.sweep.dir")]
 
 MACHINE_RULES: list[Rule] = [
     _sweep_can_start_its_processes,

@@ -106,7 +106,7 @@ def test_a_dry_run_holds_what_a_real_step_holds(modality, objective, way, compos
     # Convolutions of the CPU have buffers inside, which nothing outside sees: sound has most of them.
     hidden = 0.25 if modality == "audio" or way == "bf16" else 0.002
     for ours, theirs in ((predicted.forward_peak, forward_peak), (predicted.backward_peak, backward_peak)):
-        assert theirs * (1 - hidden) - states <= ours <= theirs * 1.002
+        assert theirs * (1 - hidden) - states <= ours <= theirs * (1.01 if low else 1.002)
     assert predicted.gradients == sum(one.grad.nbytes for one in real.parameters() if one.grad is not None)
 
 
@@ -144,9 +144,7 @@ def test_operations_are_those_counted_by_hand(command, composed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic
 
-HARDWARE = Hardware(
-    name="X", gpu=True, memory_gib=2, devices=1, tflops={"bf16": 100, "fp32": 10}, bandwidth_gb_s=1000
-)
+HARDWARE = Hardware(name="X", gpu=True, memory_gib=2, devices=1, tflops={"bf16": 100, "fp32": 10}, bandwidth_gb_s=1000)
 RESERVE = Reserve(workspace_gib=0.1, context_gib=0.5, fragmentation=0.1)
 
 
@@ -257,9 +255,7 @@ def test_a_recipe_is_planned_without_data(recipe, composed):
 
 
 def test_every_setting_of_training_can_be_planned(composed):
-    trained, planned = (
-        OmegaConf.to_container(composed(config_name=name), resolve=False) for name in ("train", "plan")
-    )
+    trained, planned = (OmegaConf.to_container(composed(config_name=name), resolve=False) for name in ("train", "plan"))
     own = ("hardware", "reserve", "utilisation", "utilisation_goals")
     assert {key: value for key, value in planned.items() if key not in own} == trained
 
@@ -342,3 +338,50 @@ def test_the_command_prints_writes_and_refuses_with_status_2(tmp_path):
     [line] = done.stderr.splitlines()
     assert line.startswith("error: this run needs")
     assert "Traceback" not in done.stderr
+
+
+# Grows a process by two real training steps: how much more memory it had at the worst moment than before, in bytes.
+GROWTH = """
+import resource, sys
+import torch
+from hydra import compose, initialize_config_dir
+from data2vec_train.config import build
+from data2vec_train.places import config_directory
+from data2vec_train.tasks.plan import drawn_batch
+with initialize_config_dir(str(config_directory()), version_base="1.3"):
+    cfg = compose("plan", overrides=sys.argv[1:])
+with torch.device("meta"):
+    empty = build(cfg.objective)
+batch = drawn_batch(cfg, empty, samples=2)
+batch.inputs.normal_()
+small = torch.nn.Conv2d(3, 8, 4)  # what libraries load at the first call is not the model's
+small(torch.randn(2, 3, 32, 32)).sum().backward()
+before = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+objective = build(cfg.objective)
+optimizer = build(cfg.optimizer)([objective.student, objective.decoder], no_decay=objective.student.no_decay)
+for step in (1, 2):
+    loss = objective(batch).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    objective.step_teacher(step)
+    del loss
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory as Linux says it")
+def test_a_plan_for_the_cpu_predicts_how_a_process_grows(composed):
+    given = ["+recipes=vision/base_imagenet_v2", "precision=fp32", "hardware=cpu", "data.batch_size_per_device=2"]
+    predicted = make_plan(composed(*given, config_name="plan"))["memory"]["allocated"]
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, *given],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DATA2VEC_RECIPES": str(recipes_parent())},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=True,
+    )
+    # The heap has gaps, and MKL and oneDNN have buffers of their own.
+    assert 0.8 * int(done.stdout) <= predicted <= int(done.stdout)
