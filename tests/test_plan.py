@@ -103,8 +103,8 @@ def test_a_dry_run_holds_what_a_real_step_holds(modality, objective, way, compos
     states = 3 * torch.get_rng_state().nbytes if way == "checkpointing" else 0
     # Autocast is made up for, and torch's own keeps a few casts less.
     assert predicted.activations == pytest.approx(held - states, abs=256, rel=0.01 if low else 0)
-    # Convolutions of the CPU have buffers inside, which nothing outside sees: sound has most of them.
-    hidden = 0.25 if modality == "audio" or way == "bf16" else 0.002
+    # Kernels of the CPU have buffers inside, which nothing outside sees: sound's convolutions most of them.
+    hidden = 0.25 if modality == "audio" or way == "bf16" else 0.02
     for ours, theirs in ((predicted.forward_peak, forward_peak), (predicted.backward_peak, backward_peak)):
         assert theirs * (1 - hidden) - states <= ours <= theirs * (1.01 if low else 1.002)
     assert predicted.gradients == sum(one.grad.nbytes for one in real.parameters() if one.grad is not None)
@@ -377,11 +377,15 @@ def test_a_plan_for_the_cpu_predicts_how_a_process_grows(composed):
     predicted = make_plan(composed(*given, config_name="plan"))["memory"]["allocated"]
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, *given],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DATA2VEC_RECIPES": str(recipes_parent())},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DATA2VEC_RECIPES": str(recipes_parent()),
+            "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed leaves the process, and no gaps stay behind
+        },
         capture_output=True,
         text=True,
         timeout=500,
         check=True,
     )
-    # The heap has gaps, and MKL and oneDNN have buffers of their own.
-    assert 0.8 * int(done.stdout) <= predicted <= int(done.stdout)
+    assert predicted == pytest.approx(int(done.stdout), rel=0.05)
