@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from data2vec_train.allowed import hydra_faults, nodes_of, search_path_faults, target_fault
 from data2vec_train.places import config_directory, expose_recipes, register_resolvers, text_of_recipe
-from data2vec_train.rules import MACHINE_RULES, RULES, choices_suit_the_modality
+from data2vec_train.rules import MACHINE_RULES, RULES, WRITING_RULES, choices_suit_the_modality, plans_only
 from data2vec_train.signatures import Parameter, did_you_mean, find, mismatch, show, signature
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -36,7 +36,8 @@ MAX_MEMBERS_CHECKED = 32  # of a sweep, before it starts; the others are checked
 _MAY_BE_LEFT_OUT = ("debug", "sample", "supervised", "pieces", "recipes")  # groups; the others are read by the program
 _TAKES_SEVERAL = ("logger", "recipes", "debug")
 # Mappings whose settings the program knows by name: one more would be read by nobody.
-_FIXED = ("attention", "attentive", "data", "freeze", "layer_decay", "modality", "precision", "rates", "size")
+_FIXED = ("attention", "attentive", "data", "freeze", "hardware", "layer_decay", "modality", "precision", "rates")
+_FIXED += ("reserve", "size")
 _FIXED += ("peak", "step", "encoder", "backends", "loader", "ema", "startup", "seed_table")  # of a benchmark
 # What other programs call it.
 _ELSEWHERE = {
@@ -53,6 +54,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("speech", "sound", "voice", "wav2vec"), "audio"),
     **dict.fromkeys(("image", "images", "picture"), "vision"),
     **dict.fromkeys(("language", "nlp", "bert"), "text"),
+    **dict.fromkeys(("mfu", "utilization"), "utilisation"),
+    **dict.fromkeys(("machine", "gpu_type"), "hardware"),
     "dataset": "data",
 }
 
@@ -463,7 +466,8 @@ def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool)
     except OmegaConfBaseException as error:  # no part of it may stay unseen
         if not (faults or underived):
             faults["hydra"] = f"hydra: {_one_line(error)}"
-    rules = [*RULES, *(MACHINE_RULES if on_this_machine else [])]
+    about_machine = WRITING_RULES if plans_only(cfg) else MACHINE_RULES
+    rules = [*RULES, *(about_machine if on_this_machine else [])]
     broken = [fault for rule in rules if (fault := rule(cfg)) and fault.partition(":")[0] not in faults]
     # One sentence for each setting; the first rule has the narrower view.
     first = {fault.partition(":")[0]: fault for fault in reversed(broken)}
@@ -508,7 +512,8 @@ class _Walk:
             if here == "hydra":
                 continue
             if OmegaConf.is_missing(node, key):
-                self.faults.setdefault(here, f"{here}: not set; say which, for example {here}=VALUE")
+                if not (here.startswith("data.") and plans_only(self.root)):
+                    self.faults.setdefault(here, f"{here}: not set; say which, for example {here}=VALUE")
                 arguments[str(key)] = (here, _UNKNOWN)
             elif OmegaConf.is_interpolation(node, key):
                 arguments[str(key)] = (self._origin(here, plain[key]), self._resolve(node, key, here, plain[key]))

@@ -56,6 +56,11 @@ def _written(cfg: DictConfig, name: str) -> tuple[bool, object]:
     return True, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
+def plans_only(cfg: DictConfig) -> bool:
+    """Whether the command plans a run for other hardware: neither its data nor its devices need be here."""
+    return "hardware" in cfg
+
+
 def _choices(cfg: DictConfig) -> dict[str, str]:
     """Group -> what was chosen; empty where hydra's own part is missing."""
     return _get(cfg, "hydra.runtime.choices", dict) or {}
@@ -102,6 +107,7 @@ _RANGES = [
         encoder.image_px encoder.patch_px encoder.text_tokens loader.batches loader.samples ema.image_px ema.patch_px
         startup.packages seed_table.patch_px seed_table.training_px seed_table.training_batch seed_table.inference_px
         seed_table.inference_batches
+        hardware.devices
         """,
     ),
     *_range(
@@ -120,6 +126,8 @@ _RANGES = [
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
         attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
         encoder.audio_seconds startup.timeout_s
+        hardware.memory_gib hardware.bandwidth_gb_s hardware.tflops.bf16 hardware.tflops.fp16 hardware.tflops.tf32
+        hardware.tflops.fp32
         """,
     ),
     *_range("a number above 0", lambda value: value > 0, "modality.segment_seconds layer_decay.rate"),
@@ -130,6 +138,7 @@ _RANGES = [
         optimizer.weight_decay trainer.gradient_clip_val modality.min_seconds objective.loss_beta attentive.weight_decay
         l2 callbacks.probe.l2 head.mixup head.cutmix modality.encoder.embed_gradient scheduler.min_lr scheduler.end_lr
         scheduler.start_lr min_seconds callbacks.monitor.min_target_std callbacks.monitor.min_prediction_std
+        reserve.workspace_gib reserve.context_gib reserve.fragmentation
         """,
     ),
     *_range(
@@ -151,6 +160,7 @@ _RANGES = [
         + " ".join(f"{group}.{name}" for group in ("modality.encoder", "rates") for name in _DROPPED)
         + " rates.head_dropout",
     ),
+    *_range("a number above 0, at most 1", lambda value: 0 < value <= 1, "utilisation"),
     *_range(
         "a number between 0 and 1",
         lambda value: 0 < value < 1,
@@ -860,6 +870,8 @@ def _nodes_share_a_directory(cfg: DictConfig) -> str | None:
     )
 
 
+WRITING_RULES: list[Rule] = [functools.partial(_can_be_written, name) for name in ("hydra.run.dir", "hydra.sweep.dir")]
+
 MACHINE_RULES: list[Rule] = [
     _sweep_can_start_its_processes,
     _processes_match_the_devices,
@@ -871,5 +883,6 @@ MACHINE_RULES: list[Rule] = [
     _manifest_is_of_recordings,
     _data_is_there,
     _out_has_a_folder,
-    *(functools.partial(_can_be_written, name) for name in ("cache_dir", "hydra.run.dir", "hydra.sweep.dir")),
+    functools.partial(_can_be_written, "cache_dir"),
+    *WRITING_RULES,
 ]

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"errors"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
-COMMANDS = ("export", "finetune", "probe", "embed", "predict", "benchmark")
+COMMANDS = ("export", "finetune", "probe", "embed", "predict", "benchmark", "plan")
 FORBIDDEN_BELOW_TASKS = {"hydra", "omegaconf"}
 MAY_USE_HYDRA = ("config", "places", "preflight", "rules", "tasks", "__main__", *COMMANDS)
 HEAVY = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "PIL", "transformers", "torchvision"}

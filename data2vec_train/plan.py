@@ -1,0 +1,16 @@
+"""`python -m data2vec_train.plan +recipes=vision/base_imagenet_v2 hardware=h200`: memory, time, what fits."""
+
+from omegaconf import DictConfig
+
+from data2vec_train.config import main
+
+
+def _run(cfg: DictConfig) -> object:
+    # Imported when the command is known to be right: torch takes seconds to load.
+    from data2vec_train.tasks.plan import plan
+
+    return plan(cfg)
+
+
+if __name__ == "__main__":
+    main(_run, config_name="plan")
