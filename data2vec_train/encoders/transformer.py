@@ -11,7 +11,7 @@ output of fc2, which is what most variants of data2vec regress ("ffn" tap), befo
 to, and lists to collect attention weights in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.encoders.base import Tap
-from data2vec_train.layers.attention import Bias, attention, attention_weights, check_backend, fastest
+from data2vec_train.layers.attention import Bias, attention, attention_weights, check_backend, dense, fastest
 from data2vec_train.layers.misc import DropPath, activation_of
 
 QKVBias = Literal["qkv", "qv", "none"]
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         x: Tensor,
         *,
         key_mask: Tensor | None,
-        biases: Sequence[Bias | None],
+        biases: Iterable[Bias | Tensor | None],
         tap: Tap | None,
         last: int,
         extras: Extras | None = None,
@@ -325,10 +325,11 @@ class Transformer(nn.Module):
         Returns:
             The last block's output (N, S, D) and the tapped tensors, each (N, S, D); a dropped block has none.
         """
+        biases = list(biases)
         backend = self._backend(x, key_mask, biases[0])
         if backend != "flex":
             # Once for all blocks that share it, and outside of what is computed twice with activation checkpointing.
-            made = {one: bias.dense() for one, bias in {id(bias): bias for bias in biases if bias is not None}.items()}
+            made = {one: dense(bias) for one, bias in {id(bias): bias for bias in biases if bias is not None}.items()}
             biases = [made.get(id(bias)) for bias in biases]
         layers: list[Tensor] = []
         first_tapped = len(self.blocks) - last
@@ -352,7 +353,7 @@ class Transformer(nn.Module):
                 layers.append(ffn if tap == "ffn" else x)
         return x, layers
 
-    def _backend(self, x: Tensor, key_mask: Tensor | None, bias: Bias | None) -> str:
+    def _backend(self, x: Tensor, key_mask: Tensor | None, bias: Bias | Tensor | None) -> str:
         if self.backend != "auto":
             return self.backend
         dropout_p = self.attention_dropout if self.training else 0.0

@@ -56,6 +56,7 @@ def encoder_arguments(config: Data2VecAudioConfig) -> dict[str, Any]:
         # depend on what it shares a batch with (contract, bug 1). We do not.
         "reference_padding": config.hf_compat,
         "embed_gradient": 1.0,
+        "conv_as_matmul": False,
         "input_dropout": config.feat_proj_dropout,
         "dropout": config.hidden_dropout,
         "attention_dropout": config.attention_dropout,

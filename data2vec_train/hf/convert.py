@@ -49,7 +49,15 @@ PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
 # Arguments of encoders that do not change what a trained encoder computes, or that a model sets when it is loaded.
 LOOSE = {
-    *("attention", "activation_checkpointing", "embed_gradient", "reference_padding", "init", "prenet_depth"),
+    *(
+        "attention",
+        "activation_checkpointing",
+        "embed_gradient",
+        "conv_as_matmul",
+        "reference_padding",
+        "init",
+        "prenet_depth",
+    ),
     *("drop_path", "layer_drop", "dropout", "attention_dropout", "activation_dropout", "input_dropout"),
 }
 

@@ -257,6 +257,7 @@ def _audio(original: Original, where: str, num_heads: int | None) -> dict[str, A
         "mask_token": not second,
         "reference_padding": False,
         "embed_gradient": 1.0,
+        "conv_as_matmul": True,
         "input_dropout": 0.0,
         "dropout": 0.1,
         "attention_dropout": 0.1,

@@ -231,7 +231,7 @@ def fastest(
     *,
     num_heads: int,
     key_mask: Tensor | None,
-    bias: Bias | None,
+    bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> str:
     """The fastest backend for self-attention over x (B, S, D), measured at its first call for every kind of shape.
@@ -275,13 +275,12 @@ def _measure(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    bias: Bias | None,
+    bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> float:
     """Seconds of one call, the least of several."""
-    wanted = [q, k, v]
-    if bias is not None and bias.learned.requires_grad:
-        wanted.append(bias.learned)
+    learned = bias.learned if isinstance(bias, Bias) else bias
+    wanted = [q, k, v] if learned is None or not learned.requires_grad else [q, k, v, learned]
     wait = torch.cuda.synchronize if q.is_cuda else lambda: None
     seconds = []
     for _ in range(_REPETITIONS + 1):  # the first one compiles

@@ -152,7 +152,7 @@ class ConvPositions(nn.Module):
             if attention_mask is not None and (layer == 0 or not self.reference_padding):
                 x = x * attention_mask[:, None]
             x = convolution(x)[..., : tokens.shape[1]]  # an even kernel gives one frame too many
-            x = self.activation(F.layer_norm(x.mT, x.shape[1:2]).mT)  # transposed first: see encoders.audio.ConvLayer
+            x = self.activation(F.layer_norm(x.mT, x.shape[1:2])).mT
         return x.mT
 
 

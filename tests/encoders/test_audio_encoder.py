@@ -39,6 +39,7 @@ def audio(**changes) -> AudioEncoder:
         "mask_token": False,
         "reference_padding": False,
         "embed_gradient": 1.0,
+        "conv_as_matmul": True,
         "input_dropout": 0.0,
         "dropout": 0.0,
         "attention_dropout": 0.0,

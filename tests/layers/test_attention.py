@@ -136,6 +136,7 @@ def audio(attention: str, *, alibi: str) -> AudioEncoder:
         mask_token=alibi == "none",
         reference_padding=False,
         embed_gradient=1.0,
+        conv_as_matmul=True,
         input_dropout=0.0,
         layer_drop=0.0,
         attention=attention,

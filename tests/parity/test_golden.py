@@ -125,6 +125,7 @@ def _audio_encoder(config: dict, *, version: int, **common) -> AudioEncoder:
         mask_token=version == 1,
         reference_padding=False,
         embed_gradient=1.0,
+        conv_as_matmul=True,
         input_dropout=0.0,
         layer_drop=0.0,
         **common,
