@@ -98,7 +98,7 @@ class TrainingModule(L.LightningModule):
         if self.trainer.world_size == 1:
             factor = self.trainer.accumulate_grad_batches * self._unit() / sum(self._counts)
         else:
-            total = torch.tensor(float(sum(self._counts)), device=self.device)
+            total = torch.full((), float(sum(self._counts)), device=self.device)  # filled there: the host does not wait
             dist.all_reduce(total)
             factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
         self._counts.clear()
