@@ -140,12 +140,11 @@ class TrainingModule(L.LightningModule):
             # Float16 finds its scale by trying: a gradient that overflows says something only at the lowest.
             self.at_fault = (loss_is_infinite > 0) | (self.unusable & (self.loss_scale <= 1))
         self._step_loss, self._step_samples = 0.0, []
-        if unusable.device.type == "cpu":
-            if self.unusable:
-                optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
-        else:
+        if unusable.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Read by the fused optimizer on the device, so that the host need not wait to know.
             optimizer.grad_scale, optimizer.found_inf = None, unusable
+        elif self.unusable:
+            optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
 
     def optimizer_step(
         self,

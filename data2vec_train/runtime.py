@@ -1,23 +1,23 @@
 """How a step is computed, not what: precision, compiled blocks.
 
-    precision.trainer   forward and backward      weights, targets, loss, optimizer, teacher
-    32-true             float32                   float32
-    32-tf32             float32, rounded to TF32  float32
-    bf16-mixed          bfloat16                  float32
-    16-mixed            float16, scaled loss      float32
-    fp8-mixed           float8 and bfloat16       float32
-    auto                bf16-mixed where the hardware multiplies bfloat16 fast, else 32-true
+precision.trainer   forward and backward      weights, targets, loss, optimizer, teacher
+32-true             float32                   float32
+32-tf32             float32, rounded to TF32  float32
+bf16-mixed          bfloat16                  float32
+16-mixed            float16, scaled loss      float32
+fp8-mixed           float8 and bfloat16       float32
+auto                bf16-mixed where the hardware multiplies bfloat16 fast, else 32-true
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from data2vec_train.data2vec import Data2Vec
@@ -29,6 +29,7 @@ from data2vec_train.module import TrainingModule
 log = logging.getLogger(__name__)
 
 Compile = bool | Literal["auto", "graphs"]
+T = TypeVar("T")
 
 # Compute capability of the first NVIDIA GPUs whose tensor cores multiply it.
 BF16_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
@@ -117,6 +118,17 @@ def trainer_precision(chosen: str) -> dict[str, Any]:
     return {"precision": {"32-tf32": "32-true", "fp8-mixed": "bf16-mixed"}.get(chosen, chosen)}
 
 
+def in_float32(batches: Iterable[T]) -> Iterator[T]:
+    """Batches that are made as outside autocast, which worker processes and what they decode with inherit."""
+    left = iter(batches)
+    while True:
+        with torch.autocast("cpu", enabled=False):
+            batch = next(left, None)
+        if batch is None:
+            return
+        yield batch
+
+
 class ScaledHalf(MixedPrecision):
     """Float16 with a scaled loss, whose gradients are unscaled before the module sees, clips and judges them.
 
@@ -189,9 +201,16 @@ def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_va
     blocks = [*blocks_of(objective.student), *blocks_of(objective.teacher)]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     mode = "reduce-overhead" if how == "graphs" else None
+    if how == "graphs":
+        objective.register_forward_pre_hook(_begin_graphs)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=None if lengths_vary else False, mode=mode, backend=backend)
     log.info("compile: %d blocks, in the first steps", len(blocks))
+
+
+def _begin_graphs(module: nn.Module, inputs: object) -> None:
+    """What graphs of the last forward pass put out may be written over."""
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 def uncompiled() -> AbstractContextManager:

@@ -1,6 +1,7 @@
 """The six pairs of modality and objective, as `python -m data2vec_train` builds them, small; and one step of each."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -64,11 +65,16 @@ def module_of(model: Data2Vec, *, fused: bool) -> tuple[Data2VecModule, Optimize
     return module, module.configure_optimizers()
 
 
-def take_step(module: Data2VecModule, optimizer: Optimizer, batch: Batch) -> None:
-    """What Lightning calls for one step, in its order; dropout is drawn without moving the seed to the device."""
+def take_step(
+    module: Data2VecModule, optimizer: Optimizer, batch: Batch, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """What Lightning calls for one step, in its order; only what `training_step` does is in half precision."""
 
     def closure():
-        loss = module.training_step(batch, 0)
+        device, half = batch.inputs.device.type, dtype != torch.float32
+        low = torch.autocast(device, dtype=dtype, cache_enabled=False) if half else nullcontext()
+        with low:
+            loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
         module.on_before_optimizer_step(optimizer)

@@ -32,7 +32,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def fused_on_meta(monkeypatch):
-    """The step of AdamW that reads on the device whether to pass over; it has a meta kernel, which AdamW does not ask for."""
+    """AdamW's fused step has a meta kernel, which AdamW does not ask for."""
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
 
@@ -52,14 +52,17 @@ def test_no_step_reads_a_value_of_the_device_or_sends_one(composed, fused_on_met
 
 
 @pytest.mark.parametrize(
-    "read", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.cpu(), lambda x: x > 0 or x]
+    "read",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.cpu(), lambda x: x > 0 or x],
 )
 def test_what_makes_the_host_wait_fails_there(read):
     with pytest.raises((RuntimeError, NotImplementedError)):
         read(torch.ones(3, device="meta"))
 
 
-@pytest.mark.parametrize("send", [lambda: torch.ones(3).to("meta"), lambda: torch.empty(3, device="meta").copy_(torch.ones(3))])
+@pytest.mark.parametrize(
+    "send", [lambda: torch.ones(3).to("meta"), lambda: torch.empty(3, device="meta").copy_(torch.ones(3))]
+)
 def test_copies_from_the_host_are_listed(send):
     with Transfers() as transfers:
         send()

@@ -16,6 +16,7 @@ from data2vec_train.runtime import (
     choose_precision,
     compile_blocks,
     device_type,
+    in_float32,
     trainer_precision,
     uncompiled,
     use_float8,
@@ -153,6 +154,26 @@ def test_half_precision_keeps_targets_loss_weights_and_gradients_in_float32(comp
     assert not torch.equal(output.loss, exact.loss), "nothing was computed in half precision"
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_loader_computes_for_a_probe_stays_float32(num_workers):
+    """Workers are started within the autocast of the probe, and inherit it."""
+
+    class Products(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return torch.ones(2, 2) @ torch.ones(2, 2)
+
+    def types(wrap):
+        loader = torch.utils.data.DataLoader(Products(), num_workers=num_workers)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return [(batch.dtype, (batch @ batch).dtype) for batch in wrap(loader)]
+
+    assert types(iter) == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert types(in_float32) == [(torch.float32, torch.bfloat16)] * 2
+
+
 # ------------------------------------------------------------------------------------------------------- scaled float16
 
 
@@ -172,7 +193,7 @@ def fit_half(folder, *, steps: int, scale: float, spoil=None, **options):
     """Float16 on the CPU, which the program leaves to GPUs, through the same plugin."""
     plugin, trace = ScaledHalf("cpu"), Scales()
     plugin.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    module = test_module.module_of(test_module.objective(2))
+    module = test_module.module_of(test_module.objective(2), fused=True)
     if spoil is not None:
         module.on_after_backward = lambda: spoil(module)
     trainer = trainer_of(folder, steps=steps, plugins=[plugin], callbacks=[trace], **options)
