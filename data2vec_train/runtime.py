@@ -120,7 +120,8 @@ def trainer_precision(chosen: str) -> dict[str, Any]:
 
 def in_float32(batches: Iterable[T]) -> Iterator[T]:
     """Batches that are made as outside autocast, which worker processes and what they decode with inherit."""
-    left = iter(batches)
+    with torch.autocast("cpu", enabled=False):
+        left = iter(batches)
     while True:
         with torch.autocast("cpu", enabled=False):
             batch = next(left, None)
