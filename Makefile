@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 STRESS ?= /tmp/data2vec_stress
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-audio demo-text test test-slow stress lint format build clean
+.PHONY: help install demo demo-audio demo-text test test-slow stress bench-gpu lint format build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,13 @@ stress: $(READY)  ## Kill, signal and starve runs for about an hour; every one h
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.saves --kills 200 --full-disks 20 --folder $(STRESS)/saves
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.signals --signals 50 --folder $(STRESS)/signals
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.sweeps --kills 10 --folder $(STRESS)/sweeps
+
+bench-gpu: $(READY)  ## Tests and timings on an NVIDIA GPU, in at most 9 minutes
+	$(RUN) -m pytest tests/gpu
+	$(RUN) -m data2vec_train.benchmark what=[step] size=base precision=bf16 compile=true
+	$(RUN) -m data2vec_train.benchmark what=[step] size=base precision=bf16 compile=false
+	$(RUN) -m data2vec_train.benchmark what=[step] size=base precision=fp32 compile=false
+	$(RUN) -m data2vec_train.benchmark what=[attention] size=base precision=bf16
 
 lint: $(READY)  ## Check style, spelling and dead code
 	$(RUN) -m ruff check .

@@ -41,6 +41,8 @@ class TrainingModule(L.LightningModule):
         self._step_samples: list[Tensor | tuple[str, ...]] = []  # of these micro-batches
         self.unusable: Tensor | None = None  # () bool: loss or gradient of the step is not finite on some process
         self.unusable_samples: list[Tensor | tuple[str, ...]] = []  # of that step on this process, by micro-batch
+        self.loss_scale: Tensor | None = None  # () float32: of float16, what the gradients of the step were scaled by
+        self.at_fault: Tensor | None = None  # () bool: unusable, and not because the gradients were scaled too far
 
     def seed_step(self) -> None:
         """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
@@ -96,7 +98,7 @@ class TrainingModule(L.LightningModule):
         if self.trainer.world_size == 1:
             factor = self.trainer.accumulate_grad_batches * self._unit() / sum(self._counts)
         else:
-            total = torch.tensor(float(sum(self._counts)), device=self.device)
+            total = torch.full((), float(sum(self._counts)), device=self.device)  # filled there: the host does not wait
             dist.all_reduce(total)
             factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
         self._counts.clear()
@@ -128,17 +130,21 @@ class TrainingModule(L.LightningModule):
     def _judge(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Fill `unusable`, and make the optimizer pass over such a step, its moments and step counts included."""
         loss = torch.as_tensor(self._step_loss, device=norm.device)
-        unusable = (~torch.isfinite(norm + loss)).float()
+        infinite = (~torch.isfinite(torch.stack([norm + loss, loss]))).float()
         if self.trainer.world_size > 1:
-            dist.all_reduce(unusable, dist.ReduceOp.MAX)
+            dist.all_reduce(infinite, dist.ReduceOp.MAX)
+        unusable, loss_is_infinite = infinite
         self.unusable, self.unusable_samples = unusable > 0, self._step_samples
+        self.at_fault = self.unusable
+        if self.loss_scale is not None:
+            # Float16 finds its scale by trying: a gradient that overflows says something only at the lowest.
+            self.at_fault = (loss_is_infinite > 0) | (self.unusable & (self.loss_scale <= 1))
         self._step_loss, self._step_samples = 0.0, []
-        if unusable.device.type == "cpu":
-            if self.unusable:
-                optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
-        else:
+        if unusable.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Read by the fused optimizer on the device, so that the host need not wait to know.
             optimizer.grad_scale, optimizer.found_inf = None, unusable
+        elif self.unusable:
+            optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
 
     def optimizer_step(
         self,

@@ -27,7 +27,14 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from data2vec_train.allowed import hydra_faults, nodes_of, search_path_faults, target_fault
 from data2vec_train.places import config_directory, expose_recipes, register_resolvers, text_of_recipe
-from data2vec_train.rules import MACHINE_RULES, RULES, WRITING_RULES, choices_suit_the_modality, plans_only
+from data2vec_train.rules import (
+    MACHINE_RULES,
+    RULES,
+    WRITING_RULES,
+    choices_suit_the_modality,
+    has_names,
+    plans_only,
+)
 from data2vec_train.signatures import Parameter, did_you_mean, find, mismatch, show, signature
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -397,7 +404,7 @@ def _retyped(base: DictConfig, cfg: DictConfig, key: str) -> dict[str, str]:
         return {}
     kinds = [
         (DictConfig, "a mapping of settings", after is None or isinstance(after, DictConfig)),
-        (bool, "true or false", not isinstance(after, str)),
+        (bool, "true or false", has_names(key) or not isinstance(after, str)),
         (int, "a whole number", after == "auto" or not isinstance(after, (bool, str, DictConfig))),
         (float, "a number", not isinstance(after, (bool, str, DictConfig))),
         (ListConfig, "a list", after is None or isinstance(after, ListConfig)),

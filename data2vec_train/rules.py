@@ -181,12 +181,13 @@ def _one_of(path: str, cfg: DictConfig, *, names: Callable[[], Iterable[str]]) -
     return f"{path}: expected one of {', '.join(known)}, got {show(wrong[0])}{hint}"
 
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+_PRECISIONS = ("auto", "32-true", "32-tf32", "bf16-mixed", "16-mixed", "fp8-mixed", "bf16-true", "16-true", "64-true")
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "weights": lambda: ("student", "teacher"),
     "format": lambda: ("hf", "safetensors", "onnx", "torch_export"),
     "pooling": lambda: ("mean", "mean_std", "none"),
     "dtype": lambda: ("float32", "float16"),
+    "compile": lambda: ("true", "false", "auto", "graphs"),
     "probes": lambda: keys_of("data2vec_train.tasks.probe", "NAMES"),
     "precision.trainer": lambda: _PRECISIONS,
     "strategy.accelerator": lambda: ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
@@ -227,6 +228,11 @@ def _measured_images_have_patches(cfg: DictConfig) -> str | None:
     if pixels is None or not numbers or (len(pixels) == 2 and min(pixels) >= (patch or 1)):
         return None
     return f"seed_table.training_px: expected [height,width], neither below seed_table.patch_px, got {show(pixels)}"
+
+
+def has_names(path: str) -> bool:
+    """Whether a setting is one of a few names, whatever its default is."""
+    return path in _NAMES
 
 
 def _seed_is_a_whole_number(cfg: DictConfig) -> str | None:
@@ -595,10 +601,25 @@ def _gpu_is_there(cfg: DictConfig) -> str | None:
         return f"strategy.accelerator: {accelerator}, and this machine has no GPU; choose auto or cpu"
     precision = _get(cfg, "precision.trainer", str)
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_a_gpu())
-    if precision in ("16-mixed", "16-true") and on_cpu:
+    if precision in ("16-mixed", "16-true", "32-tf32", "fp8-mixed") and on_cpu:
         return (
-            f"precision.trainer: {precision} needs a GPU, and this run is on the CPU; choose precision=fp32, or "
-            "precision=bf16, which is very slow there"
+            f"precision.trainer: {precision} needs a GPU, and this run is on the CPU; choose precision=auto or "
+            "precision=fp32, or precision=bf16, which is very slow on CPUs without bfloat16 instructions"
+        )
+    if _get(cfg, "compile", str) == "graphs" and on_cpu:
+        return "compile: graphs needs a GPU, and this run is on the CPU; choose compile=false or compile=true"
+    return None
+
+
+def _float8_is_possible(cfg: DictConfig) -> str | None:
+    if _get(cfg, "precision.trainer", str) != "fp8-mixed":
+        return None
+    if "objective" not in cfg:
+        return "precision.trainer: fp8-mixed is for pretraining; choose precision=auto or precision=bf16"
+    if importlib.util.find_spec("torchao") is None:
+        return (
+            "precision.trainer: fp8-mixed needs the package torchao: pip install 'data2vec-train[fp8]'; or choose "
+            "precision=bf16"
         )
     return None
 
@@ -878,6 +899,7 @@ MACHINE_RULES: list[Rule] = [
     _nodes_share_a_directory,
     _gpu_is_there,
     _attention_can,
+    _float8_is_possible,
     _logger_is_installed,
     _workers_fit,
     _manifest_is_of_recordings,

@@ -225,7 +225,7 @@ def measuring_callback(trainer: L.Trainer) -> L.Callback | None:
 
 @dataclass
 class _Judged:
-    """Whether a step was unusable, on its way from the device to the host."""
+    """Whether a step was unusable through its own fault, on its way from the device to the host."""
 
     step: int
     flag: Tensor  # () bool
@@ -252,7 +252,8 @@ class FiniteSteps(L.Callback):
     """Stops a run whose loss or gradient is not finite several steps in a row.
 
     The module keeps such a step from the optimizer and the teacher; here it is counted and its samples are listed. On
-    a GPU the answer is read one step later, when it has arrived.
+    a GPU the answer is read one step later, when it has arrived. Gradients that overflow in float16 because the loss
+    was scaled too far are not counted: the next scale is lower.
 
     Args:
         max_in_a_row: so many of these steps in a row stop the run.
@@ -282,7 +283,7 @@ class FiniteSteps(L.Callback):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        judged, before = _Judged(trainer.global_step, pl_module.unusable, pl_module.unusable_samples), self._judged
+        judged, before = _Judged(trainer.global_step, pl_module.at_fault, pl_module.unusable_samples), self._judged
         self._judged = judged
         if judged.flag.is_pinned():
             judged = before

@@ -37,7 +37,7 @@ MISTAKES = {
     "++modality=vision": "a group takes no pluses: modality=vision",
     "head=ctc": "python -m data2vec_train has no head; it has modality, objective",
     FINETUNE + "size=base": "python -m data2vec_train.finetune has no size; it has modality, head",
-    "precision=fp16": "there is no precision called 'fp16'",
+    "precision=fp17": "there is no precision called 'fp17'",
     "preset=audio_data2vec2": "preset=audio_data2vec2: is for modality=audio, and this is modality=vision",
     "sample=sample_audio": "sample=sample_audio: is for modality=audio, and this is modality=vision",
     "modality.name=audio": "modality.name: expected vision, which was chosen, got audio",

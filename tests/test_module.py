@@ -111,11 +111,11 @@ def objective(version: int, *, dropout: float = 0.0, noise_std: float = 0.0) -> 
     )
 
 
-def module_of(model: Data2Vec, *, optimizer=None, seed: int = 0) -> Data2VecModule:
+def module_of(model: Data2Vec, *, optimizer=None, seed: int = 0, fused: bool = False) -> Data2VecModule:
     def make(modules, *, no_decay):
         # A large eps: where a gradient is only rounding noise, Adam would make a full step of it.
         options = {"lr": 1.0, "betas": [0.9, 0.98], "eps": 1e-3, "weight_decay": 0.1}
-        return adamw(modules, no_decay=no_decay, decay_all=False, fused=False, **options)
+        return adamw(modules, no_decay=no_decay, decay_all=False, fused=fused, **options)
 
     return Data2VecModule(
         objective=model, optimizer=optimizer or make, schedule=SCHEDULE, seed=seed, log_every_n_steps=3

@@ -15,6 +15,7 @@ from data2vec_train.finetuning.data import FinetuneData
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.module import TrainingModule
 from data2vec_train.optim import Schedule
+from data2vec_train.runtime import in_float32
 
 
 class FinetuneModule(TrainingModule):
@@ -131,7 +132,7 @@ class Evaluation(L.Callback):
         self.measured_at = step
         started = time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            loss, meter = evaluate(pl_module.model, pl_module.task, data.test_batches())
+            loss, meter = evaluate(pl_module.model, pl_module.task, in_float32(data.test_batches()))
         scores = meter.compute() | ({} if loss is None else {"loss": loss})
         self.metrics = {f"test/{name}": value for name, value in scores.items()}
         task = pl_module.task

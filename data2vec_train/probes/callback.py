@@ -20,6 +20,7 @@ from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.probes.explained import explained_variance
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy, rankme
+from data2vec_train.runtime import in_float32, uncompiled
 
 Pooling = Literal["mean", "mean_std"]
 RawFeatures = Callable[[Tensor, Tensor | None], np.ndarray]  # (inputs, attention_mask) -> (B, F)
@@ -121,17 +122,17 @@ class ProbeCallback(L.Callback):
     ) -> None:
         data: DataModule = trainer.datamodule
         how = {"pooling": self.pooling, "embedder": embedder}
-        with trainer.precision_plugin.forward_context():
+        with uncompiled(), trainer.precision_plugin.forward_context():
             if data.test_set is not None:
-                fit = encode(encoder, data.evaluation_batches(data.fit_set), **how)
-                test = encode(encoder, data.evaluation_batches(data.test_set), **how)
+                fit = encode(encoder, in_float32(data.evaluation_batches(data.fit_set)), **how)
+                test = encode(encoder, in_float32(data.evaluation_batches(data.test_set)), **how)
                 self._score(which, fit, test)
                 self.ranks[which] = rankme(test.features[: self.rank_samples])
             else:
                 subset = data.training_subset(self.rank_samples)
                 if subset is None:
                     return
-                self.ranks[which] = rankme(encode(encoder, data.evaluation_batches(subset), **how).features)
+                self.ranks[which] = rankme(encode(encoder, in_float32(data.evaluation_batches(subset)), **how).features)
         if which != "teacher":
             self.metrics["probe/rankme"] = self.ranks[which]
 
@@ -139,8 +140,8 @@ class ProbeCallback(L.Callback):
         data: DataModule = trainer.datamodule
         if data.held_out_set is None:
             return
-        with trainer.precision_plugin.forward_context():
-            batches = data.evaluation_batches(data.held_out_set, masked=True)
+        with uncompiled(), trainer.precision_plugin.forward_context():
+            batches = in_float32(data.evaluation_batches(data.held_out_set, masked=True))
             share, tokens = explained_variance(pl_module.objective, batches, device=pl_module.device)
         self.explained |= {which: share, "samples": len(data.held_out_set), "tokens": tokens}
         self.metrics["heldout/explained"] = share

@@ -24,6 +24,7 @@ from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import MODEL_FOLDER, load_pretrained, with_head
 from data2vec_train.hf.files import write_json
 from data2vec_train.monitor import Monitor
+from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of
 from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
@@ -95,7 +96,8 @@ def finetune(cfg: DictConfig) -> float | None:
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing)
+    precision = choose_precision(cfg.precision.trainer, device_type(cfg.strategy.accelerator))
+    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing, precision)
     _describe(task, model, data, run_dir)
     collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:

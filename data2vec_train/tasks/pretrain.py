@@ -26,6 +26,14 @@ from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.parallel import keep_whole
 from data2vec_train.probes.callback import ProbeCallback
+from data2vec_train.runtime import (
+    choose_precision,
+    compile_blocks,
+    device_type,
+    trainer_precision,
+    uncompiled,
+    use_float8,
+)
 from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
 from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.run_directory import (
@@ -121,6 +129,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     objective = build_objective(cfg)
     if start is not None and run.checkpoint is None:
         log.info("weights: %s", "; ".join([str(cfg.init_from), *initialise(objective, start, str(cfg.init_from))]))
+    precision = make_fast(cfg, objective)
     data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
     if rank_zero_only.rank == 0:
         write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
@@ -136,17 +145,19 @@ def pretrain(cfg: DictConfig) -> float | None:
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing)
+    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing, precision)
     _describe(cfg, objective, data, run_dir)
     collapse = fit_or_collapse(trainer, module, data, run)
 
     summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
+    summary["precision"] = precision
     summary["status"] = "finished" if collapse is None else "collapsed"
     if trainer.is_global_zero:
         if cfg.report:
             from data2vec_train.tasks.run_report import write_run_report
 
-            report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
+            with uncompiled():
+                report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
             log.info("report: %s", report)
         write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
     if collapse is not None:
@@ -154,12 +165,23 @@ def pretrain(cfg: DictConfig) -> float | None:
     return _score(summary)
 
 
+def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
+    """Compile the blocks, and put float8 into them, where the config says so; returns the precision of the run."""
+    device = device_type(cfg.strategy.accelerator)
+    precision = choose_precision(cfg.precision.trainer, device)
+    if precision == "fp8-mixed":
+        use_float8(objective.student)
+    lengths_vary = cfg.modality.batching is not None
+    compile_blocks(objective, how=cfg.compile, device=device, lengths_vary=lengths_vary, backend="inductor")
+    return precision
+
+
 def _score(summary: dict) -> float | None:
     return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
 
 
 def build_trainer(
-    cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing
+    cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing, precision: str
 ) -> L.Trainer:
     """Lightning's trainer with what all runs have: checkpoints, a watch over numbers, signals, loggers.
 
@@ -168,17 +190,19 @@ def build_trainer(
         run: where the run stands.
         callbacks: those that measure, then the monitor.
         checkpointing: saves the run.
+        precision: what `choose_precision` says.
     """
+    arithmetic = trainer_precision(precision)
     finite = build(cfg.callbacks.finite)(path=run.path / NONFINITE, checkpointing=checkpointing)
     loggers = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
     trainer: L.Trainer = build(
         cfg.trainer,
         callbacks=[*callbacks, checkpointing, finite, Interruption(checkpointing=checkpointing)],
         logger=[CSVLog(path=run.path / METRICS), *loggers],
-        plugins=[checkpointing.io],
+        plugins=[checkpointing.io, *arithmetic.pop("plugins", [])],
         default_root_dir=run.path,
-        precision=cfg.precision.trainer,
         enable_checkpointing=False,  # Lightning's own
+        **arithmetic,
         **build(cfg.strategy),
     )
     own_signals(trainer)

@@ -33,6 +33,7 @@ FREE = (
     "cache_dir",
     "logger",
     "strategy",
+    "compile",
     "data.num_workers",
     "callbacks.checkpoint",
     "callbacks.monitor.progress",

@@ -104,7 +104,7 @@ def main() -> None:
             # Four samples would hide a power of two of tokens, and weights that are exact hide what is done with them.
             arguments = [one for one in arguments if not one.startswith("data.batch_size")]
             arguments += ["data.batch_size_per_device=3", "trainer.gradient_clip_val=0.3"]
-        arguments += {"report": ["report=true"], "bf16": ["precision=bf16"]}.get(special, [])
+        arguments += {"report": ["report=true"], "bf16": ["precision.trainer=bf16-mixed"]}.get(special, [])
         Data2VecModule.on_after_backward = spoil if special == "nan" else unspoiled
         reference = options.folder / f"{modality}-{kind}"
         if not reference.exists():
