@@ -324,15 +324,21 @@ class ImageTransform:
             bilinear = v2.InterpolationMode.BILINEAR  # tensors are not rotated bicubically
             steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=bilinear))
         # Each pixel of an erased rectangle is noise of its own: it stands where images are normalised already.
+        self.erases = bool(erase)
         self._erase = v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random") if erase else None
         self._augment = v2.Compose(steps)
         # (x / 255 - mean) / std, as one multiplication and one addition.
         self._gain, self._offset = 1 / (255 * self._std), -self._mean / self._std
+        self._moved: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def train(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32, augmented with draws from torch's global CPU generator."""
         pixels = self.normalise(self._augment(to_tensor(image)))
         return pixels if self._erase is None else self._erase(pixels)
+
+    def train_bytes(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
+        """(C, H, W) uint8: `train` before it normalises, for `normalise_on_device`; nothing is erased."""
+        return self._augment(to_tensor(image))
 
     def evaluate(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32: the centre, without randomness.
@@ -359,6 +365,13 @@ class ImageTransform:
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(C, H, W) uint8 -> float32 with the mean and deviation that models expect."""
         return pixels.float().mul_(self._gain).add_(self._offset)
+
+    def normalise_on_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`normalise` of a batch (B, C, H, W), wherever it is."""
+        if pixels.device not in self._moved:  # once: a copy at each step would make the host wait
+            self._moved[pixels.device] = self._gain.to(pixels.device), self._offset.to(pixels.device)
+        gain, offset = self._moved[pixels.device]
+        return pixels.float().mul_(gain).add_(offset)
 
     def _cover(self, pixels: torch.Tensor, resized: tuple[int, int]) -> torch.Tensor:
         """(C, H, W) uint8: the centre of the image, after it is resized to cover `resized` and no more."""

@@ -89,6 +89,7 @@ def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes
         "batching": None,
         "batch_size_per_device": 4,
         "num_workers": 0,
+        "prefetch_factor": 2,
         "max_bad_fraction": 0.5,
         "tolerated_bad_samples": 0,
         "seed": 0,
