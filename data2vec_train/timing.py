@@ -1,4 +1,4 @@
-"""Where the wall time of a whole run goes, by part, from the start of the process to the report: `callbacks.timing=true`.
+"""Where the wall time of a whole run goes, by part, from the start of the process to the report (`callbacks.timing`).
 
 The parts are those of a pretraining step, what comes before and after, and what callbacks do. Methods of the objects of
 one run are replaced by ones that look at the clock; a run without it has nothing of it. Times are the
@@ -27,8 +27,10 @@ from data2vec_train.saving import Checkpointing
 COMMAND, SETUP, WAIT = "command, config, imports", "setup: model, data, trainer", "data wait"
 TEACHER, STUDENT, BACKWARD = "forward: teacher and targets", "forward: student, decoder, loss", "backward"
 CLIP, OPTIMIZER, EMA = "clip", "optimizer", "EMA"
-PROBES, LOG, SAVE, REPORT, REST = "probes", "monitor and logs", "checkpoints", "report", "Lightning and the rest"
-PARTS = (COMMAND, SETUP, WAIT, TEACHER, STUDENT, BACKWARD, CLIP, OPTIMIZER, EMA, PROBES, LOG, SAVE, REST, REPORT)
+PROBES, ENCODE, LOG, SAVE = "probes: the rest", "probes: forward", "monitor and logs", "checkpoints"
+REPORT, REST = "report", "Lightning and the rest"
+PARTS = (COMMAND, SETUP, WAIT, TEACHER, STUDENT, BACKWARD, CLIP, OPTIMIZER, EMA, ENCODE, PROBES, LOG, SAVE, REST)
+PARTS += (REPORT,)
 TRAINING = (TEACHER, STUDENT, BACKWARD, OPTIMIZER, EMA)
 
 
@@ -58,7 +60,10 @@ class Timing:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Inside, it is `name` that takes the time."""
+        """Inside, it is `name` that takes the time; a forward pass of a probe is `ENCODE`."""
+        if name in (TEACHER, STUDENT, ENCODE):
+            outer = self._open[-1]
+            name = ENCODE if PROBES in self._open else outer if name == ENCODE else name
         self._charge()
         self._open.append(name)
         try:
@@ -74,6 +79,9 @@ class Timing:
         self._time(objective, "forward", STUDENT)
         self._time(objective, "teach", TEACHER)
         self._time(objective, "step_teacher", EMA)
+        for encoder in (objective.student, objective.teacher.encoder):
+            self._time(encoder, "embed", ENCODE)
+            self._time(encoder, "contextualize", ENCODE)
         self._time(module, "backward", BACKWARD)
         self._time(module, "configure_gradient_clipping", CLIP)
         for callback in trainer.callbacks:

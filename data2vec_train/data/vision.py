@@ -317,7 +317,7 @@ class ImageTransform:
         else:
             steps.append(functools.partial(self._cover, resized=size))
         if shift_px:
-            steps.append(v2.RandomCrop(size, padding=shift_px))
+            steps.append(functools.partial(self._shift, pixels_each_way=shift_px))
         if rand_augment is not None:
             if len(rand_augment) != 2 or not 0 <= rand_augment[1] <= 30 or channels not in (1, 3):
                 raise ConfigError(f"rand_augment={list(rand_augment)}; expected [changes, 0 to 30] and 1 or 3 channels")
@@ -388,6 +388,15 @@ class ImageTransform:
             target = [max(resized[0], round(height * scale)), max(resized[1], round(width * scale))]
             pixels = functional.resize(pixels, target, self._interpolation, antialias=True)
         return functional.center_crop(pixels, list(self.size))
+
+    def _shift(self, pixels: torch.Tensor, pixels_each_way: int) -> torch.Tensor:
+        """(C, H, W) moved at random, with 0 where nothing is left; torchvision's RandomCrop of a padded image.
+
+        Written out because a small image spends most of its time in torchvision's wrapping.
+        """
+        top, left = (int(torch.randint(2 * pixels_each_way + 1, ())) for _ in range(2))
+        padded = torch.nn.functional.pad(pixels, [pixels_each_way] * 4)
+        return padded[:, top : top + self.size[0], left : left + self.size[1]]
 
 
 def to_tensor(image: "Image.Image | np.ndarray") -> torch.Tensor:
