@@ -1,5 +1,6 @@
 """Where a run's time goes, and what starting costs."""
 
+import contextlib
 import csv
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_a_part_within_a_part_stops_the_outer_one(clock):
             clock[0] += 3
         clock[0] += 1
     clock[0] += 2
-    with pytest.raises(KeyError), one.part(WAIT):
+    with contextlib.suppress(KeyError), one.part(WAIT):
         clock[0] += 8
         raise KeyError
     clock[0] += 1
