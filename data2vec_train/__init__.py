@@ -1,7 +1,9 @@
 """Self-supervised pretraining of image, speech and text encoders with data2vec 1.0 and 2.0."""
 
 import importlib
+import time
 
+STARTED = time.perf_counter()  # of the process, nearly; see `timing`
 __version__ = "0.1.0"
 
 # Looked up on first use, so that `import data2vec_train` does not load torch.

@@ -86,8 +86,10 @@ def build(node: DictConfig | ListConfig | Mapping | None, **supplied: object) ->
     try:
         if "_target_" not in plain:
             return instantiate(node, _convert_="all")
-        # Called here and not by hydra, which would copy what is supplied and turn dataclasses into configs.
+        # Called here and not by hydra, which would copy what is supplied and turn dataclasses into configs. Hydra's own
+        # partials judge their target anew at each call, which takes longer than decoding a small image.
         made = instantiate(node, _convert_="all", _partial_=True)
+        made = functools.partial(made.func, *made.args, **made.keywords)
         return functools.partial(made, **supplied) if plain.get("_partial_", False) else made(**supplied)
     except InstantiationException as error:
         cause: BaseException = error

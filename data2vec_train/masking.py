@@ -4,6 +4,7 @@ A masker draws one mask from a numpy generator and has no state, so that a mask 
 are True where the student may not look. Letters: T tokens, (Hp, Wp) grid with T = Hp * Wp in row-major order.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -102,12 +103,9 @@ class InverseBlockMasker(Masker):
         num_kept = _count(int(num_tokens * kept_fraction), num_tokens)
         num_squares = int(num_tokens * (kept_fraction + self.adjust_fraction) / self.block_patches**2)
         centres = rng.integers(0, num_tokens, size=max(num_squares, 1))
-        offsets = np.arange(self.block_patches) - self.block_patches // 2
-        row = np.minimum(np.maximum(centres[:, None] // columns + offsets, 0), rows - 1)  # (squares, side)
-        column = np.minimum(np.maximum(centres[:, None] % columns + offsets, 0), columns - 1)
-        kept = np.zeros((rows, columns), dtype=bool)
-        kept[row[:, :, None], column[:, None, :]] = True
-        return ~_with_count(kept.ravel(), num_kept, rng)
+        kept = np.zeros(num_tokens, dtype=bool)
+        kept[_squares(rows, columns, self.block_patches)[centres]] = True
+        return ~_with_count(kept, num_kept, rng)
 
 
 class RandomMasker(Masker):
@@ -293,6 +291,15 @@ class TokenCorruption:
         still_hidden = np.zeros(len(ids), dtype=bool)
         still_hidden[masked] = True
         return corrupted, still_hidden
+
+
+@functools.cache
+def _squares(rows: int, columns: int, side: int) -> np.ndarray:
+    """Positions (T, side^2) of the square around each position of a grid, those at the border cut off there."""
+    offsets = np.arange(side) - side // 2
+    row = np.clip(np.arange(rows)[:, None] + offsets, 0, rows - 1)  # (rows, side)
+    column = np.clip(np.arange(columns)[:, None] + offsets, 0, columns - 1)
+    return (row[:, None, :, None] * columns + column[None, :, None, :]).reshape(rows * columns, side**2)
 
 
 def _with_count(chosen: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

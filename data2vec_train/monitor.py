@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from data2vec_train import checkpoints
+from data2vec_train.data.datamodule import cores_at_hand
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import TrainingModule
 from data2vec_train.saving import measuring_callback
@@ -105,6 +106,8 @@ class Monitor(L.Callback):
         min_target_std: a lower `train/target_std` is a collapse; None = it is not judged.
         min_prediction_std: likewise for `train/prediction_std`.
         grace_steps: before this step nothing is judged.
+        max_data_wait: a larger share of the time spent waiting for data is said once, with what to change.
+        data_wait_rows: logged steps over which the share is measured; the first, when workers start, is left out.
         progress: "bar", "lines" (one line per logged step), "none", or "auto": a bar on a terminal, lines elsewhere.
     """
 
@@ -114,11 +117,17 @@ class Monitor(L.Callback):
         min_target_std: float | None,
         min_prediction_std: float | None,
         grace_steps: int,
+        max_data_wait: float,
+        data_wait_rows: int,
         progress: str = "auto",
     ) -> None:
         limits = {"train/target_std": min_target_std, "train/prediction_std": min_prediction_std}
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.grace_steps = grace_steps
+        self.max_data_wait = max_data_wait
+        self.data_wait_rows = data_wait_rows
+        self._wait_window: tuple[int, float, float] | None = None  # rows so far; seconds and waiting at its beginning
+        self._said_brake = False
         if progress not in ("auto", "bar", "lines", "none"):
             raise ValueError(f"progress is auto, bar, lines or none, got {progress!r}")
         self.progress = ("bar" if sys.stderr.isatty() else "lines") if progress == "auto" else progress
@@ -164,6 +173,7 @@ class Monitor(L.Callback):
         pl_module.measured.clear()
         self.train_seconds = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
         row |= self._throughput(trainer.datamodule)
+        self._watch_loader(trainer)
         if just_measured:
             self._probed_at = step
             row |= probe.metrics
@@ -182,6 +192,25 @@ class Monitor(L.Callback):
         if data.num_samples:
             row["train/epoch"] = self.samples / data.num_samples
         return row
+
+    def _watch_loader(self, trainer: L.Trainer) -> None:
+        """Say once that the loader is the brake."""
+        if self._said_brake:
+            return
+        rows, seconds, waited = self._wait_window or (-1, 0.0, 0.0)
+        rows += 1
+        if rows == self.data_wait_rows:
+            share = (self.waited_seconds - waited) / max(self.train_seconds - seconds, 1e-9)
+            self._said_brake = share > self.max_data_wait
+            if self._said_brake and trainer.is_global_zero:
+                data = trainer.datamodule
+                cores = max(1, cores_at_hand() // trainer.num_devices)
+                advice = loader_advice(workers=data.num_workers, cores=cores, on_device=data.on_device)
+                log.warning("%.0f %% of the time is spent waiting for data: %s", 100 * share, advice)
+            rows = 0
+        if rows == 0:
+            seconds, waited = self.train_seconds, self.waited_seconds
+        self._wait_window = (rows, seconds, waited)
 
     def _log_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         if not row:
@@ -262,6 +291,27 @@ def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
     identity = note.read_text() if rank_zero_only.rank == 0 else None  # only the first process logs
     offline = "WANDB_API_KEY" not in os.environ
     return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=identity, resume="allow")
+
+
+def loader_advice(*, workers: int, cores: int, on_device: bool | None) -> str:
+    """What to change when a run waits for its data.
+
+    Args:
+        workers: loader processes of this process.
+        cores: for this process and its loader.
+        on_device: whether samples travel as bytes; None where they cannot.
+    """
+    have = (
+        f"the loader has {workers} process{'es' * (workers != 1)}, and there {'is' if cores == 1 else 'are'} {cores} "
+    )
+    have += "core" + "s" * (cores != 1)
+    if workers < cores:
+        return f"{have}; set data.num_workers={min(max(2 * workers, 1), cores)}"
+    more = " or normalise on the device (data.on_device=true)" if on_device is False else ""
+    return (
+        f"{have}, so more would not help; read from a faster disk, store samples smaller or in shards (data=hf, "
+        f"data=stream), augment less{more}"
+    )
 
 
 def describe(row: dict[str, float]) -> str:

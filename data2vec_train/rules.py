@@ -101,6 +101,7 @@ _RANGES = [
         modality.encoder.position_groups
         callbacks.probe.every_n_steps callbacks.probe.neighbours callbacks.probe.rank_samples
         callbacks.evaluation.every_n_steps callbacks.checkpoint.every_n_steps
+        callbacks.monitor.data_wait_rows data.prefetch_factor
         neighbours attentive.epochs attentive.num_heads rows_per_part num_heads
         head.vector_dim head.tdnn_dim head.max_answer_tokens head.masks.time_span head.max_tokens
         rounds threads peak.side peak.repeats step.batch_size step.image_px step.text_tokens encoder.batch_sizes
@@ -147,7 +148,7 @@ _RANGES = [
         """
         objective.tau_start objective.tau_end data.max_bad_fraction data.held_out_fraction layer_decay.rate
         modality.augment.horizontal_flip modality.augment.erase head.horizontal_flip head.mix_probability
-        head.masks.channel_span
+        head.masks.channel_span callbacks.monitor.max_data_wait
         """,
     ),
     *_range(

@@ -146,6 +146,7 @@ def data_of(
         ),
         batch_size_per_device=batch,
         num_workers=num_workers,
+        prefetch_factor=2,
         max_bad_fraction=0.0,
         tolerated_bad_samples=0,
         quarantine_path=folder / "quarantine.jsonl",

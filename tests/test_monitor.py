@@ -1,13 +1,16 @@
 import csv
+import itertools
 import logging
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from data2vec_train.data.datamodule import TimedLoader
 from data2vec_train.errors import CollapseError, ConfigError
-from data2vec_train.monitor import CSVLog, Monitor, describe, wandb_logger
+from data2vec_train.monitor import CSVLog, Monitor, describe, loader_advice, wandb_logger
 
 
 def rows(path) -> list[dict]:
@@ -71,10 +74,12 @@ class Run:
     def __init__(self, monitor: Monitor, *, num_samples: int | None = 64) -> None:
         self.monitor, self.log = monitor, Rows()
         data = SimpleNamespace(num_samples=num_samples, loader=SimpleNamespace(waited_seconds=0.0))
+        data.num_workers, data.on_device = 1, None
         self.trainer = SimpleNamespace(
             global_step=0,
             max_steps=100,
             world_size=1,
+            num_devices=1,
             is_global_zero=True,
             callbacks=[],
             loggers=[self.log],
@@ -94,7 +99,7 @@ class Run:
 
 def monitor(**changes) -> Monitor:
     options = {"min_target_std": 0.1, "min_prediction_std": 0.01, "grace_steps": 50, "progress": "none"}
-    return Monitor(**options | changes)
+    return Monitor(**options | {"max_data_wait": 0.2, "data_wait_rows": 2} | changes)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +165,64 @@ def test_throughput_and_waiting_are_since_the_last_row(monkeypatch):
     assert (two["train/samples_per_second"], two["train/data_wait"], two["train/epoch"]) == (8.0, 0.75, 0.75)
 
 
+class Slow(torch.utils.data.Dataset):
+    """Records that take a while to read."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(self.seconds)
+        return index
+
+    def __len__(self) -> int:
+        return 1000
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.005, 1), (0.0, 0)])
+def test_a_loader_that_is_the_brake_is_said_once_with_what_to_change(seconds, said, caplog, monkeypatch):
+    monkeypatch.setattr("data2vec_train.monitor.cores_at_hand", lambda: 4)
+    run = Run(monitor())
+    run.trainer.datamodule.loader = TimedLoader(torch.utils.data.DataLoader(Slow(seconds), batch_size=2))
+    with caplog.at_level(logging.WARNING, logger="data2vec_train.monitor"):
+        for step, _ in enumerate(itertools.islice(run.trainer.datamodule.loader, 8), start=1):
+            time.sleep(0.01)  # the step itself
+            run.step(step)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == said
+    for line in lines:
+        assert 20 < int(line.split()[0]) < 100
+        assert line.endswith("the loader has 1 process, and there are 4 cores; set data.num_workers=2")
+
+
+def test_waiting_for_the_first_logged_step_is_no_brake(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
+    run = Run(monitor())
+    for step in range(1, 8):
+        now[0] += 100.0 if step == 1 else 1.0
+        run.trainer.datamodule.loader.waited_seconds += 99.0 if step == 1 else 0.19
+        run.step(step)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "on_device", "advice"),
+    [
+        (0, 8, None, "set data.num_workers=1"),
+        (3, 8, False, "set data.num_workers=6"),
+        (7, 8, False, "set data.num_workers=8"),
+        (8, 8, False, "data.on_device=true"),
+        (8, 8, True, "in shards (data=hf, data=stream), augment less"),
+        (8, 8, None, "augment less"),
+    ],
+)
+def test_the_advice_fits_what_there_is(workers, cores, on_device, advice):
+    text = loader_advice(workers=workers, cores=cores, on_device=on_device)
+    assert text.endswith(advice) or (on_device is False and advice in text)
+    assert ("num_workers" in text) == (workers < cores)
+
+
 def test_a_stream_has_no_epochs():
     run = Run(monitor(), num_samples=None)
     run.step(1)
@@ -190,8 +253,8 @@ def test_an_unknown_kind_of_progress_is_refused():
 
 
 def test_rows_in_words():
-    row = {"train/loss": 1.23456, "probe/knn": np.float64(0.987), "train/lr": 0.1}
-    assert describe(row) == "loss 1.235  kNN 98.7%"
+    row = {"train/loss": 1.23456, "probe/knn": np.float64(0.987), "train/lr": 0.1, "train/data_wait": 0.25}
+    assert describe(row) == "loss 1.235  data wait 25%  kNN 98.7%"
 
 
 def test_wandb_without_the_package_says_how_to_install_it(monkeypatch):

@@ -47,6 +47,9 @@ def kill() -> None:
     raise Killed
 
 
+NO_WATCH = {"max_data_wait": 1.0, "data_wait_rows": 5}
+
+
 class Run:
     """What the pretraining task makes of a run directory, with a tiny model."""
 
@@ -65,7 +68,7 @@ class Run:
             max_in_a_row=max_in_a_row, path=folder / "nonfinite.jsonl", checkpointing=self.checkpointing
         )
         self.interruption = Interruption(checkpointing=self.checkpointing)
-        limits = {"min_target_std": None, "min_prediction_std": None, "grace_steps": 0}
+        limits = {"min_target_std": None, "min_prediction_std": None, "grace_steps": 0} | NO_WATCH
         self.trainer = trainer_of(
             folder, steps=steps, accumulate_grad_batches=accumulate, gradient_clip_val=1.0,
             callbacks=[*callbacks, Monitor(**limits, progress="none"), self.checkpointing, self.finite,

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class ResumableData(L.LightningDataModule):
     """
 
     quarantine: Quarantine
+    num_workers: int
+    on_device: bool | None = None  # whether samples travel as bytes; None where they cannot
 
     def __init__(self, *, changed_steps: bool) -> None:
         super().__init__()
@@ -122,11 +125,13 @@ class DataModule(ResumableData):
         collator: makes batches with masks.
         batch_size_per_device: samples per batch and process; with `batching` the most, None = as its budget allows.
         num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
+        prefetch_factor: batches that each of them keeps ready.
         max_bad_fraction: share of broken samples above which the run stops.
         tolerated_bad_samples: so few broken samples never stop it.
         quarantine_path: where broken samples are listed.
         seed: of the run.
         changed_steps: see `ResumableData`.
+        on_device: training samples travel as bytes, and the model's device normalises them; the same values.
 
     Raises:
         ConfigError: settings that do not fit the data.
@@ -145,11 +150,13 @@ class DataModule(ResumableData):
         collator: Collator,
         batch_size_per_device: int | None,
         num_workers: int | Literal["auto"],
+        prefetch_factor: int,
         max_bad_fraction: float,
         tolerated_bad_samples: int,
         quarantine_path: Path,
         seed: int,
         changed_steps: bool = False,
+        on_device: bool = False,
     ) -> None:
         super().__init__(changed_steps=changed_steps)
         if not 0 <= held_out_fraction < 1:
@@ -161,7 +168,14 @@ class DataModule(ResumableData):
         self.seed = seed
         self.batch_size = batch_size_per_device
         self.num_workers = available_workers() if num_workers == "auto" else num_workers
+        self.prefetch_factor = prefetch_factor
         self.collate = collator
+        if hasattr(transform, "train_bytes"):
+            self.on_device = on_device
+        elif on_device:
+            raise ConfigError("data.on_device=true is for images, which are bytes before they are normalised")
+        if on_device and transform.erases:
+            raise ConfigError("data.on_device=true: erasing comes after normalising; set modality.augment.erase=0")
         self._places: dict[int, tuple[int, int]] = {}  # of a stream: worker -> epoch, records of it that are done with
         self._streams: list[dict[str, Any]] | None = None  # of all processes, in the run that goes on
 
@@ -216,7 +230,7 @@ class DataModule(ResumableData):
         place = self.place()
         common: dict[str, Any] = {
             "decode": self.decode,
-            "transform": self.transform.train,
+            "transform": self.transform.train_bytes if self.on_device else self.transform.train,
             "seed": self.seed,
         }
         if isinstance(self.source, StreamingSource):
@@ -240,7 +254,7 @@ class DataModule(ResumableData):
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=on_gpu,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
             worker_init_fn=ignore_interrupts,
             **batches,
         )
@@ -306,6 +320,10 @@ class DataModule(ResumableData):
         """Lightning would wait for the copy of anything that is not a plain tensor."""
         return batch.to(device, non_blocking=True)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise what travelled as bytes."""
+        return replace(batch, inputs=self.transform.normalise_on_device(batch.inputs)) if self.on_device else batch
+
     def evaluation_batches(
         self, dataset: EvaluationDataset, *, masked: bool = False, shuffle: np.random.Generator | None = None
     ) -> Iterator[Batch]:
@@ -328,6 +346,7 @@ class DataModule(ResumableData):
             batch_sampler=order,
             collate_fn=self.collate if masked else self.collate.without_masks(),
             num_workers=self.num_workers,
+            worker_init_fn=ignore_interrupts,
         )
         for batch in loader:
             self.quarantine.add(batch.rejected, num_good=len(batch))
@@ -370,10 +389,14 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def cores_at_hand() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_workers() -> int:
     """One process less than there are cores, between 1 and 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores - 1))
+    return max(1, min(8, cores_at_hand() - 1))
 
 
 def _labelled(source: Source) -> np.ndarray:

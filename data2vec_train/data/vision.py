@@ -317,22 +317,28 @@ class ImageTransform:
         else:
             steps.append(functools.partial(self._cover, resized=size))
         if shift_px:
-            steps.append(v2.RandomCrop(size, padding=shift_px))
+            steps.append(functools.partial(self._shift, pixels_each_way=shift_px))
         if rand_augment is not None:
             if len(rand_augment) != 2 or not 0 <= rand_augment[1] <= 30 or channels not in (1, 3):
                 raise ConfigError(f"rand_augment={list(rand_augment)}; expected [changes, 0 to 30] and 1 or 3 channels")
             bilinear = v2.InterpolationMode.BILINEAR  # tensors are not rotated bicubically
             steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=bilinear))
         # Each pixel of an erased rectangle is noise of its own: it stands where images are normalised already.
+        self.erases = bool(erase)
         self._erase = v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random") if erase else None
         self._augment = v2.Compose(steps)
         # (x / 255 - mean) / std, as one multiplication and one addition.
         self._gain, self._offset = 1 / (255 * self._std), -self._mean / self._std
+        self._moved: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def train(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32, augmented with draws from torch's global CPU generator."""
         pixels = self.normalise(self._augment(to_tensor(image)))
         return pixels if self._erase is None else self._erase(pixels)
+
+    def train_bytes(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
+        """(C, H, W) uint8: `train` before it normalises, for `normalise_on_device`; nothing is erased."""
+        return self._augment(to_tensor(image))
 
     def evaluate(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32: the centre, without randomness.
@@ -360,6 +366,13 @@ class ImageTransform:
         """(C, H, W) uint8 -> float32 with the mean and deviation that models expect."""
         return pixels.float().mul_(self._gain).add_(self._offset)
 
+    def normalise_on_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`normalise` of a batch (B, C, H, W), wherever it is."""
+        if pixels.device not in self._moved:  # once: a copy at each step would make the host wait
+            self._moved[pixels.device] = self._gain.to(pixels.device), self._offset.to(pixels.device)
+        gain, offset = self._moved[pixels.device]
+        return pixels.float().mul_(gain).add_(offset)
+
     def _cover(self, pixels: torch.Tensor, resized: tuple[int, int]) -> torch.Tensor:
         """(C, H, W) uint8: the centre of the image, after it is resized to cover `resized` and no more."""
         from torchvision.transforms.v2 import functional
@@ -375,6 +388,15 @@ class ImageTransform:
             target = [max(resized[0], round(height * scale)), max(resized[1], round(width * scale))]
             pixels = functional.resize(pixels, target, self._interpolation, antialias=True)
         return functional.center_crop(pixels, list(self.size))
+
+    def _shift(self, pixels: torch.Tensor, pixels_each_way: int) -> torch.Tensor:
+        """(C, H, W) moved at random, with 0 where nothing is left; torchvision's RandomCrop of a padded image.
+
+        Written out because a small image spends most of its time in torchvision's wrapping.
+        """
+        top, left = (int(torch.randint(2 * pixels_each_way + 1, ())) for _ in range(2))
+        padded = torch.nn.functional.pad(pixels, [pixels_each_way] * 4)
+        return padded[:, top : top + self.size[0], left : left + self.size[1]]
 
 
 def to_tensor(image: "Image.Image | np.ndarray") -> torch.Tensor:

@@ -110,6 +110,7 @@ class FinetuneData(ResumableData):
         batching: how records of different lengths share batches; None where all are alike.
         batch_size_per_device: records per batch and process; with `batching` the most, None = as its budget allows.
         num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
+        prefetch_factor: batches that each of them keeps ready.
         max_bad_fraction: share of broken records above which the run stops.
         tolerated_bad_samples: so few broken records never stop it.
         quarantine_path: where broken records are listed.
@@ -132,6 +133,7 @@ class FinetuneData(ResumableData):
         batching: LengthBatching | None,
         batch_size_per_device: int | None,
         num_workers: int | Literal["auto"],
+        prefetch_factor: int,
         max_bad_fraction: float,
         tolerated_bad_samples: int,
         quarantine_path: Path,
@@ -144,6 +146,7 @@ class FinetuneData(ResumableData):
         self.batching = batching
         self.batch_size = batch_size_per_device
         self.num_workers = available_workers() if num_workers == "auto" else num_workers
+        self.prefetch_factor = prefetch_factor
         self.seed = seed
 
         rows = task.usable(source)
@@ -219,7 +222,7 @@ class FinetuneData(ResumableData):
             collate_fn=Collate(self.task, train=True, seed=self.seed),
             num_workers=self.num_workers,
             pin_memory=on_gpu,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
             worker_init_fn=ignore_interrupts,
         )
         self.loader = TimedLoader(loader)

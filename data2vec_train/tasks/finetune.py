@@ -162,6 +162,8 @@ def build_source(
 def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneData:
     """Training and test records of a composed config."""
     data = cfg.data
+    if data.on_device:
+        raise ConfigError("data.on_device=true is for pretraining; fine-tuning normalises in the loader's processes")
     batching = build(cfg.modality.batching)
     return FinetuneData(
         task=task,
@@ -173,6 +175,7 @@ def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneDat
         batching=batching,
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / QUARANTINE,

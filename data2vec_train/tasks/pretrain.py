@@ -39,12 +39,14 @@ from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.run_directory import (
     METRICS,
     NONFINITE,
+    PROFILE,
     QUARANTINE,
     SUMMARY,
     RunDirectory,
     open_run,
     write_summary,
 )
+from data2vec_train.timing import REPORT, Timing
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +87,13 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         collator=collator,
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / QUARANTINE,
         seed=cfg.seed,
         changed_steps=cfg.resume == "changed",
+        on_device=data.on_device,
     )
 
 
@@ -114,6 +118,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     """
     started = time.perf_counter()
     quiet_libraries()
+    timing = Timing() if cfg.callbacks.timing else None
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     start = None
     if cfg.init_from is not None:
@@ -147,8 +152,12 @@ def pretrain(cfg: DictConfig) -> float | None:
     )
     trainer = build_trainer(cfg, run, [probe, monitor], checkpointing, precision)
     _describe(cfg, objective, data, run_dir)
+    if timing is not None:
+        timing.watch(trainer, module, data)
     collapse = fit_or_collapse(trainer, module, data, run)
 
+    if timing is not None:
+        timing.switch(REPORT)
     summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
     summary["precision"] = precision
     summary["status"] = "finished" if collapse is None else "collapsed"
@@ -160,6 +169,8 @@ def pretrain(cfg: DictConfig) -> float | None:
                 report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
             log.info("report: %s", report)
         write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
+        if timing is not None:
+            log.info("%s", timing.write(run_dir / PROFILE))
     if collapse is not None:
         raise collapse
     return _score(summary)

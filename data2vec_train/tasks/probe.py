@@ -111,6 +111,7 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
         collator=Collator(**plain, pad_value=cfg.modality.pad_value),
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
         quarantine_path=run_dir / "quarantine.jsonl",

@@ -19,12 +19,13 @@ from data2vec_train.monitor import CSVLog
 
 log = logging.getLogger(__name__)
 
-METRICS, SUMMARY, CONFIG, QUARANTINE, NONFINITE = (
+METRICS, SUMMARY, CONFIG, QUARANTINE, NONFINITE, PROFILE = (
     "metrics.csv",
     "summary.json",
     "config.yaml",
     "quarantine.jsonl",
     "nonfinite.jsonl",
+    "profile.csv",
 )
 # What a run may go on without or with more of: nothing here changes what is learned.
 FREE = (
@@ -35,8 +36,12 @@ FREE = (
     "strategy",
     "compile",
     "data.num_workers",
+    "data.prefetch_factor",
     "callbacks.checkpoint",
     "callbacks.monitor.progress",
+    "callbacks.monitor.max_data_wait",
+    "callbacks.monitor.data_wait_rows",
+    "callbacks.timing",
     "trainer.accumulate_grad_batches",  # judged together with the number of processes, see data.datamodule
 )
 

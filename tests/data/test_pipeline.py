@@ -15,8 +15,9 @@ from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, Key, LengthBatching
-from data2vec_train.data.seeding import torch_seeded
+from data2vec_train.data.seeding import generator, torch_seeded
 from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.data.vision import ImageTransform
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.masking import InverseBlockMasker, RandomMasker
@@ -89,6 +90,7 @@ def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes
         "batching": None,
         "batch_size_per_device": 4,
         "num_workers": 0,
+        "prefetch_factor": 2,
         "max_bad_fraction": 0.5,
         "tolerated_bad_samples": 0,
         "seed": 0,
@@ -544,3 +546,56 @@ class StreamedNoise(StreamingSource):
         images = np.random.default_rng((seed, epoch)).normal(size=(22, 1, 8, 12)).astype(np.float32)
         for number in range(rank * num_workers + worker, 22, num_workers * world_size):
             yield RawSample(f"n{number}", images[number])
+
+
+# ----------------------------------------------------------------------------------------------------------- on device
+
+
+class Pictures(Source):
+    """Eight images of noise."""
+
+    rejected = left_out = ()
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return RawSample(str(index), np.random.default_rng(index).integers(0, 256, (9, 9), dtype=np.uint8), None)
+
+    def labels(self):
+        return None
+
+
+def images(**changes) -> ImageTransform:
+    options = {"image_px": 8, "channels": 1, "crop_scale": [0.5, 1.0], "crop_ratio": [0.8, 1.2], "shift_px": 1}
+    options |= {"horizontal_flip": 0.5, "color_jitter": None, "interpolation": "bicubic", "mean": [0.4], "std": [0.3]}
+    return ImageTransform(**options | changes)
+
+
+def unchanged(value):
+    return value
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_normalising_on_the_device_changes_no_input_and_only_bytes_travel(tmp_path, workers):
+    batches = []
+    for on_device in (False, True):
+        data = data_module(tmp_path, Pictures(), transform=images(), decode=unchanged, on_device=on_device,
+                           num_workers=workers)  # fmt: skip
+        for batch in first(data.train_dataloader(), 4):
+            assert (batch.inputs.dtype == torch.uint8) == on_device
+            batches.append(data.on_after_batch_transfer(batch, 0).inputs)
+    assert all(torch.equal(one, other) for one, other in zip(batches[:4], batches[4:], strict=True))
+
+
+def test_what_cannot_travel_as_bytes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="on_device=true is for images"):
+        data_module(tmp_path, Numbers(8), on_device=True)
+    with pytest.raises(ConfigError, match=r"set modality\.augment\.erase=0"):
+        data_module(tmp_path, Pictures(), transform=images(erase=0.5), on_device=True)
+
+
+def test_numbers_of_one_word_and_of_several_seed_as_numpy_has_it():
+    for key in ((0, 0), (5, 2**32 - 1), (1, 2**32), (2**70, 3)):
+        expected = np.random.SeedSequence((7, 3, *key)).generate_state(4)
+        assert (generator(7, "mask", *key).bit_generator.seed_seq.generate_state(4) == expected).all()

@@ -341,3 +341,31 @@ def test_importing_does_not_load_the_heavy_libraries():
         "sys.exit(bool({'datasets', 'torchvision', 'PIL.Image'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ on device
+
+
+def test_bytes_that_are_normalised_later_give_the_same_image():
+    options = {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "crop_scale": [0.2, 1.0]}
+    options |= {"crop_ratio": [0.75, 1.33], "horizontal_flip": 0.5, "shift_px": 3, "color_jitter": [0.4, 0.4, 0.4]}
+    transform = ImageTransform(**PLAIN | options)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = transform.train(PIXELS)
+        torch.manual_seed(seed)
+        travelling = transform.train_bytes(PIXELS)
+        assert travelling.dtype == torch.uint8
+        assert torch.equal(transform.normalise_on_device(torch.stack([travelling] * 2))[1], expected)
+
+
+def test_a_shift_is_torchvisions_crop_of_a_padded_image():
+    from torchvision.transforms import v2
+
+    transform = ImageTransform(**PLAIN | {"image_px": [12, 17], "channels": 3, "shift_px": 2})
+    reference = v2.RandomCrop((12, 17), padding=2)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        expected = reference(torch.from_numpy(PIXELS).permute(2, 0, 1))
+        torch.manual_seed(seed)
+        assert torch.equal(transform.train_bytes(PIXELS), expected)
