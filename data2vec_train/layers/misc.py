@@ -40,7 +40,7 @@ class DropPath(nn.Module):
 
     def forward(self, branch: Tensor) -> Tensor:
         """Branch (B, S, D) -> the same shape."""
-        if self.rate == 0.0 or not self.training:
+        if not self.training or self.rate == 0.0:
             return branch
         kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * (kept.to(branch.dtype) / (1.0 - self.rate))
