@@ -617,7 +617,7 @@ def _float8_is_possible(cfg: DictConfig) -> str | None:
         return None
     if "objective" not in cfg:
         return "precision.trainer: fp8-mixed is for pretraining; choose precision=auto or precision=bf16"
-    if importlib.util.find_spec("torchao") is None:
+    if "hardware" not in cfg and importlib.util.find_spec("torchao") is None:  # a plan computes nothing
         return (
             "precision.trainer: fp8-mixed needs the package torchao: pip install 'data2vec-train[fp8]'; or choose "
             "precision=bf16"
@@ -632,6 +632,8 @@ def _attention_can(cfg: DictConfig) -> str | None:
         return None
     accelerator = _get(cfg, "strategy.accelerator", str)
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and may_have_a_gpu())
+    if "hardware" in cfg:  # that a plan is for
+        on_gpu = bool(_get(cfg, "hardware.gpu", bool))
     precision = str(_get(cfg, "precision.trainer", str))
     low = "float16" if precision.startswith("16") else "bfloat16"
     dim, heads = _get(cfg, "modality.encoder.dim", int), _get(cfg, "modality.encoder.num_heads", int)
