@@ -11,7 +11,7 @@ from data2vec_train.bench.memory import KIND, peak_memory
 from data2vec_train.bench.timing import Effort, interleave
 from data2vec_train.errors import ConfigError
 
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST = {"32-true": None, "32-tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Arithmetic:
     """Types of numbers: weights are float32, products what `precision` says; picklable, for a process of its own."""
 
     device: str
-    precision: str  # as in `configs/precision`
+    precision: str  # what `precision.trainer` becomes here
 
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
@@ -31,7 +31,10 @@ class Arithmetic:
         return AUTOCAST[self.precision] or torch.float32
 
     def autocast(self) -> AbstractContextManager:
-        """The context for a forward pass."""
+        """The context for a forward pass; how float32 is multiplied stays set for the backward pass."""
+        tf32 = self.precision == "32-tf32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
         low = AUTOCAST[self.precision]
         return nullcontext() if low is None else torch.autocast(torch.device(self.device).type, dtype=low)
 
