@@ -224,9 +224,7 @@ def test_flash_and_flex_keep_no_scores_and_auto_takes_them(which, composed):
     given += ["size.dim=64", "size.depth=3", "modality.encoder.attention_dropout=0"]
 
     def held(backend):
-        cfg = composed(
-            f"modality={modality}", *given, "objective.views=1", f"attention={backend}", config_name="plan"
-        )
+        cfg = composed(f"modality={modality}", *given, "objective.views=1", f"attention={backend}", config_name="plan")
         planner, setup = planner_of(cfg, HARDWARE), setup_of(cfg, **changes)
         assert planner.flops(setup) == planner_of(cfg_sdpa(cfg), HARDWARE).flops(setup)
         step = planner.memory(setup).step

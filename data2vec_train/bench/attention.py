@@ -34,7 +34,11 @@ def measure_attention(
     for shape, masked, kind, trained in itertools.product(shapes, key_mask, bias, backward):
         inputs = Inputs.draw(shape, masked=masked, kind=kind, trained=trained, bench=bench)
         words = ["x".join(map(str, shape))]
-        words += ["padded"] * masked + [f"{kind} bias"] * (kind != "none") + ["forward and backward" if trained else "forward"]
+        words += (
+            ["padded"] * masked
+            + [f"{kind} bias"] * (kind != "none")
+            + ["forward and backward" if trained else "forward"]
+        )
         case = Case("attention", ", ".join(words), REFERENCE, [Arm(name) for name in names])
         runs: dict[str, Callable[[], object]] = {}
         expected = inputs.results(REFERENCE)

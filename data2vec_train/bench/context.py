@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from data2vec_train.bench.memory import KIND, peak_memory
 from data2vec_train.bench.timing import Effort, interleave
 from data2vec_train.errors import ConfigError
 
+T = TypeVar("T", bound=Callable[[], object])
 AUTOCAST = {"32-true": None, "32-tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -69,6 +71,20 @@ class Bench:
         if self.measures_memory:
             arm.idle_bytes, arm.peak_bytes = peak_memory(make, device=self.device, threads=self.threads, calls=2)
             arm.memory_kind = KIND[self.device.type]
+
+    def build(self, arm: Arm, make: Callable[[], T]) -> T:
+        """An arm, with its peak memory if that was asked for: on a GPU of this very one, in its first calls."""
+        if self.device.type != "cuda":
+            self.memory_of(arm, make)
+            return make()
+        built: list[T] = []
+
+        def keep() -> T:
+            built.append(make())
+            return built[0]
+
+        self.memory_of(arm, keep)
+        return built[0] if built else make()
 
     def time(self, case: Case, runs: dict[str, Callable[[], object]]) -> Case:
         """Measure the runs of a case in turn."""

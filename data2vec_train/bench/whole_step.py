@@ -70,7 +70,7 @@ def measure_step(
     runs: dict[str, StepRun] = {}
     for arm in case.arms:
         try:
-            runs[arm.name] = make(arm.name)()
+            runs[arm.name] = bench.build(arm, make(arm.name))
         except ConfigError as error:
             arm.refused = str(error)
     case.reference = next((one for one in runs if one != OURS), None)
@@ -84,7 +84,6 @@ def measure_step(
         rows, views, tokens = batch.masks.masked.shape
         arm.items = {"samples": rows, "masked views": rows * views, "tokens": rows * tokens}
         arm.flops = count_flops(run) if arm.name == ORIGINAL else _flops(run)
-        bench.memory_of(arm, make(arm.name))
     yield bench.time(case, runs)
     yield _parts(bench, f"{name}, parts of our step", runs[OURS])
 

@@ -190,7 +190,9 @@ def _setup(cfg: DictConfig, objective: Data2Vec, hardware: Hardware) -> tuple[Se
     if trainer == "auto":
         trainer = "bf16-mixed" if (hardware.tflops.get("bf16") or 0) > hardware.tflops["fp32"] else "32-true"
     if trainer not in PRECISIONS:
-        raise ConfigError(f"precision.trainer={trainer}: a plan knows auto, {', '.join(PRECISIONS)}; choose one of them")
+        raise ConfigError(
+            f"precision.trainer={trainer}: a plan knows auto, {', '.join(PRECISIONS)}; choose one of them"
+        )
     rate, low = PRECISIONS[trainer]
     if hardware.tflops.get(rate) is None:
         known = [name for name, value in hardware.tflops.items() if value is not None]
