@@ -1,7 +1,8 @@
 """All attention backends on a GPU, in the encoders of `tests/layers/test_attention.py` and by themselves.
 
 In float32 they agree to 1e-5, outputs and gradients. bfloat16 keeps 7 bits: one product is wrong by 2^-8 of itself, and
-a sum of many by about as much of its largest terms. Five times that is allowed, against float32 of the same numbers.
+a sum of many by about as much of its largest terms. Five times that is allowed, against float32 of the same numbers; more
+for the slopes of ALiBi, whose gradients are sums over all pairs of positions that mostly cancel.
 """
 
 import pytest
@@ -17,7 +18,7 @@ from data2vec_train.layers.positions import ALiBi, RelativePositionBias
 from tests.layers.test_attention import ENCODERS, assert_same, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-BF16_BAND = 5 * 2**-8
+BF16_BAND, SLOPE_BAND = 5 * 2**-8, 0.15
 LENGTHS = (197, 150, 1, 64)  # real positions of each row
 
 
@@ -88,7 +89,9 @@ def test_bfloat16_is_near_float32(backend, padded, bias):
     found = results(backend, torch.bfloat16, padded=padded, bias=bias)
     for name, one in wanted.items():
         worst, largest = float((found[name] - one).abs().max()), float(one.abs().max())
-        assert worst <= BF16_BAND * largest, f"{name}: {worst / largest:.2g} of the largest"
+        assert worst <= (SLOPE_BAND if name == "scale" else BF16_BAND) * largest, (
+            f"{name}: {worst / largest:.2g} of the largest"
+        )
 
 
 def test_flash_takes_padding_through_the_kernel_for_sequences(monkeypatch):
