@@ -2,11 +2,13 @@
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from data2vec_train.bench import context
 from data2vec_train.bench.agreement import gradients_agree, outputs_agree
 from data2vec_train.bench.attention import measure_attention
 from data2vec_train.bench.context import Arithmetic, Bench
@@ -292,6 +294,17 @@ def test_a_compiled_step_is_compared_with_a_plain_one_in_float32():
 def test_operations_of_a_step_are_those_that_it_computes():
     run = step_run()
     assert _flops(run) == count_flops(run) > 0
+
+
+def test_on_a_gpu_memory_is_that_of_the_arm_that_is_timed(monkeypatch):
+    measured = []
+    monkeypatch.setattr(context, "peak_memory", lambda make, **_: measured.append(make()) or (3, 7))
+    on_gpu = replace(bench(), arithmetic=Arithmetic("cuda", "32-true"), measures_memory=True)
+    arm = Arm("ours")
+    built = on_gpu.build(arm, lambda: partial(int))
+    assert measured == [built]
+    assert (arm.idle_bytes, arm.peak_bytes) == (3, 7)
+    assert replace(on_gpu, measures_memory=False).build(arm, lambda: int) is int
 
 
 def test_shares_of_a_stated_rate_have_a_column():

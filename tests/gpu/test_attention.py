@@ -1,8 +1,8 @@
 """All attention backends on a GPU, in the encoders of `tests/layers/test_attention.py` and by themselves.
 
 In float32 they agree to 1e-5, outputs and gradients. bfloat16 keeps 7 bits: one product is wrong by 2^-8 of itself, and
-a sum of many by about as much of its largest terms. Five times that is allowed, against float32 of the same numbers; more
-for the slopes of ALiBi, whose gradients are sums over all pairs of positions that mostly cancel.
+a sum of many by about as much of its largest terms. Five times that is allowed, against float32 of the same numbers;
+more for the slopes of ALiBi, whose gradients are sums over all pairs of positions that mostly cancel.
 """
 
 import pytest
