@@ -24,9 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from data2vec_train.data2vec import Data2Vec
+from data2vec_train.encoders import transformer
 from data2vec_train.encoders.base import Batch, Masks
 from data2vec_train.encoders.transformer import Block
 from data2vec_train.flops import count_flops
+from data2vec_train.layers import attention
+from data2vec_train.layers.attention import Bias
+from data2vec_train.layers.backends import Case, able, refusal
 
 GPU_BLOCK = 512  # bytes; PyTorch's allocator for GPUs rounds up to it
 FRONT_END, TEACHER, BLOCKS, DECODER = "front end", "teacher", "blocks", "decoder"
@@ -160,6 +164,77 @@ def _attend(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Attention backends that have no kernel for the meta device
+
+
+@contextmanager
+def _planned_attention(*, low: torch.dtype | None, gpu: bool) -> Iterator[None]:
+    """Let backends refuse what they would refuse on the planned device, and stand in for those that have kernels."""
+    device = "cuda" if gpu else "cpu"
+
+    def choose(
+        like: Tensor, *, num_heads: int, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float
+    ) -> str:
+        case = Case(
+            device=device,
+            dtype=str(low or like.dtype).removeprefix("torch."),
+            head_dim=like.shape[-1] // num_heads,
+            bias=bias is not None,
+            padding=key_mask is not None,
+            per_query=key_mask is not None and key_mask.dim() == 3,
+            dropout=dropout_p > 0,
+        )
+        return next((name for name in able(case) if name in ("flash", "flex")), "sdpa")
+
+    def refuse(backend: str, case: Case) -> str | None:
+        return refusal(backend, replace(case, device=device))
+
+    kernels = {"flash": partial(_flash, gpu=gpu), "flex": _flex} if gpu else {}
+    places = [(attention, "refusal", refuse), (attention, "BACKENDS", attention.BACKENDS | kernels)]
+    places.append((transformer, "fastest", choose))
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, other in places:
+        setattr(module, name, other)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(places, before, strict=True):
+            setattr(module, name, original)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: None, dropout_p: float, *, gpu: bool
+) -> Tensor:
+    if key_mask is not None:  # real keys are brought to the front, in copies
+        order = key_mask.int().argsort(dim=1, descending=True, stable=True)[:, None, :, None].expand_as(k)
+        k, v = k.gather(2, order), v.gather(2, order)
+    return _attend(q, k, v, dropout_p=dropout_p, gpu=gpu)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float
+) -> Tensor:
+    """Keeps what FlashAttention keeps, in any precision: its own result, and a number for each query."""
+    mixed = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[0]
+    if bias is None:
+        return mixed
+    return _Learned.apply(mixed, bias.learned if isinstance(bias, Bias) else bias)
+
+
+class _Learned(torch.autograd.Function):
+    """Nothing, but that a bias gets a gradient of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, learned: Tensor) -> Tensor:
+        ctx.save_for_backward(learned)
+        return mixed.view_as(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.empty_like(ctx.saved_tensors[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -248,7 +323,7 @@ def step_memory(
     existing = [*tensors_of(objective), *gradients, *tensors_of(batch)]
     allocations = Allocations(existing=existing, block=GPU_BLOCK if gpu else 1)
     arithmetic = DeviceArithmetic(low=low, gpu=gpu)
-    with allocations:
+    with allocations, _planned_attention(low=low, gpu=gpu):
         with arithmetic, _parts(objective, partial(_booked, allocations)):
             loss = objective(batch).loss
         # Autocast keeps its copies of trained weights until here; those that the backward pass needs stay.
@@ -306,7 +381,7 @@ def _backward(objective: Data2Vec, loss: Tensor, arithmetic: DeviceArithmetic) -
         torch.autograd.backward(loss)
 
 
-def step_flops(objective: Data2Vec, batch: Batch, *, gpu: bool) -> dict[str, int]:
+def step_flops(objective: Data2Vec, batch: Batch, *, low: torch.dtype | None, gpu: bool) -> dict[str, int]:
     """Part, and "backward" -> floating-point operations of one micro-batch on the meta device.
 
     Where activations are recomputed, the backward pass holds the repetition.
@@ -321,11 +396,13 @@ def step_flops(objective: Data2Vec, batch: Batch, *, gpu: bool) -> dict[str, int
         return results[0]
 
     def step() -> None:
-        arithmetic = DeviceArithmetic(low=None, gpu=gpu)
+        arithmetic = DeviceArithmetic(low=low, gpu=gpu)
         with arithmetic, _parts(objective, count):
             loss = objective(batch).loss
+        arithmetic.copies = None
         _backward(objective, loss, arithmetic)
 
-    total = count_flops(step)
+    with _planned_attention(low=low, gpu=gpu):
+        total = count_flops(step)
     objective.zero_grad(set_to_none=True)
     return counts | {"backward": total - sum(counts.values())}

@@ -164,7 +164,7 @@ class Planner:
 
     def flops(self, setup: Setup) -> dict[str, int]:
         """Part -> floating-point operations of one sample."""
-        return step_flops(self.objective, self._like(setup, 1), gpu=self.hardware.gpu)
+        return step_flops(self.objective, self._like(setup, 1), low=setup.low, gpu=self.hardware.gpu)
 
     def seconds(self, setup: Setup, *, flops_per_sample: int, tflops: float, utilisation: float) -> float:
         """Of one optimizer step."""

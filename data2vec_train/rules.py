@@ -126,7 +126,7 @@ _RANGES = [
         """
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
         attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
-        encoder.audio_seconds startup.timeout_s
+        encoder.audio_seconds startup.timeout_s peak.stated_tflops
         hardware.memory_gib hardware.bandwidth_gb_s hardware.tflops.bf16 hardware.tflops.fp16 hardware.tflops.tf32
         hardware.tflops.fp32
         """,
@@ -200,7 +200,9 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "modalities": lambda: ("all", *MODALITIES),
     "step.objectives": lambda: ("data2vec", "data2vec2"),
     "encoder.modes": lambda: ("inference", "training"),
+    "step.beside": lambda: ("fp32", "eager"),
     "backends.names": lambda: backends.NAMES,
+    "backends.bias": lambda: ("none", "relative", "linear"),
 }
 
 
@@ -617,7 +619,7 @@ def _float8_is_possible(cfg: DictConfig) -> str | None:
         return None
     if "objective" not in cfg:
         return "precision.trainer: fp8-mixed is for pretraining; choose precision=auto or precision=bf16"
-    if importlib.util.find_spec("torchao") is None:
+    if "hardware" not in cfg and importlib.util.find_spec("torchao") is None:  # a plan computes nothing
         return (
             "precision.trainer: fp8-mixed needs the package torchao: pip install 'data2vec-train[fp8]'; or choose "
             "precision=bf16"
@@ -632,6 +634,8 @@ def _attention_can(cfg: DictConfig) -> str | None:
         return None
     accelerator = _get(cfg, "strategy.accelerator", str)
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and may_have_a_gpu())
+    if "hardware" in cfg:  # that a plan is for
+        on_gpu = bool(_get(cfg, "hardware.gpu", bool))
     precision = str(_get(cfg, "precision.trainer", str))
     low = "float16" if precision.startswith("16") else "bfloat16"
     dim, heads = _get(cfg, "modality.encoder.dim", int), _get(cfg, "modality.encoder.num_heads", int)

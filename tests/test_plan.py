@@ -207,6 +207,63 @@ def test_checkpointing_and_bf16_hold_less_and_eager_attention_more(composed):
     assert eager.memory(setup_of(cfg)).step.held[BLOCKS] >= plain + 0.9 * scores
 
 
+HALF = {"low": torch.bfloat16}
+OTHER_BACKENDS = {
+    "flash": ("text", HALF),
+    "flex": ("text", {}),
+    "flex with ALiBi": ("audio", HALF),
+    "auto": ("text", HALF),
+    "auto with ALiBi": ("audio", HALF),
+}
+
+
+@pytest.mark.parametrize("which", OTHER_BACKENDS)
+def test_flash_and_flex_keep_no_scores_and_auto_takes_them(which, composed):
+    modality, changes = OTHER_BACKENDS[which]
+    given = ["modality.max_seconds=4", "size.conv_dim=16"] if modality == "audio" else ["modality.block_tokens=200"]
+    given += ["size.dim=64", "size.depth=3", "modality.encoder.attention_dropout=0"]
+
+    def held(backend):
+        cfg = composed(f"modality={modality}", *given, "objective.views=1", f"attention={backend}", config_name="plan")
+        planner, setup = planner_of(cfg, HARDWARE), setup_of(cfg, **changes)
+        assert planner.flops(setup) == planner_of(cfg_sdpa(cfg), HARDWARE).flops(setup)
+        step = planner.memory(setup).step
+        return step.held[BLOCKS], step.gradients
+
+    def cfg_sdpa(cfg):
+        return OmegaConf.merge(cfg, {"attention": {"backend": "sdpa"}})
+
+    (ours, gradients), (plain, wanted) = held(which.split()[0]), held("sdpa")
+    assert gradients == wanted
+    if "ALiBi" in which:
+        assert ours < plain  # all blocks share one bias, which sdpa expands for each
+    else:
+        assert ours <= plain * 1.1  # keys and values in copies, at most
+
+
+def test_a_backend_is_refused_as_on_the_planned_device(composed):
+    with pytest.raises(ConfigError, match="attention=flash: its kernels multiply bfloat16 and float16, not float32"):
+        make_plan(composed("modality=text", "attention=flash", "precision=fp32", config_name="plan"))
+    with pytest.raises(ConfigError, match="attention=flex: it has no backward pass without a GPU"):
+        make_plan(composed("modality=text", "attention=flex", "hardware=cpu", config_name="plan"))
+
+
+PLANNED_AS = {
+    "precision=auto hardware=h200": "bf16",
+    "precision=auto hardware=v100": "fp32",
+    "precision=auto hardware=cpu": "fp32",
+    "precision=tf32 hardware=h200": "tf32",
+    "precision=fp8 hardware=h200": "bf16",
+}
+
+
+@pytest.mark.parametrize("given", PLANNED_AS)
+def test_precisions_are_planned_as(given, composed):
+    facts = make_plan(composed(*given.split(), *SMALL, config_name="plan"))
+    assert facts["precision"] == PLANNED_AS[given]
+    assert ("fp8: memory and time are those of bf16" in facts["assumptions"]) == ("fp8" in given)
+
+
 def test_time_is_operations_over_rate_and_bytes_over_bandwidth(composed):
     cfg = small(composed, "vision", "data2vec")
     planner = planner_of(cfg, HARDWARE)
@@ -314,7 +371,8 @@ def test_a_plan_needs_neither_the_data_nor_the_devices_of_the_run():
     given += ["strategy.accelerator=gpu"]
     assert find_faults(given, config_name="plan", multirun=False, on_this_machine=True) == []
     assert len(find_faults(given, config_name="train", multirun=False, on_this_machine=True)) > 0
-    assert find_faults(["data=folder"], config_name="plan", multirun=False, on_this_machine=True) == []
+    for given in (["data=folder"], ["attention=flex", "modality=audio"], ["precision=fp8"]):
+        assert find_faults(given, config_name="plan", multirun=False, on_this_machine=True) == []
 
 
 def test_the_command_prints_writes_and_refuses_with_status_2(tmp_path):

@@ -1,6 +1,7 @@
 """Every attention backend beside the plain one: shapes, padding, position bias, forward and backward."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from data2vec_train.bench.context import Bench
 from data2vec_train.bench.measurements import Arm, Case
 from data2vec_train.errors import ConfigError
 from data2vec_train.flops import count_flops
-from data2vec_train.layers.attention import BACKENDS, attention
+from data2vec_train.layers.attention import BACKENDS, Bias, attention
+from data2vec_train.layers.positions import LinearBias, RelativeBias, alibi_slopes, relative_position_index
 
 REFERENCE = "eager"
 PADDED_SHARE = 0.3  # of the last half of the rows
@@ -23,16 +25,20 @@ def measure_attention(
     *,
     shapes: list[list[int]],
     key_mask: list[bool],
-    bias: list[bool],
+    bias: list[str],
     backward: list[bool],
     names: list[str] | None,
 ) -> Iterator[Case]:
-    """A case for each shape (batch, heads, length, head width) with and without a mask, a bias, a backward pass."""
+    """A case for each shape (batch, heads, length, head width), bias, with and without a mask, a backward pass."""
     names = [REFERENCE, *(name for name in names or BACKENDS if name != REFERENCE)]
-    for shape, masked, biased, trained in itertools.product(shapes, key_mask, bias, backward):
-        inputs = Inputs.draw(shape, masked=masked, biased=biased, trained=trained, bench=bench)
+    for shape, masked, kind, trained in itertools.product(shapes, key_mask, bias, backward):
+        inputs = Inputs.draw(shape, masked=masked, kind=kind, trained=trained, bench=bench)
         words = ["x".join(map(str, shape))]
-        words += ["padded"] * masked + ["learned bias"] * biased + ["forward and backward" if trained else "forward"]
+        words += (
+            ["padded"] * masked
+            + [f"{kind} bias"] * (kind != "none")
+            + ["forward and backward" if trained else "forward"]
+        )
         case = Case("attention", ", ".join(words), REFERENCE, [Arm(name) for name in names])
         runs: dict[str, Callable[[], object]] = {}
         expected = inputs.results(REFERENCE)
@@ -61,11 +67,11 @@ class Inputs:
     k: Tensor
     v: Tensor
     key_mask: Tensor | None
-    bias: Tensor | None
+    bias: Bias | None
     weights: Tensor | None  # of the outputs in what is differentiated; None = forward only
 
     @classmethod
-    def draw(cls, shape: list[int], *, masked: bool, biased: bool, trained: bool, bench: Bench) -> "Inputs":
+    def draw(cls, shape: list[int], *, masked: bool, kind: str, trained: bool, bench: Bench) -> "Inputs":
         """Noise of a shape (batch, heads, length, head width)."""
         rows, heads, length, _ = shape
         generator = torch.Generator().manual_seed(0)
@@ -79,7 +85,8 @@ class Inputs:
         lengths[rows // 2 :] = max(1, round((1 - PADDED_SHARE) * length))
         key_mask = (torch.arange(length) < lengths[:, None]).to(bench.device) if masked else None
         weights = noise(*shape).detach() if trained else None
-        return cls(q, k, v, key_mask, noise(1, heads, length, length) if biased else None, weights)
+        bias = _bias(kind, heads, length, generator=generator, trained=trained, device=bench.device)
+        return cls(q, k, v, key_mask, bias, weights)
 
     def run(self, backend: str) -> Tensor:
         """One pass; gradients of the pass before are forgotten."""
@@ -97,5 +104,21 @@ class Inputs:
         return output, {name: one.grad for name, one in self._leaves().items() if one.grad is not None}
 
     def _leaves(self) -> dict[str, Tensor]:
-        named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias}
+        named = {"q": self.q, "k": self.k, "v": self.v, "bias": None if self.bias is None else self.bias.learned}
         return {name: one for name, one in named.items() if one is not None}
+
+
+def _bias(
+    kind: str, heads: int, length: int, *, generator: torch.Generator, trained: bool, device: torch.device
+) -> Bias | None:
+    """The bias of an encoder of images, as a square grid where that is possible, or of speech."""
+    if kind == "relative":
+        side = math.isqrt(length - 1)
+        grid = (side, side) if side * side == length - 1 else (1, length - 1)
+        index = relative_position_index(grid, 1)
+        table = torch.randn(int(index.max()) + 1, heads, generator=generator).to(device)
+        return RelativeBias(table.requires_grad_(trained), index.to(device))
+    if kind == "linear":
+        positions = torch.arange(length, device=device)[None]
+        return LinearBias(alibi_slopes(heads).to(device).requires_grad_(trained), positions)
+    return None

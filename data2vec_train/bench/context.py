@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,7 +12,8 @@ from data2vec_train.bench.memory import KIND, peak_memory
 from data2vec_train.bench.timing import Effort, interleave
 from data2vec_train.errors import ConfigError
 
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+T = TypeVar("T", bound=Callable[[], object])
+AUTOCAST = {"32-true": None, "32-tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Arithmetic:
     """Types of numbers: weights are float32, products what `precision` says; picklable, for a process of its own."""
 
     device: str
-    precision: str  # as in `configs/precision`
+    precision: str  # what `precision.trainer` becomes here
 
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
@@ -31,7 +33,10 @@ class Arithmetic:
         return AUTOCAST[self.precision] or torch.float32
 
     def autocast(self) -> AbstractContextManager:
-        """The context for a forward pass."""
+        """The context for a forward pass; how float32 is multiplied stays set for the backward pass."""
+        tf32 = self.precision == "32-tf32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
         low = AUTOCAST[self.precision]
         return nullcontext() if low is None else torch.autocast(torch.device(self.device).type, dtype=low)
 
@@ -66,6 +71,20 @@ class Bench:
         if self.measures_memory:
             arm.idle_bytes, arm.peak_bytes = peak_memory(make, device=self.device, threads=self.threads, calls=2)
             arm.memory_kind = KIND[self.device.type]
+
+    def build(self, arm: Arm, make: Callable[[], T]) -> T:
+        """An arm, with its peak memory if that was asked for: on a GPU of this very one, in its first calls."""
+        if self.device.type != "cuda":
+            self.memory_of(arm, make)
+            return make()
+        built: list[T] = []
+
+        def keep() -> T:
+            built.append(make())
+            return built[0]
+
+        self.memory_of(arm, keep)
+        return built[0] if built else make()
 
     def time(self, case: Case, runs: dict[str, Callable[[], object]]) -> Case:
         """Measure the runs of a case in turn."""

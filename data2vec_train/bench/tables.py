@@ -20,17 +20,19 @@ def spread_text(values: list[float]) -> str:
     return f"{time_text(spread.median)} [{time_text(spread.low)}..{time_text(spread.high)}]"
 
 
-def case_lines(case: Case, *, peak: float) -> list[str]:
+def case_lines(case: Case, *, peak: float, stated_peak: float | None = None) -> list[str]:
     """A heading and a line for each arm; columns that would be empty are left out.
 
     Args:
         case: what was measured.
         peak: floating-point operations per second of this machine's matrix products.
+        stated_peak: a figure from elsewhere that rates are compared with too.
     """
     last = f"times as fast as {case.reference}" if case.reference else ""
-    heads = ["", "time", "CPU time", *_rate_names(case), "GFLOP", "GFLOP/s", "of peak", "memory", "at rest"]
+    heads = ["", "time", "CPU time", *_rate_names(case), "GFLOP", "GFLOP/s", "of peak"]
+    heads += ["" if stated_peak is None else f"of {stated_peak / 1e12:g} TFLOP/s", "memory", "at rest"]
     heads += [last, "by CPU time"]
-    table = [[arm.name, *_cells(arm, case, peak)] for arm in case.arms]
+    table = [[arm.name, *_cells(arm, case, peak, stated_peak)] for arm in case.arms]
     kept = [place for place in range(len(heads)) if any(line[place] for line in table)]
     cells = [[line[place] for place in kept] for line in [heads, *table]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -42,10 +44,10 @@ def _rate_names(case: Case) -> list[str]:
     return list(dict.fromkeys(name for arm in case.arms for name in arm.rates))
 
 
-def _cells(arm: Arm, case: Case, peak: float) -> list[str]:
+def _cells(arm: Arm, case: Case, peak: float, stated_peak: float | None) -> list[str]:
     rates = [f"{arm.rates[name]:.4g}" if name in arm.rates else "" for name in _rate_names(case)]
     if arm.refused is not None:
-        return ["", "", *rates, "", "", "", "", "", arm.refused, ""]
+        return ["", "", *rates, "", "", "", "", "", "", arm.refused, ""]
     rate, ratio = arm.flop_rate, case.ratio(arm)
     return [
         spread_text(arm.seconds),
@@ -54,6 +56,7 @@ def _cells(arm: Arm, case: Case, peak: float) -> list[str]:
         f"{arm.flops / 1e9:.4g}" if arm.flops else "",
         f"{rate / 1e9:.4g}" if rate else "",
         f"{rate / peak:.0%}" if rate else "",
+        f"{rate / stated_peak:.0%}" if rate and stated_peak else "",
         _megabytes(arm.peak_bytes),
         _megabytes(arm.idle_bytes),
         "" if ratio is None else str(ratio),

@@ -1,5 +1,6 @@
 """A whole pretraining step, ours and the original program's: teacher, forward, backward, clipping, optimizer, EMA."""
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,11 +12,14 @@ from data2vec_train.bench.measurements import Agreement, Arm, Case
 from data2vec_train.bench.steps import StepArm
 from data2vec_train.bench.timing import timed
 from data2vec_train.data2vec import Data2Vec
+from data2vec_train.dry_run import step_flops
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError
 from data2vec_train.flops import count_flops
 
 OURS, ORIGINAL = "ours", "original"
+# Ours too, with plain attention and not compiled: in float32, or in the precision that was asked for.
+FP32, EAGER = "fp32", "eager"
 PARTS = ("teacher, inside forward", "forward", "backward", "clipping and optimizer", "EMA")
 
 
@@ -45,7 +49,12 @@ class StepRun:
 
 
 def measure_step(
-    bench: Bench, *, name: str, make: Callable[[str], Callable[[], StepRun]], loss_tolerance: float
+    bench: Bench,
+    *,
+    name: str,
+    make: Callable[[str], Callable[[], StepRun]],
+    beside: list[str],
+    loss_tolerance: float,
 ) -> Iterator[Case]:
     """A case that compares, and one with the parts of our step.
 
@@ -53,17 +62,18 @@ def measure_step(
         bench: how to measure.
         name: of the model and its inputs.
         make: name of an arm -> a picklable function that builds it.
+        beside: more arms, of `FP32` and `EAGER`; without the original program ratios are relative to the first.
         loss_tolerance: largest difference of losses, as a share.
     """
-    names = [ORIGINAL, OURS] if "fairseq" in bench.peers else [OURS]
+    names = [ORIGINAL] * ("fairseq" in bench.peers) + [*beside, OURS]
     case = Case("step", name, None, [Arm(one) for one in names])
     runs: dict[str, StepRun] = {}
     for arm in case.arms:
         try:
-            runs[arm.name] = make(arm.name)()
+            runs[arm.name] = bench.build(arm, make(arm.name))
         except ConfigError as error:
             arm.refused = str(error)
-    case.reference = ORIGINAL if ORIGINAL in runs else None
+    case.reference = next((one for one in runs if one != OURS), None)
     expected = runs[case.reference or OURS].results()
     for arm in (arm for arm in case.arms if arm.name in runs):
         run = runs[arm.name]
@@ -73,10 +83,15 @@ def measure_step(
         batch = run.batch
         rows, views, tokens = batch.masks.masked.shape
         arm.items = {"samples": rows, "masked views": rows * views, "tokens": rows * tokens}
-        arm.flops = count_flops(run)
-        bench.memory_of(arm, make(arm.name))
+        arm.flops = count_flops(run) if arm.name == ORIGINAL else _flops(run)
     yield bench.time(case, runs)
     yield _parts(bench, f"{name}, parts of our step", runs[OURS])
+
+
+def _flops(run: StepRun) -> int:
+    """Of our step, counted without computing it: what is compiled hides its operations from counters."""
+    model = copy.deepcopy(run.arm.model).to("meta")
+    return sum(step_flops(model, run.batch.to("meta"), low=torch.bfloat16, gpu=True).values())
 
 
 def _agreements(

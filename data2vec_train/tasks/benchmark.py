@@ -32,7 +32,7 @@ from data2vec_train.bench.startup import measure_startup
 from data2vec_train.bench.steps import our_step
 from data2vec_train.bench.tables import case_lines, overall, progress_line
 from data2vec_train.bench.timing import Effort
-from data2vec_train.bench.whole_step import OURS, StepRun, measure_step
+from data2vec_train.bench.whole_step import EAGER, FP32, ORIGINAL, OURS, StepRun, measure_step
 from data2vec_train.config import build
 from data2vec_train.errors import ConfigError
 from data2vec_train.places import config_directory
@@ -61,8 +61,11 @@ def benchmark(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    # Lightning comes with it.
+    from data2vec_train.runtime import choose_precision
+
     bench = Bench(
-        arithmetic=Arithmetic(device, cfg.precision.trainer),
+        arithmetic=Arithmetic(device, choose_precision(cfg.precision.trainer, torch.device(device).type)),
         effort=Effort(cfg.rounds, cfg.warmups, cfg.min_seconds),
         peers=peers,
         measures_memory=cfg.memory,
@@ -91,7 +94,7 @@ def benchmark(cfg: DictConfig) -> None:
     finally:
         if cases:
             rates += _matmul_rates(cfg, bench)
-            _write(cases, facts, rates, run_dir)
+            _write(cases, facts, rates, cfg.peak.stated_tflops, run_dir)
 
 
 @contextmanager
@@ -105,8 +108,11 @@ def _other_configs() -> Iterator[None]:
         GlobalHydra.set_state(state)
 
 
-def _write(cases: list[Case], facts: dict[str, Any], rates: list[float], run_dir: Path) -> None:
+def _write(
+    cases: list[Case], facts: dict[str, Any], rates: list[float], stated_tflops: float | None, run_dir: Path
+) -> None:
     peak, means = max(rates), overall(cases)
+    stated_peak = None if stated_tflops is None else stated_tflops * 1e12
     facts["machine"]["load_average_at_the_end"] = machine.load_average()
     facts["matmul_flops_per_second"] = rates
     facts["geometric_means"] = {name: dataclasses.asdict(mean) for name, mean in means.items()}
@@ -115,10 +121,11 @@ def _write(cases: list[Case], facts: dict[str, Any], rates: list[float], run_dir
         for arm in plain["arms"]:
             rate = arm["gflop_per_second"]
             arm["share_of_peak"] = None if rate is None else rate * 1e9 / peak
+            arm["share_of_stated_peak"] = None if rate is None or stated_peak is None else rate * 1e9 / stated_peak
     (run_dir / RESULTS).write_text(json.dumps(facts, indent=1) + "\n")
     draw(cases, run_dir / PICTURE, title=_machine_line(facts["machine"]))
     for case in cases:
-        log.info("\n%s", "\n".join(case_lines(case, peak=peak)))
+        log.info("\n%s", "\n".join(case_lines(case, peak=peak, stated_peak=stated_peak)))
     for name, mean in means.items():
         log.info("\n%s: %s", name, mean)
     log.info("\npeak of matrix products: %.4g GFLOP/s; %s", peak / 1e9, run_dir / RESULTS)
@@ -172,11 +179,12 @@ def _step(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
         for objective in options.objectives:
             recipe = [f"+recipes={RECIPES[modality, objective]}", "data.path=."]  # no data is read
             _check([*recipe, *settings, *own], on_this_machine=False)
-            make = partial(_step_run, modality, objective, (*settings, *own), options.batch_size, length)
+            make = partial(_step_run, modality, objective, (*settings, *own), options.batch_size, length, cfg.compile)
             yield from measure_step(
                 bench,
                 name=f"{modality} {objective}, {options.batch_size} x {amount}",
                 make=lambda arm, make=make: partial(make, bench.arithmetic, arm),
+                beside=list(options.beside),
                 loss_tolerance=options.loss_tolerance,
             )
 
@@ -187,18 +195,27 @@ def _step_run(
     settings: tuple[str, ...],
     samples: int,
     length: int,
+    how: bool | str,
     arithmetic: Arithmetic,
     arm: str,
 ) -> StepRun:
-    """A step at the published settings; also called in a process of its own."""
-    cfg = base_config(modality, objective, *settings)
+    """A step at the published settings, ours compiled as `how` says; also called in a process of its own."""
+    if arm == FP32:
+        arithmetic = Arithmetic(arithmetic.device, "32-true")
+    plain = ("attention.backend=eager",) if arm in (FP32, EAGER) else ()
+    cfg = base_config(modality, objective, *settings, *plain)
     ours = base_objective(cfg).to(arithmetic.device)
     batch = base_batch(cfg, ours, samples=samples, length=length).to(arithmetic.device)
     # The work of a step, and weights that stay the same however many there are.
     update = dataclasses.replace(base_update(cfg), lr=0.0)
-    if arm == OURS:
-        return StepRun(our_step(ours, batch, update), batch, arithmetic)
-    return StepRun(original_step(modality, objective, ours=ours, batch=batch, update=update), batch, arithmetic)
+    if arm == ORIGINAL:
+        return StepRun(original_step(modality, objective, ours=ours, batch=batch, update=update), batch, arithmetic)
+    if arm == OURS and how:
+        from data2vec_train.runtime import compile_blocks
+
+        kind = torch.device(arithmetic.device).type
+        compile_blocks(ours, how=how, device=kind, lengths_vary=False, backend="inductor")
+    return StepRun(our_step(ours, batch, update), batch, arithmetic)
 
 
 def _attention(cfg: DictConfig, bench: Bench) -> Iterator[Case]:

@@ -24,8 +24,14 @@ from data2vec_train.planning import GIB, Hardware, Planner, Reserve, Setup, larg
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
-# What the trainer calls a precision -> its name in `hardware.tflops`, and the type of autocast.
-PRECISIONS = {"32-true": ("fp32", None), "bf16-mixed": ("bf16", torch.bfloat16), "16-mixed": ("fp16", torch.float16)}
+# What the trainer calls a precision -> its name in `hardware.tflops`, and the type of autocast; "auto" is one of these.
+PRECISIONS = {
+    "32-true": ("fp32", None),
+    "32-tf32": ("tf32", None),
+    "bf16-mixed": ("bf16", torch.bfloat16),
+    "16-mixed": ("fp16", torch.float16),
+    "fp8-mixed": ("bf16", torch.bfloat16),
+}
 _DRAWN = 8  # samples whose masks are drawn, to know how much they hide
 
 
@@ -181,8 +187,12 @@ def _setup(cfg: DictConfig, objective: Data2Vec, hardware: Hardware) -> tuple[Se
         ConfigError: a precision that plans do not know, or that the hardware does not have.
     """
     trainer = cfg.precision.trainer
+    if trainer == "auto":
+        trainer = "bf16-mixed" if (hardware.tflops.get("bf16") or 0) > hardware.tflops["fp32"] else "32-true"
     if trainer not in PRECISIONS:
-        raise ConfigError(f"precision.trainer={trainer}: a plan knows {', '.join(PRECISIONS)}; choose one of them")
+        raise ConfigError(
+            f"precision.trainer={trainer}: a plan knows auto, {', '.join(PRECISIONS)}; choose one of them"
+        )
     rate, low = PRECISIONS[trainer]
     if hardware.tflops.get(rate) is None:
         known = [name for name, value in hardware.tflops.items() if value is not None]
@@ -237,6 +247,12 @@ def _assumptions(cfg: DictConfig, objective: Data2Vec, setup: Setup) -> list[str
         made.append("sound: every recording is as long as modality.max_seconds allows")
     if cfg.modality.encoder.get("layer_drop", 0) > 0:
         made.append("no block is skipped, although layer drop would skip some")
+    if cfg.precision.trainer == "fp8-mixed":
+        made.append("fp8: memory and time are those of bf16")
+    if cfg.attention.backend == "auto":
+        made.append("attention=auto: flash or flex where they can do it, else sdpa; a run measures which is fastest")
+    if cfg["compile"]:
+        made.append("compile: memory and time are those of a model that is not compiled")
     if setup.devices > 1:
         made.append("messages between devices take no time")
     return made

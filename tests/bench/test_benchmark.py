@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ from PIL import Image
 
 from data2vec_train.bench.context import Arithmetic
 from data2vec_train.errors import ConfigError
+from data2vec_train.preflight import find_faults
 from data2vec_train.tasks.benchmark import MEASURES
+from data2vec_train.tasks.published import RECIPES
 
 ROOT = Path(__file__).parents[2]
 TINY = ["size=tiny", "rounds=2", "min_seconds=0", "peak.side=64", "peak.repeats=2", "memory=false"]
@@ -64,6 +68,10 @@ def check_schema(results, kinds):
     for case in results["cases"]:
         assert case["reference"] in (None, *(arm["name"] for arm in case["arms"]))
         for arm in case["arms"]:
+            if arm["refused"] is not None:
+                assert case["kind"] == "attention"
+                assert arm["seconds"] == []
+                continue
             assert len(arm["seconds"]) == len(arm["cpu_seconds"]) == results["settings"]["rounds"]
             assert arm["wall"]["low"] <= arm["wall"]["median"] <= arm["wall"]["high"]
             assert (arm["flops"] is None) == (arm["share_of_peak"] is None)
@@ -87,7 +95,7 @@ def test_every_measurement_is_written_down_and_drawn(several):
     check_schema(results, kinds)
     names = [case["name"] for case in results["cases"]]
     for name in (
-        *("2x2x9x8, padded, learned bias, forward and backward", "AdamW on 0.5 M weights"),
+        *("2x2x9x8, padded, relative bias, forward and backward", "AdamW on 0.5 M weights"),
         *("vision, training, 2 x 32 px", "vision, inference, 2 x 32 px"),
         *("vision data2vec2, 1 x 64 px", "vision data2vec, 1 x 64 px, parts of our step"),
         *("vision, batches with masks", "vision, parts of a sample"),
@@ -143,6 +151,24 @@ def test_a_mistake_in_settings_for_training_is_one_line(kind, setting, said, com
     bench = SimpleNamespace(arithmetic=Arithmetic("cpu", "32-true"))
     with pytest.raises(ConfigError, match=re.escape(said)):
         next(MEASURES[kind](cfg, bench))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_every_command_for_a_gpu_is_a_right_one(composed):
+    written = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = written.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if "data2vec_train.benchmark" in line]
+    assert len(commands) == 5
+    for _, _, module, *given in commands:
+        assert module == "data2vec_train.benchmark"
+        assert find_faults(given, config_name="benchmark", multirun=False, on_this_machine=False) == []
+        cfg = composed(*given, config_name="benchmark")
+        assert cfg.peak.stated_tflops == 790
+        settings = [f"attention.backend={cfg.attention.backend}", *cfg.step.settings.split()]
+        for modality in ("vision", "audio", "text") if cfg.modalities == "all" else (cfg.modalities,):
+            for objective in cfg.step.objectives:
+                recipe = [f"+recipes={RECIPES[modality, objective]}", "data.path=.", *settings]
+                assert find_faults(recipe, config_name="train", multirun=False, on_this_machine=False) == []
 
 
 @pytest.mark.slow

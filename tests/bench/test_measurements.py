@@ -2,11 +2,13 @@
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from data2vec_train.bench import context
 from data2vec_train.bench.agreement import gradients_agree, outputs_agree
 from data2vec_train.bench.attention import measure_attention
 from data2vec_train.bench.context import Arithmetic, Bench
@@ -18,9 +20,11 @@ from data2vec_train.bench.picture import draw
 from data2vec_train.bench.steps import our_step
 from data2vec_train.bench.tables import case_lines, overall, spread_text, time_text
 from data2vec_train.bench.timing import Effort, interleave
-from data2vec_train.bench.whole_step import ORIGINAL, StepRun, measure_step
+from data2vec_train.bench.whole_step import EAGER, FP32, ORIGINAL, StepRun, _flops, measure_step
 from data2vec_train.errors import ConfigError
+from data2vec_train.flops import count_flops
 from data2vec_train.layers import attention
+from data2vec_train.tasks.benchmark import _step_run
 from data2vec_train.tasks.published import base_batch, base_config, base_objective, base_update
 
 CPU = torch.device("cpu")
@@ -161,7 +165,7 @@ def test_a_backend_that_refuses_is_a_line_and_one_that_is_wrong_has_no_ratio(mon
     monkeypatch.setitem(attention.BACKENDS, "picky", refuse)
     monkeypatch.setitem(attention.BACKENDS, "wrong", wrong)
     found = measure_attention(
-        bench(), shapes=[[2, 2, 9, 4]], key_mask=[True], bias=[True], backward=[False, True], names=None
+        bench(), shapes=[[2, 2, 9, 4]], key_mask=[True], bias=["relative", "linear"], backward=[False, True], names=None
     )
     for one in found:
         lines = case_lines(one, peak=1e9)
@@ -259,7 +263,7 @@ def refuse():
 )
 def test_a_step_is_compared_with_an_original_that_computes_the_same(original, said):
     make = {ORIGINAL: original, OURS: step_run}.get
-    whole, parts = measure_step(bench(peers=["fairseq"]), name="images", make=make, loss_tolerance=1e-5)
+    whole, parts = measure_step(bench(peers=["fairseq"]), name="images", make=make, beside=[], loss_tolerance=1e-5)
     ratio = whole.ratio(whole.arm(OURS))
     if said is None:
         assert ratio.refusal is None
@@ -271,6 +275,45 @@ def test_a_step_is_compared_with_an_original_that_computes_the_same(original, sa
     assert whole.arm(OURS).items == {"samples": 2, "masked views": 2, "tokens": 32}
     assert len(parts.arms) == 5
     assert all(len(arm.seconds) == 2 for arm in parts.arms)
+
+
+SMALL = ("size.dim=32", "size.depth=2", "size.num_heads=4", "size.ffn_dim=64", "modality.image_px=32")
+SMALL += ("modality.patch_px=8", "objective.targets.top_k_layers=1")
+
+
+def test_a_compiled_step_is_compared_with_a_plain_one_in_float32():
+    settings = (*SMALL, "attention.backend=sdpa")
+    make = partial(partial, _step_run, "vision", "data2vec", settings, 2, 0, True, Arithmetic("cpu", "32-true"))
+    whole, _ = measure_step(bench(), name="images", make=make, beside=[FP32, EAGER], loss_tolerance=1e-5)
+    assert [arm.name for arm in whole.arms] == [FP32, EAGER, OURS]
+    assert whole.reference == FP32
+    assert [whole.ratio(arm).refusal for arm in whole.arms[1:]] == [None, None]
+    assert len({arm.flops for arm in whole.arms}) == 1
+
+
+def test_operations_of_a_step_are_those_that_it_computes():
+    run = step_run()
+    assert _flops(run) == count_flops(run) > 0
+
+
+def test_on_a_gpu_memory_is_that_of_the_arm_that_is_timed(monkeypatch):
+    measured = []
+    monkeypatch.setattr(context, "peak_memory", lambda make, **_: measured.append(make()) or (3, 7))
+    on_gpu = replace(bench(), arithmetic=Arithmetic("cuda", "32-true"), measures_memory=True)
+    arm = Arm("ours")
+    built = on_gpu.build(arm, lambda: partial(int))
+    assert measured == [built]
+    assert (arm.idle_bytes, arm.peak_bytes) == (3, 7)
+    assert replace(on_gpu, measures_memory=False).build(arm, lambda: int) is int
+
+
+def test_shares_of_a_stated_rate_have_a_column():
+    one = case([2.0, 2.0], [1.0, 1.0])
+    one.arm("ours").flops = 10**12
+    heads, _, ours = case_lines(one, peak=2e12, stated_peak=4e12)[1:]
+    assert "of 4 TFLOP/s" in heads
+    assert [word for word in ours.split() if "%" in word] == ["50%", "25%"]
+    assert "TFLOP" not in case_lines(one, peak=2e12)[1]
 
 
 def test_a_picture_of_refusals_shows_times(tmp_path):

@@ -1,6 +1,7 @@
 """All attention backends against the formula and each other, on what a CPU can run; the rest is in tests/gpu."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ SIZES = {
 }
 
 
-def vision(attention: str, *, first: bool, relative_bias: str) -> VisionEncoder:
+def vision(attention: str, *, first: bool, relative_bias: str, dim: int) -> VisionEncoder:
     return VisionEncoder(
         image_px=[6, 8],
         patch_px=2,
@@ -117,11 +118,11 @@ def vision(attention: str, *, first: bool, relative_bias: str) -> VisionEncoder:
         layer_scale=0.5 if first else None,
         init="beit" if first else "bert",
         attention=attention,
-        **SIZES,
+        **SIZES | {"dim": dim},
     )
 
 
-def audio(attention: str, *, alibi: str) -> AudioEncoder:
+def audio(attention: str, *, alibi: str, dim: int) -> AudioEncoder:
     return AudioEncoder(
         channels=1,
         conv_dim=4,
@@ -140,26 +141,35 @@ def audio(attention: str, *, alibi: str) -> AudioEncoder:
         input_dropout=0.0,
         layer_drop=0.0,
         attention=attention,
-        **SIZES,
+        **SIZES | {"dim": dim},
     )
 
 
-def text(attention: str) -> TextEncoder:
+def text(attention: str, *, dim: int) -> TextEncoder:
     return TextEncoder(
-        vocab_size=20, max_tokens=12, pad_id=1, num_token_types=0, layer_drop=0.0, attention=attention, **SIZES
+        vocab_size=20,
+        max_tokens=12,
+        pad_id=1,
+        num_token_types=0,
+        layer_drop=0.0,
+        attention=attention,
+        **SIZES | {"dim": dim},
     )
 
 
 ENCODERS = {
-    "vision 1.0": (lambda name: vision(name, first=True, relative_bias="shared"), "replace"),
-    "vision 1.0, all biases": (lambda name: vision(name, first=True, relative_bias="both"), "replace"),
-    "vision 2.0": (lambda name: vision(name, first=False, relative_bias="none"), "drop"),
-    "vision 2.0, a bias per layer": (lambda name: vision(name, first=False, relative_bias="per_layer"), "drop"),
-    "audio 1.0": (lambda name: audio(name, alibi="none"), "replace"),
-    "audio 2.0": (lambda name: audio(name, alibi="shared"), "drop"),
-    "audio 2.0, ALiBi per layer": (lambda name: audio(name, alibi="per_layer"), "drop"),
-    "text 1.0": (text, "corrupt"),
-    "text 2.0": (text, "drop"),
+    "vision 1.0": (lambda name, dim: vision(name, dim=dim, first=True, relative_bias="shared"), "replace"),
+    "vision 1.0, all biases": (lambda name, dim: vision(name, dim=dim, first=True, relative_bias="both"), "replace"),
+    "vision 2.0": (lambda name, dim: vision(name, dim=dim, first=False, relative_bias="none"), "drop"),
+    "vision 2.0, a bias per layer": (
+        lambda name, dim: vision(name, dim=dim, first=False, relative_bias="per_layer"),
+        "drop",
+    ),
+    "audio 1.0": (lambda name, dim: audio(name, dim=dim, alibi="none"), "replace"),
+    "audio 2.0": (lambda name, dim: audio(name, dim=dim, alibi="shared"), "drop"),
+    "audio 2.0, ALiBi per layer": (lambda name, dim: audio(name, dim=dim, alibi="per_layer"), "drop"),
+    "text 1.0": (lambda name, dim: text(name, dim=dim), "corrupt"),
+    "text 2.0": (lambda name, dim: text(name, dim=dim), "drop"),
 }
 
 
@@ -170,11 +180,19 @@ def inputs_of(which: str) -> Tensor:
     return torch.randn(2, 48) if which.startswith("audio") else torch.randint(4, 20, (2, 12))
 
 
-def run(which: str, backend: str, *, padded: bool) -> tuple[ModalityEncoder, dict[str, Tensor]]:
-    """Outputs at real positions and gradients, by name."""
+def run(
+    which: str,
+    backend: str,
+    *,
+    padded: bool,
+    device: str = "cpu",
+    dim: int = SIZES["dim"],
+    prepare: Callable[[ModalityEncoder], None] = lambda encoder: None,
+) -> tuple[ModalityEncoder, dict[str, Tensor]]:
+    """Outputs at real positions and gradients, by name; the same numbers on every device."""
     make, mode = ENCODERS[which]
     torch.manual_seed(0)
-    encoder = make(backend).train()
+    encoder = make(backend, dim).train()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -185,10 +203,13 @@ def run(which: str, backend: str, *, padded: bool) -> tuple[ModalityEncoder, dic
     masked = torch.rand(2, 2, 12).argsort(dim=2) < 5
     masked &= real[:, None] if padded else True
     masks = Masks.from_masked(masked, real)
-    tokens, _ = encoder.embed(inputs_of(which))
+    encoder, masks = encoder.to(device), masks.to(device)
+    real = None if real is None else real.to(device)
+    prepare(encoder)
+    tokens, _ = encoder.embed(inputs_of(which).to(device))
     tokens = tokens.repeat_interleave(2, dim=0) if mode == "corrupt" else tokens
     output = encoder.contextualize(tokens, real, masks=masks, mode=mode, tap="ffn", last=2)
-    kept = torch.ones(4, 12, dtype=torch.bool) if real is None else real.repeat_interleave(2, dim=0)
+    kept = torch.ones(4, 12, dtype=torch.bool, device=device) if real is None else real.repeat_interleave(2, dim=0)
     if mode == "drop":
         kept = kept.gather(1, masks.visible)
     results = {"prefix": output.prefix, "tokens": output.tokens[kept]}
