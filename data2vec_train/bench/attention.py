@@ -85,6 +85,8 @@ class Inputs:
         lengths[rows // 2 :] = max(1, round((1 - PADDED_SHARE) * length))
         key_mask = (torch.arange(length) < lengths[:, None]).to(bench.device) if masked else None
         weights = noise(*shape).detach() if trained else None
+        if trained and masked:  # what padding asks for means nothing
+            weights = weights * key_mask[:, None, :, None]
         bias = _bias(kind, heads, length, generator=generator, trained=trained, device=bench.device)
         return cls(q, k, v, key_mask, bias, weights)
 
@@ -99,9 +101,11 @@ class Inputs:
         return output.detach()
 
     def results(self, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Output and gradients."""
-        output = {"output": self.run(backend)}
-        return output, {name: one.grad for name, one in self._leaves().items() if one.grad is not None}
+        """Output at real positions and gradients."""
+        output = self.run(backend)
+        if self.key_mask is not None:
+            output = output.masked_fill(~self.key_mask[:, None, :, None], 0.0)
+        return {"output": output}, {name: one.grad for name, one in self._leaves().items() if one.grad is not None}
 
     def _leaves(self) -> dict[str, Tensor]:
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": None if self.bias is None else self.bias.learned}
