@@ -165,7 +165,6 @@ class AudioEncoder(ModalityEncoder):
         conv_stride: their strides.
         conv_bias: whether they have biases.
         conv_activation: activation of the front end and of the positional convolutions.
-        conv_as_matmul: see `ConvLayer`.
         dim: width D.
         depth: number of blocks, the prenet included.
         prenet_depth: first blocks that never serve as targets (2.0 large: 8).
@@ -189,6 +188,7 @@ class AudioEncoder(ModalityEncoder):
         layer_drop: probability that a block is skipped in training.
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
         attention: backend, see `layers.attention`.
+        conv_as_matmul: see `ConvLayer`.
 
     Raises:
         ValueError: lists that do not fit together, or sizes that cannot be built.
@@ -205,7 +205,6 @@ class AudioEncoder(ModalityEncoder):
         conv_stride: Sequence[int],
         conv_bias: bool,
         conv_activation: str,
-        conv_as_matmul: bool,
         dim: int,
         depth: int,
         prenet_depth: int,
@@ -228,6 +227,7 @@ class AudioEncoder(ModalityEncoder):
         layer_drop: float,
         activation_checkpointing: bool,
         attention: str,
+        conv_as_matmul: bool = True,  # which models saved before there was a choice do not say
     ) -> None:
         super().__init__()
         widths = [conv_dim] * len(conv_kernel) if isinstance(conv_dim, int) else list(conv_dim)

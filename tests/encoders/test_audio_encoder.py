@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data2vec_train.encoders.audio import AudioEncoder, ConvLengths
+from data2vec_train.encoders.audio import AudioEncoder, ConvLayer, ConvLengths
 from data2vec_train.encoders.base import Masks
 from data2vec_train.layers.positions import ALiBi, ConvPositions, alibi_slopes
 from data2vec_train.testing import check_encoder
@@ -162,6 +162,21 @@ def test_what_cannot_be_built_is_refused(changes, message):
 def test_inputs_that_do_not_fit_are_refused(inputs):
     with pytest.raises(ValueError, match=r"channels|too few"):
         audio().embed(inputs)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 3), (7, 2), (2, 3)])
+@pytest.mark.parametrize("samples", [30, 31, 32, 33, 34])
+def test_a_convolution_as_matrix_products_is_that_convolution(kernel, stride, samples):
+    results = []
+    for as_matmul in (False, True):
+        torch.manual_seed(0)
+        layer = ConvLayer(3, 5, kernel=kernel, stride=stride, bias=True, activation="gelu", as_matmul=as_matmul)
+        x = torch.randn(2, samples, 3, requires_grad=True)
+        out = layer(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_the_front_end_norms_in_float32():
