@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders import transformer
 from data2vec_train.encoders.base import Batch, Masks
-from data2vec_train.encoders.transformer import Block
+from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.flops import count_flops
 from data2vec_train.layers import attention
-from data2vec_train.layers.attention import Bias
+from data2vec_train.layers.attention import Bias, case_of
 from data2vec_train.layers.backends import Case, able, refusal
 
 GPU_BLOCK = 512  # bytes; PyTorch's allocator for GPUs rounds up to it
@@ -175,15 +175,8 @@ def _planned_attention(*, low: torch.dtype | None, gpu: bool) -> Iterator[None]:
     def choose(
         like: Tensor, *, num_heads: int, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float
     ) -> str:
-        case = Case(
-            device=device,
-            dtype=str(low or like.dtype).removeprefix("torch."),
-            head_dim=like.shape[-1] // num_heads,
-            bias=bias is not None,
-            padding=key_mask is not None,
-            per_query=key_mask is not None and key_mask.dim() == 3,
-            dropout=dropout_p > 0,
-        )
+        head_dim = like.shape[-1] // num_heads
+        case = case_of(device, low or like.dtype, head_dim, key_mask=key_mask, bias=bias, dropout_p=dropout_p)
         return next((name for name in able(case) if name in ("flash", "flex")), "sdpa")
 
     def refuse(backend: str, case: Case) -> str | None:
@@ -376,7 +369,7 @@ def _backward(objective: Data2Vec, loss: Tensor, arithmetic: DeviceArithmetic) -
             return call()
 
     with ExitStack() as stack:
-        for block in [one for one in objective.student.modules() if isinstance(one, Block)]:
+        for block in blocks_of(objective.student):
             stack.enter_context(_wrapped(block, "forward", again))
         torch.autograd.backward(loss)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from data2vec_train.data2vec import Data2Vec
-from data2vec_train.encoders.transformer import Block
+from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ def shard(objective: Data2Vec, mesh: DeviceMesh) -> None:
     Student and teacher are cut in the same places, so that averaging needs no messages.
     """
     for encoder in (objective.student, objective.teacher.encoder):
-        for block in [one for one in encoder.modules() if isinstance(one, Block)]:
+        for block in blocks_of(encoder):
             fully_shard(block, mesh=mesh)
         # Left to itself, a root stays whole after its forward pass; the teacher has no backward pass that would end
         # this, and would go on with the weights of the first step.

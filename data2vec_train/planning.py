@@ -19,7 +19,7 @@ import torch
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.dry_run import StepMemory, resized, step_flops, step_memory, tensors_of
 from data2vec_train.encoders.base import Batch
-from data2vec_train.encoders.transformer import Block, Transformer
+from data2vec_train.encoders.transformer import Transformer, blocks_of
 
 GIB = 2**30
 MOST_SAMPLES = 1 << 20  # more than this is not looked for
@@ -159,7 +159,7 @@ class Planner:
     @cached_property
     def _gathered(self) -> int:
         """Whole weights under FSDP: two blocks, the second being fetched, and what belongs to no block."""
-        blocks = [_bytes(one) for one in self.objective.student.modules() if isinstance(one, Block)]
+        blocks = [_bytes(one) for one in blocks_of(self.objective.student)]
         return self.weights - sum(blocks) + 2 * max(blocks, default=0)
 
     def flops(self, setup: Setup) -> dict[str, int]:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.encoders.transformer import Block
+from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.errors import ConfigError
 from data2vec_train.module import TrainingModule
 
@@ -169,11 +169,6 @@ def use_float8(encoder: ModalityEncoder) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled blocks
-
-
-def blocks_of(module: nn.Module) -> list[Block]:
-    """All transformer blocks in a module."""
-    return [one for one in module.modules() if isinstance(one, Block)]
 
 
 def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_vary: bool, backend: str) -> None:

@@ -239,6 +239,11 @@ class Block(nn.Module):
         return self.norm2(x + self._branch(ffn, self.scale2)), ffn
 
 
+def blocks_of(module: nn.Module) -> list[Block]:
+    """All transformer blocks in a module."""
+    return [one for one in module.modules() if isinstance(one, Block)]
+
+
 class Transformer(nn.Module):
     """A stack of blocks.
 

@@ -71,7 +71,7 @@ def attention(
     Raises:
         ConfigError: the backend cannot do that; the message names those that can.
     """
-    case = _case(q, key_mask, bias, dropout_p)
+    case = case_of(q.device.type, q.dtype, q.shape[-1], key_mask=key_mask, bias=bias, dropout_p=dropout_p)
     reason = refusal(backend, case)
     if reason is not None:
         raise ConfigError(f"attention={backend}: {reason}; choose one of {', '.join(able(case))}")
@@ -103,11 +103,20 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _case(q: Tensor, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float) -> Case:
+def case_of(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    key_mask: Tensor | None,
+    bias: Bias | Tensor | None,
+    dropout_p: float,
+) -> Case:
+    """What `attention` is asked for; arguments as there."""
     return Case(
-        device=q.device.type,
-        dtype=str(q.dtype).removeprefix("torch."),
-        head_dim=q.shape[-1],
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
         bias=bias is not None,
         padding=key_mask is not None,
         per_query=key_mask is not None and key_mask.dim() == 3,
@@ -256,7 +265,7 @@ def fastest(
     if key not in _fastest:
         shape = (num_rows, num_heads, length, dim // num_heads)
         q, k, v = (torch.randn(shape, device=like.device, dtype=dtype, requires_grad=backward) for _ in range(3))
-        case = _case(q, key_mask, bias, dropout_p)
+        case = case_of(device, dtype, shape[-1], key_mask=key_mask, bias=bias, dropout_p=dropout_p)
         seconds = {name: _measure(name, q, k, v, key_mask, bias, dropout_p) for name in able(case)}
         _fastest[key] = min(seconds, key=seconds.__getitem__)
         measured = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())

@@ -11,7 +11,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
-from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.audio import AudioEncoder
@@ -20,6 +19,7 @@ from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.planning import GIB, Hardware, Planner, Reserve, Setup, largest_that_fits
+from data2vec_train.tasks.pretrain import build_collator
 
 log = logging.getLogger(__name__)
 
@@ -157,17 +157,7 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
         raise ConfigError(
             f"a plan knows the inputs of images, sound and text, and {type(encoder).__name__} is none of their encoders"
         )
-    collator = Collator(
-        masker=build(modality.masker),
-        views=objective.views,
-        grid=encoder.grid,
-        token_count=encoder.token_count,
-        seed=cfg.seed,
-        pad_value=modality.pad_value,
-        corruption=build(modality.corruption),
-        legacy_teacher_input=modality.legacy_teacher_input,
-    )
-    return collator([Sample(one, 0, number, None, ()) for number, one in enumerate(inputs)])
+    return build_collator(cfg, encoder=encoder)([Sample(one, 0, number, None, ()) for number, one in enumerate(inputs)])
 
 
 def _stepped_optimizer(cfg: DictConfig, objective: Data2Vec) -> torch.optim.Optimizer:

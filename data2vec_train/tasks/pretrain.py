@@ -56,6 +56,21 @@ def build_objective(cfg: DictConfig) -> Data2Vec:
     return build(cfg.objective)
 
 
+def build_collator(cfg: DictConfig, *, encoder: ModalityEncoder) -> Collator:
+    """What makes batches with masks, for an encoder that says how many tokens an input gives."""
+    modality = cfg.modality
+    return Collator(
+        masker=build(modality.masker),
+        views=cfg.objective.views,
+        grid=encoder.grid,
+        token_count=encoder.token_count,
+        seed=cfg.seed,
+        pad_value=modality.pad_value,
+        corruption=build(modality.corruption),
+        legacy_teacher_input=modality.legacy_teacher_input,
+    )
+
+
 def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> DataModule:
     """The DataModule of a composed config, for an encoder that says how many tokens an input gives."""
     data, modality = cfg.data, cfg.modality
@@ -66,16 +81,6 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         source = prepare(source)
         shared = {"tokenizer": source.tokenizer} if hasattr(source, "tokenizer") else {}
         test_source = None if test_source is None else prepare(test_source, **shared)
-    collator = Collator(
-        masker=build(modality.masker),
-        views=cfg.objective.views,
-        grid=encoder.grid,
-        token_count=encoder.token_count,
-        seed=cfg.seed,
-        pad_value=modality.pad_value,
-        corruption=build(modality.corruption),
-        legacy_teacher_input=modality.legacy_teacher_input,
-    )
     return DataModule(
         source=source,
         test_source=test_source,
@@ -84,7 +89,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         decode=build(modality.decode),
         transform=build(modality.transform),
         batching=build(modality.batching),
-        collator=collator,
+        collator=build_collator(cfg, encoder=encoder),
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,

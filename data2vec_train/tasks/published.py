@@ -11,11 +11,11 @@ from torch import Tensor
 
 from data2vec_train.bench.steps import Update
 from data2vec_train.config import build
-from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import Batch
 from data2vec_train.places import config_directory, expose_recipes, register_resolvers
+from data2vec_train.tasks.pretrain import build_collator
 
 RECIPES = {
     ("vision", "data2vec"): "vision/base_imagenet_v1",
@@ -68,16 +68,7 @@ def base_batch(cfg: DictConfig, ours: Data2Vec, *, samples: int, length: int) ->
         samples: B.
         length: of each, samples of sound or tokens; images have the size of the encoder.
     """
-    corruption = build(cfg.modality.corruption)
-    collator = Collator(
-        masker=build(cfg.modality.masker),
-        views=cfg.objective.views,
-        grid=ours.student.grid,
-        token_count=ours.student.token_count,
-        seed=_SEED,
-        pad_value=cfg.modality.pad_value,
-        corruption=corruption,
-    )
+    collator = build_collator(cfg, encoder=ours.student)
     generator = torch.Generator().manual_seed(_SEED)
     return collator(
         [
