@@ -67,6 +67,7 @@ def test_a_forward_pass_is_training_or_a_probe_by_where_it_is(clock):
     assert (one.seconds[STUDENT][0], one.seconds[ENCODE][0]) == (2, 6)
 
 
+@pytest.mark.slow
 def test_a_profiled_run_is_the_run_and_its_table_has_all_the_time(run_program, tmp_path):
     columns = {}
     for name, more in (("plain", []), ("profiled", ["debug=profile"])):

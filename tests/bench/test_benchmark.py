@@ -129,6 +129,7 @@ def test_a_step_says_what_it_is_made_of(several):
     assert whole["arms"][-1]["items"] == {"samples": 1, "masked views": 1, "tokens": 16}
 
 
+@pytest.mark.slow
 def test_peers_that_are_not_asked_for_are_left_out_and_memory_is_found(tmp_path):
     words = ["what=encoder", "against=[]", "modalities=text", "encoder.modes=[inference]", "memory=true"]
     done = run(*words, *SIZES["encoder"], folder=tmp_path)
