@@ -28,8 +28,8 @@ demo-audio: $(READY)  ## The same with the embedded speech
 demo-text: $(READY)  ## The same with the embedded texts
 	$(RUN) -m data2vec_train modality=text
 
-test: $(READY)  ## Run the fast tests
-	$(RUN) -m pytest -m "not slow"
+test: $(READY)  ## Run the fast tests, two files at a time
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)  ## Run all tests, the ones that train for minutes too
 	$(RUN) -m pytest
