@@ -148,10 +148,11 @@ def embed_inputs(
         ConfigError: the weights cannot be read, or do not say how inputs are prepared.
         BadSample: an input cannot be used.
     """
-    from data2vec_train.encoders.audio import AudioEncoder
+    from data2vec_train.encoders.audio import AudioEncoder, multiply_convolutions
     from data2vec_train.encoders.text import TextEncoder
 
     model = load_pretrained(path)
+    multiply_convolutions(model)
     encoder = model.get_encoder().to(device).eval()
     numbers = tuple(layer_numbers(layers, encoder.depth))
     if isinstance(encoder, TextEncoder):

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from data2vec_train.bench.agreement import gradients_agree, outputs_agree
 from data2vec_train.bench.context import Arithmetic, Bench
 from data2vec_train.bench.measurements import Arm, Case
+from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.flops import count_flops
 from data2vec_train.hf.convert import CLASSES
 
@@ -164,7 +165,9 @@ def _by_names_in_files(model: nn.Module, gradients: dict[str, Tensor]) -> dict[s
 def load(modality: str, folder: str, program: str, attention: str) -> nn.Module:
     """A model in evaluation mode: nothing is dropped, gradients flow."""
     if program == OURS:
-        return CLASSES[CLASS[modality]].from_pretrained(folder, attn_implementation=attention)
+        model = CLASSES[CLASS[modality]].from_pretrained(folder, attn_implementation=attention)
+        multiply_convolutions(model)  # as fine-tuning and features have it
+        return model
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -106,6 +106,13 @@ class ConvLayer(nn.Module):
         return out
 
 
+def multiply_convolutions(model: nn.Module) -> None:
+    """Let the speech front ends in a model be matrix products, as in `ConvLayer`, however they were built."""
+    for layer in model.modules():
+        if isinstance(layer, ConvLayer):
+            layer.as_matmul = True
+
+
 class WaveformEmbedding(nn.Module):
     """Convolutional front end, layer norm, linear projection."""
 

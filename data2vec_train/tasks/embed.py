@@ -18,6 +18,7 @@ from data2vec_train.data.datamodule import available_workers, ignore_interrupts
 from data2vec_train.data.dataset import EvaluationDataset, Sample
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.embedding import Embedder, layer_numbers
+from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.hf.convert import load_pretrained
 from data2vec_train.tasks.inputs import inherit
@@ -48,6 +49,7 @@ def embed(cfg: DictConfig) -> int:
     inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     source, rows = _records(cfg)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    multiply_convolutions(model)
     encoder = model.get_encoder().to(device).eval()
     layers = tuple(layer_numbers(cfg.layers if isinstance(cfg.layers, (str, int)) else list(cfg.layers), encoder.depth))
     embedder = Embedder(encoder, layers, cfg.pooling, pad_value=cfg.modality.pad_value, budget=_budget(cfg))

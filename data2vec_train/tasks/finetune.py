@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from data2vec_train import checkpoints
 from data2vec_train.config import build
 from data2vec_train.data.sources import Source, StreamingSource
+from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError
 from data2vec_train.finetuning.base import HeadTask, Inputs
 from data2vec_train.finetuning.data import FinetuneData
@@ -79,6 +80,7 @@ def finetune(cfg: DictConfig) -> float | None:
         keep_head=task.continues(start),
     )
     model.set_attn_implementation(cfg.attention.backend)
+    multiply_convolutions(model)
     log.info("%s: %s", cfg.init_from, "; ".join(notes))
     module = FinetuneModule(
         model=model,

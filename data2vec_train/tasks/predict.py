@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.data.datamodule import available_workers
+from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.finetuning.data import ExampleTestDataset, test_loader
 from data2vec_train.hf.base import PretrainedModel
@@ -55,6 +56,7 @@ def predict(cfg: DictConfig) -> int:
     task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
     source = build_source(cfg, task, labelled=False)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    multiply_convolutions(model)
     model = model.to(device).eval()
     dataset = ExampleTestDataset(task=task, source=source, indices=np.arange(len(source)))
     workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers

@@ -20,6 +20,7 @@ from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.dataset import EvaluationDataset
 from data2vec_train.data.seeding import generator
 from data2vec_train.embedding import layer_numbers
+from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.hf.convert import FAMILIES, load_pretrained
@@ -51,6 +52,7 @@ def probe(cfg: DictConfig) -> float:
     inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    multiply_convolutions(model)
     encoder = model.get_encoder().to(device)
     layers = layer_numbers(cfg.layers if isinstance(cfg.layers, (str, int)) else list(cfg.layers), encoder.depth)
     data = _labelled_data(cfg, encoder, run_dir)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data2vec_train.encoders.audio import AudioEncoder, ConvLayer, ConvLengths
+from data2vec_train.encoders.audio import AudioEncoder, ConvLayer, ConvLengths, multiply_convolutions
 from data2vec_train.encoders.base import Masks
 from data2vec_train.layers.positions import ALiBi, ConvPositions, alibi_slopes
 from data2vec_train.testing import check_encoder
@@ -177,6 +177,14 @@ def test_a_convolution_as_matrix_products_is_that_convolution(kernel, stride, sa
         results.append([out, x.grad, *(parameter.grad for parameter in layer.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_front_end_that_was_built_as_convolutions_becomes_matrix_products():
+    encoder, waves = audio(conv_as_matmul=False), torch.randn(2, 800)
+    expected = encoder(waves).tokens
+    multiply_convolutions(torch.nn.ModuleDict({"a model around it": encoder}))
+    assert all(layer.as_matmul for layer in encoder.embedder.features)
+    torch.testing.assert_close(encoder(waves).tokens, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_front_end_norms_in_float32():

@@ -17,6 +17,7 @@ import data2vec_train as ours
 from data2vec_train import checkpoints
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.embedding import embed_inputs
+from data2vec_train.encoders.audio import ConvLayer
 from data2vec_train.finetuning.data import few_of
 from data2vec_train.finetuning.metrics import (
     answer_scores,
@@ -27,6 +28,7 @@ from data2vec_train.finetuning.metrics import (
     transcript_scores,
 )
 from data2vec_train.finetuning.transcribe import BeamDecoder
+from data2vec_train.hf.preprocessing import AudioFeatureExtractor
 from data2vec_train.hf.tokenizers import CTCTokenizer
 from data2vec_train.optim import layered_adamw
 from data2vec_train.tasks import embed as embedding_task
@@ -397,6 +399,21 @@ def test_features_of_every_token_and_of_texts(program_of, weights, tmp_path):
     out = tmp_path / "out.parquet"
     assert program_of("embed", *embed_command(weights("vision"), folder, out, "pooling=none", "dtype=float16")) == 0
     assert np.array(parquet.read_table(out)["layer_4"][0].as_py()).shape == (64, 64)
+
+
+def test_speech_is_embedded_by_matrix_products(weights, monkeypatch):
+    """The classes of Hugging Face's page convolve, as transformers does, which is slower."""
+    multiplied = []
+    multiply = ConvLayer._multiply
+    monkeypatch.setattr(ConvLayer, "_multiply", lambda layer, x: multiplied.append(layer) or multiply(layer, x))
+    wave = torch.randn(8000, generator=torch.Generator().manual_seed(0)).numpy()
+    [[found]] = embed_inputs(weights("audio"), [wave])
+    assert len(multiplied) == 6
+    prepared = AudioFeatureExtractor.from_pretrained(weights("audio"))(wave, sampling_rate=8000, return_tensors="pt")
+    with torch.no_grad():
+        expected = ours.load_pretrained(weights("audio"))(**prepared).last_hidden_state[0].mean(dim=0)
+    assert len(multiplied) == 6
+    assert np.allclose(found, expected.numpy(), atol=1e-5)
 
 
 def test_broken_files_are_left_out_and_listed(program_of, weights, tmp_path):
