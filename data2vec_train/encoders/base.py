@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,8 @@ class Batch(_TensorRecord):
         return self.inputs.shape[0]
 
 
-@dataclass(frozen=True)
-class EncoderOutput:
-    """What `contextualize` returns."""
+class EncoderOutput(NamedTuple):
+    """What `contextualize` returns; a tuple, inside which sharding finds the tensors in every version of torch."""
 
     prefix: Tensor  # (N, E, D) class and other extra positions
     tokens: Tensor  # (N, T, D), or (N, V, D) in mask mode "drop"
