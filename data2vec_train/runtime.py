@@ -191,6 +191,8 @@ def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_va
         raise ConfigError(f"compile=graphs needs {reason}; choose compile=true or compile=false")
     if not how or (how == "auto" and device != "cuda"):
         return
+    # Code of earlier runs in this process, as in a sweep, counts against the limit and is of no use.
+    torch._dynamo.reset()
     # Buckets of gradients would cut blocks in two; they are small enough to overlap as they are.
     torch._dynamo.config.optimize_ddp = False
     # Each drop-path rate makes code of its own, for student and teacher.

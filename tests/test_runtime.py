@@ -306,6 +306,14 @@ def test_lengths_that_vary_are_compiled_for_all_lengths(composed, fresh_compiler
     assert counters["stats"]["unique_graphs"] == before
 
 
+def test_runs_of_a_sweep_do_not_use_up_the_compilations_of_later_ones(composed, fresh_compiler):
+    for run in range(12):
+        cfg = config_of(composed, "vision", "data2vec2", f"modality.encoder.dropout={0.01 * run}")
+        model = model_of(cfg)
+        compile_blocks(model, how=True, device="cpu", lengths_vary=False, backend="eager")
+        outcome(model, [batch_of(cfg, model)])
+
+
 def test_probes_do_not_compile(composed, fresh_compiler):
     cfg = config_of(composed, "vision", "data2vec2")
     model = model_of(cfg)
