@@ -112,7 +112,7 @@ def case_of(
     bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> Case:
-    """What `attention` is asked for; arguments as there."""
+    """What `attention` is asked for: device type, dtype and head width of its queries, the rest as there."""
     return Case(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
