@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
+from data2vec_train.data.datamodule import held_out_rows
 from data2vec_train.optim import parameter_groups
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import preflight
@@ -262,6 +263,18 @@ def test_a_recipe_for_speech_or_text_holds_every_published_number(which, compose
         counts = [sum(p.numel() for p in part.parameters()) for part in (objective.student, objective.decoder)]
         for measured, wanted in zip((counts[0], sum(counts)), SEQUENCE_MILLIONS[which], strict=True):
             assert measured / 1e6 == pytest.approx(wanted, abs=0.06)
+
+
+@pytest.mark.parametrize("recipe", [*(f"vision/{name}" for name in NAMES), *SEQUENCES])
+def test_a_recipe_keeps_next_to_nothing_from_training(recipe, composed):
+    # A tenth of what has labels is held out otherwise, and sub-folders are labels: those of ImageNet, of two corpora.
+    cfg = composed_recipe(composed, recipe)
+    if cfg.modality.name == "audio" or cfg.modality.get("cross_documents"):
+        labels = None  # neither manifests nor blocks that run from one document into the next have any
+    else:
+        labels = np.arange(1_000_000) % 1000
+    held_out = held_out_rows(labels, None, 1_000_000, cfg.data.held_out_fraction)
+    assert len(held_out) <= (0 if cfg.modality.name == "vision" else 512)
 
 
 def test_the_tri_stage_recipe_holds_90_percent_and_decays_over_7(composed):
