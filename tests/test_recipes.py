@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
 from data2vec_train.data.datamodule import held_out_rows
+from data2vec_train.data.sampler import LengthBatchSampler
 from data2vec_train.optim import parameter_groups
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import preflight
@@ -244,7 +245,7 @@ def test_a_recipe_for_speech_or_text_holds_every_published_number(which, compose
         assert cfg.modality.batching.budget == per_batch
     else:
         assert cfg.modality.block_tokens == cfg.modality.encoder.max_tokens == 512
-        per_batch = cfg.data.batch_size_per_device
+        per_batch = cfg.modality.batching.budget / cfg.modality.block_tokens
     assert per_batch * cfg.trainer.accumulate_grad_batches == PER_STEP[which]
     masker = build(cfg.modality.masker)
     if which in SEQUENCE_HIDDEN:
@@ -275,6 +276,18 @@ def test_a_recipe_keeps_next_to_nothing_from_training(recipe, composed):
         labels = np.arange(1_000_000) % 1000
     held_out = held_out_rows(labels, None, 1_000_000, cfg.data.held_out_fraction)
     assert len(held_out) <= (0 if cfg.modality.name == "vision" else 512)
+
+
+def test_a_batch_of_short_blocks_has_as_many_tokens_as_one_of_full_blocks(composed):
+    cfg = composed("+recipes=text/base_books_wiki_v1", "data.path=somewhere")
+    for length in (512, 64):
+        sampler = LengthBatchSampler(
+            lengths=np.full(1000, length),
+            batching=build(cfg.modality.batching),
+            batch_size=cfg.data.batch_size_per_device,
+            seed=0,
+        )
+        assert 0.9 * 8192 <= length * len(next(iter(sampler))) <= 8192
 
 
 def test_the_tri_stage_recipe_holds_90_percent_and_decays_over_7(composed):
