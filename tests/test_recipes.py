@@ -307,3 +307,38 @@ def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, m
     torch.manual_seed(3)
     again = build(cfg.modality.encoder)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+# The tables of spec 4.3, as (setting, base v1, large v1, base v2, large v2); 1,251 steps of 1,024 images are an epoch.
+FINETUNED_IMAGES = {
+    "optimizer.lr": (4e-3, 5e-3, 1e-3, 5e-4),
+    "optimizer.betas": ([0.9, 0.999], [0.9, 0.999], [0.9, 0.95], [0.9, 0.95]),
+    "optimizer.eps": (1e-8,) * 4,
+    "optimizer.weight_decay": (0, 0.05, 0.05, 0.05),
+    "scheduler.start_lr": (0, 0, 1e-6, 1e-7),
+    "scheduler.min_lr": (1e-6, 1e-6, 1e-6, 1e-7),
+    "scheduler.warmup_steps": (10 * 1251, 5 * 1251, 16_000, 16_000),
+    "trainer.max_steps": (100 * 1251, 50 * 1251, 250_200, 125_200),
+    "trainer.gradient_clip_val": (None, None, None, 4),
+    "data.batch_size_per_device": (128, 64, 32, 32),
+    "layer_decay.rate": (0.65, 0.65, 0.65, 0.75),
+    "layer_decay.embeddings": (True, True, False, False),
+    "rates.drop_path": (0.2, 0.25, 0.1, 0.2),
+    "head.mixup": (0.8, 0.8, 0.7, 0.7),
+    "head.cutmix": (1, 1, 1, 1),
+    "head.mix_probability": (1, 1, 0.9, 0.9),
+    "head.label_smoothing": (0.1,) * 4,
+    "modality.augment.rand_augment": ([2, 27],) * 4,
+    "modality.augment.erase": (0.25,) * 4,
+}
+FINETUNED_IMAGES_NAMES = ("base_imagenet_v1", "large_imagenet_v1", "base_imagenet_v2", "large_imagenet_v2")
+
+
+@pytest.mark.parametrize("which", range(4), ids=FINETUNED_IMAGES_NAMES)
+def test_a_recipe_for_image_classes_holds_every_published_number(which, composed, tmp_path):
+    recipe = f"+recipes=vision/finetune_{FINETUNED_IMAGES_NAMES[which]}"
+    given = [f"init_from={tmp_path}", "data.path=somewhere", "data.test_source.path=elsewhere"]
+    cfg = composed(recipe, *given, config_name="finetune")
+    OmegaConf.resolve(cfg)
+    for setting, values in FINETUNED_IMAGES.items():
+        assert OmegaConf.select(cfg, setting) == values[which], setting
