@@ -328,6 +328,7 @@ FINETUNED_IMAGES = {
     "head.cutmix": (1, 1, 1, 1),
     "head.mix_probability": (1, 1, 0.9, 0.9),
     "head.label_smoothing": (0.1,) * 4,
+    "head.init_scale": (0.001, 0.001, 1, 1),
     "modality.augment.rand_augment": ([2, 27],) * 4,
     "modality.augment.erase": (0.25,) * 4,
 }
