@@ -343,3 +343,58 @@ def test_a_recipe_for_image_classes_holds_every_published_number(which, composed
     OmegaConf.resolve(cfg)
     for setting, values in FINETUNED_IMAGES.items():
         assert OmegaConf.select(cfg, setting) == values[which], setting
+    per_step = cfg.data.batch_size_per_device * cfg.trainer.accumulate_grad_batches
+    assert per_step == (1024, 1024, 512, 512)[which]
+
+
+# The table of spec 4.1: learning rate, steps, shares of frames and of channels, layer drop, frozen steps.
+FINETUNED_SPEECH = {
+    "10m": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
+    "1h": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
+    "10h": (5e-5, 20_000, 0.65, 0.5, 0.05, 10_000),
+    "100h": (3e-5, 80_000, 0.65, 0.5, 0.1, 0),
+    "960h": (1e-4, 320_000, 0.5, 0.1, 0.1, 0),
+}
+
+
+@pytest.mark.parametrize("split", FINETUNED_SPEECH)
+def test_a_recipe_for_transcripts_holds_every_published_number(split, composed, tmp_path):
+    given = [f"init_from={tmp_path}", "data.path=somewhere", "data.test_source.path=elsewhere"]
+    cfg = composed(f"+recipes=audio/ctc_{split}_base", *given, config_name="finetune")
+    OmegaConf.resolve(cfg)
+    masks, rates = cfg.head.masks, cfg.rates
+    found = (cfg.optimizer.lr, cfg.trainer.max_steps, masks.time_fraction, masks.channel_fraction, rates.layer_drop)
+    assert (*found, cfg.freeze.encoder_steps) == FINETUNED_SPEECH[split]
+    assert (masks.time_span, round(768 * masks.channel_span), cfg.freeze.front_end) == (10, 64, True)
+    assert (rates.dropout, rates.attention_dropout, rates.activation_dropout, rates.head_dropout) == (0, 0, 0.1, 0)
+    assert (cfg.optimizer.betas, cfg.optimizer.eps, cfg.optimizer.weight_decay) == ([0.9, 0.98], 1e-8, 0)
+    schedule, steps = cfg.scheduler, cfg.trainer.max_steps
+    assert (schedule.warmup_steps, schedule.hold_steps, schedule.final_factor) == (0.1 * steps, 0.4 * steps, 0.05)
+    assert cfg.trainer.gradient_clip_val is None
+    # 3.2 M samples on each of 2 GPUs, 4 times, or on each of 8.
+    assert cfg.modality.batch_seconds * 16_000 * cfg.trainer.accumulate_grad_batches == 8 * 3.2e6
+
+
+# The table of spec 4.2: batch, warm-up, steps, and the rate of 1.0.
+FINETUNED_TEXT = {
+    "cola": (16, 320, 5336, 1e-5),
+    "mnli": (32, 7432, 123_873, 1e-5),
+    "mrpc": (16, 137, 2296, 1e-5),
+    "qnli": (32, 1986, 33_112, 1e-5),
+    "qqp": (32, 28_318, 113_272, 1e-5),
+    "rte": (16, 122, 2036, 2e-5),
+    "sst2": (32, 1256, 20_935, 1e-5),
+    "stsb": (16, 214, 3598, 2e-5),
+}
+
+
+@pytest.mark.parametrize("task", FINETUNED_TEXT)
+def test_a_recipe_for_glue_holds_every_published_number(task, composed, tmp_path):
+    given = [f"init_from={tmp_path}", "data.path=somewhere"]
+    cfg = composed(f"+recipes=text/glue_{task}", *given, config_name="finetune")
+    found = (cfg.data.batch_size_per_device, cfg.scheduler.warmup_steps, cfg.trainer.max_steps, cfg.optimizer.lr)
+    assert found == FINETUNED_TEXT[task]
+    assert (cfg.optimizer.betas, cfg.optimizer.eps, cfg.optimizer.weight_decay) == ([0.9, 0.98], 1e-6, 0.1)
+    assert (cfg.rates.dropout, cfg.rates.attention_dropout, cfg.rates.head_dropout) == (0.1, 0.1, 0)
+    assert (cfg.scheduler.end_lr, cfg.scheduler.power, cfg.trainer.gradient_clip_val) == (0, 1, None)
+    assert cfg.trainer.accumulate_grad_batches == 1
