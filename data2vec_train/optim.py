@@ -89,7 +89,7 @@ def parameter_groups(
         modules: whose parameters; frozen ones are left out.
         weight_decay: of the first group.
         decay_all: decay everything, as the originals of 2.0 do through a bug (spec section 7, row 3).
-        no_decay: last components of parameter names that are exempt, besides biases and 1-d tensors.
+        no_decay: names of parameters, or ends of names at a dot, that are exempt, besides biases and 1-d tensors.
 
     Returns:
         Groups for a torch optimizer, without empty ones.
@@ -99,11 +99,16 @@ def parameter_groups(
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            leaf = name.rpartition(".")[2]
-            free = parameter.ndim == 1 or leaf.endswith("bias") or leaf in no_decay
-            (exempt if free and not decay_all else decayed).append(parameter)
+            free = _is_exempt(name, parameter, no_decay) and not decay_all
+            (exempt if free else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _is_exempt(name: str, parameter: nn.Parameter, no_decay: frozenset[str]) -> bool:
+    """Whether a parameter is not to decay. `no_decay` has an encoder's names, which are longer within a model."""
+    named = any(f".{name}".endswith(f".{one}") for one in no_decay)
+    return parameter.ndim == 1 or name.endswith("bias") or named
 
 
 def adamw(
@@ -159,8 +164,7 @@ def layered_adamw(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        leaf = name.rpartition(".")[2]
-        free = (parameter.ndim == 1 or leaf.endswith("bias") or leaf in no_decay) and not decay_all
+        free = _is_exempt(name, parameter, no_decay) and not decay_all
         rows.setdefault((layer_decay ** block_of(name), 0.0 if free else weight_decay), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale} for (scale, decay), parameters in rows.items()

@@ -137,9 +137,9 @@ _RANGES = [
         lambda value: 0 <= value < math.inf,
         """
         optimizer.weight_decay trainer.gradient_clip_val modality.min_seconds objective.loss_beta attentive.weight_decay
-        l2 callbacks.probe.l2 head.mixup head.cutmix modality.encoder.embed_gradient scheduler.min_lr scheduler.end_lr
-        scheduler.start_lr min_seconds callbacks.monitor.min_target_std callbacks.monitor.min_prediction_std
-        reserve.workspace_gib reserve.context_gib reserve.fragmentation
+        l2 callbacks.probe.l2 head.mixup head.cutmix head.init_scale modality.encoder.embed_gradient scheduler.min_lr
+        scheduler.end_lr scheduler.start_lr min_seconds callbacks.monitor.min_target_std reserve.fragmentation
+        callbacks.monitor.min_prediction_std reserve.workspace_gib reserve.context_gib
         """,
     ),
     *_range(

@@ -145,6 +145,19 @@ def test_the_last_run_of_a_directory_is_found(composed, trained, tmp_path):
     assert torch.equal(model.student.class_token, old.student.class_token)
 
 
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_fresh_teacher_is_a_copy_of_the_student(modality, composed, trained):
+    path, old = trained(modality, "data2vec")
+    cfg = composed(*settings(modality, "data2vec", f"init_from={path}", *SMALL_INPUTS[modality]))
+    start = adopt(cfg)
+    model = build_objective(cfg)
+    notes = initialise(model, start, str(path), fresh_teacher=True)
+    assert "the teacher starts as a copy of the student" in notes
+    student, teacher = old.student.state_dict(), model.teacher.encoder.state_dict()
+    assert all(torch.equal(one, student[name]) for name, one in teacher.items())
+    assert all(torch.equal(one, old.decoder.state_dict()[name]) for name, one in model.decoder.state_dict().items())
+
+
 def test_weights_of_another_modality_are_refused(composed, trained):
     path, _ = trained("vision", "data2vec2")
     with pytest.raises(ConfigError, match="is a model for vision; choose modality=vision"):

@@ -8,13 +8,16 @@ from torch import nn
 
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.decoders import LinearDecoder
+from data2vec_train.encoders.audio import AudioEncoder
 from data2vec_train.encoders.vision import VisionEncoder
+from data2vec_train.layers.positions import ALiBi
 from data2vec_train.module import Data2VecModule
 from data2vec_train.optim import (
     CosineSchedule,
     PolynomialSchedule,
     TriStageSchedule,
     adamw,
+    layered_adamw,
     parameter_groups,
     set_lr,
 )
@@ -186,6 +189,20 @@ def test_weight_decay_applies_to_matrices_the_mask_token_and_the_position_table(
     } <= exempt
     trained = {name for name, _ in model.named_parameters() if not name.startswith("teacher.")}
     assert names_in(groups, model, 0.05) | exempt == trained
+
+
+@pytest.mark.parametrize(("decay_all", "decay"), [(False, 0.0), (True, 0.1)])
+def test_the_scale_of_alibi_does_not_decay(decay_all, decay):
+    # Spec section 7, row 3; it has five axes, so that only its name says so, which within a model is longer.
+    encoder = nn.Module()
+    encoder.alibi = ALiBi(num_heads=4, num_scales=1)
+    model = nn.ModuleDict({"encoder": encoder})
+    options = {"weight_decay": 0.1, "decay_all": decay_all, "no_decay": AudioEncoder.no_decay}
+    layered = layered_adamw(
+        model, block_of=lambda name: 0, lr=1.0, betas=(0.9, 0.98), eps=1e-6, fused=False, layer_decay=1.0, **options
+    )
+    for groups in (parameter_groups([encoder], **options), parameter_groups([model], **options), layered.param_groups):
+        assert [(group["params"], group["weight_decay"]) for group in groups] == [([encoder.alibi.scale], decay)]
 
 
 def test_decay_all_puts_everything_into_one_group():

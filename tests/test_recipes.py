@@ -8,6 +8,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
+from data2vec_train.data.datamodule import held_out_rows
+from data2vec_train.data.sampler import LengthBatchSampler
 from data2vec_train.optim import parameter_groups
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import preflight
@@ -243,7 +245,7 @@ def test_a_recipe_for_speech_or_text_holds_every_published_number(which, compose
         assert cfg.modality.batching.budget == per_batch
     else:
         assert cfg.modality.block_tokens == cfg.modality.encoder.max_tokens == 512
-        per_batch = cfg.data.batch_size_per_device
+        per_batch = cfg.modality.batching.budget / cfg.modality.block_tokens
     assert per_batch * cfg.trainer.accumulate_grad_batches == PER_STEP[which]
     masker = build(cfg.modality.masker)
     if which in SEQUENCE_HIDDEN:
@@ -264,6 +266,30 @@ def test_a_recipe_for_speech_or_text_holds_every_published_number(which, compose
             assert measured / 1e6 == pytest.approx(wanted, abs=0.06)
 
 
+@pytest.mark.parametrize("recipe", [*(f"vision/{name}" for name in NAMES), *SEQUENCES])
+def test_a_recipe_keeps_next_to_nothing_from_training(recipe, composed):
+    # A tenth of what has labels is held out otherwise, and sub-folders are labels: those of ImageNet, of two corpora.
+    cfg = composed_recipe(composed, recipe)
+    if cfg.modality.name == "audio" or cfg.modality.get("cross_documents"):
+        labels = None  # neither manifests nor blocks that run from one document into the next have any
+    else:
+        labels = np.arange(1_000_000) % 1000
+    held_out = held_out_rows(labels, None, 1_000_000, cfg.data.held_out_fraction)
+    assert len(held_out) <= (0 if cfg.modality.name == "vision" else 512)
+
+
+def test_a_batch_of_short_blocks_has_as_many_tokens_as_one_of_full_blocks(composed):
+    cfg = composed("+recipes=text/base_books_wiki_v1", "data.path=somewhere")
+    for length in (512, 64):
+        sampler = LengthBatchSampler(
+            lengths=np.full(1000, length),
+            batching=build(cfg.modality.batching),
+            batch_size=cfg.data.batch_size_per_device,
+            seed=0,
+        )
+        assert 0.9 * 8192 <= length * len(next(iter(sampler))) <= 8192
+
+
 def test_the_tri_stage_recipe_holds_90_percent_and_decays_over_7(composed):
     cfg = composed_recipe(composed, SEQUENCES[0])
     schedule = build(cfg.scheduler)
@@ -281,3 +307,94 @@ def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, m
     torch.manual_seed(3)
     again = build(cfg.modality.encoder)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+# The tables of spec 4.3, as (setting, base v1, large v1, base v2, large v2); 1,251 steps of 1,024 images are an epoch.
+FINETUNED_IMAGES = {
+    "optimizer.lr": (4e-3, 5e-3, 1e-3, 5e-4),
+    "optimizer.betas": ([0.9, 0.999], [0.9, 0.999], [0.9, 0.95], [0.9, 0.95]),
+    "optimizer.eps": (1e-8,) * 4,
+    "optimizer.weight_decay": (0, 0.05, 0.05, 0.05),
+    "scheduler.start_lr": (0, 0, 1e-6, 1e-7),
+    "scheduler.min_lr": (1e-6, 1e-6, 1e-6, 1e-7),
+    "scheduler.warmup_steps": (10 * 1251, 5 * 1251, 16_000, 16_000),
+    "trainer.max_steps": (100 * 1251, 50 * 1251, 250_200, 125_200),
+    "trainer.gradient_clip_val": (None, None, None, 4),
+    "data.batch_size_per_device": (128, 64, 32, 32),
+    "layer_decay.rate": (0.65, 0.65, 0.65, 0.75),
+    "layer_decay.embeddings": (True, True, False, False),
+    "rates.drop_path": (0.2, 0.25, 0.1, 0.2),
+    "head.mixup": (0.8, 0.8, 0.7, 0.7),
+    "head.cutmix": (1, 1, 1, 1),
+    "head.mix_probability": (1, 1, 0.9, 0.9),
+    "head.label_smoothing": (0.1,) * 4,
+    "head.init_scale": (0.001, 0.001, 1, 1),
+    "modality.augment.rand_augment": ([2, 27],) * 4,
+    "modality.augment.erase": (0.25,) * 4,
+}
+FINETUNED_IMAGES_NAMES = ("base_imagenet_v1", "large_imagenet_v1", "base_imagenet_v2", "large_imagenet_v2")
+
+
+@pytest.mark.parametrize("which", range(4), ids=FINETUNED_IMAGES_NAMES)
+def test_a_recipe_for_image_classes_holds_every_published_number(which, composed, tmp_path):
+    recipe = f"+recipes=vision/finetune_{FINETUNED_IMAGES_NAMES[which]}"
+    given = [f"init_from={tmp_path}", "data.path=somewhere", "data.test_source.path=elsewhere"]
+    cfg = composed(recipe, *given, config_name="finetune")
+    OmegaConf.resolve(cfg)
+    for setting, values in FINETUNED_IMAGES.items():
+        assert OmegaConf.select(cfg, setting) == values[which], setting
+    per_step = cfg.data.batch_size_per_device * cfg.trainer.accumulate_grad_batches
+    assert per_step == (1024, 1024, 512, 512)[which]
+
+
+# The table of spec 4.1: learning rate, steps, shares of frames and of channels, layer drop, frozen steps.
+FINETUNED_SPEECH = {
+    "10m": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
+    "1h": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
+    "10h": (5e-5, 20_000, 0.65, 0.5, 0.05, 10_000),
+    "100h": (3e-5, 80_000, 0.65, 0.5, 0.1, 0),
+    "960h": (1e-4, 320_000, 0.5, 0.1, 0.1, 0),
+}
+
+
+@pytest.mark.parametrize("split", FINETUNED_SPEECH)
+def test_a_recipe_for_transcripts_holds_every_published_number(split, composed, tmp_path):
+    given = [f"init_from={tmp_path}", "data.path=somewhere", "data.test_source.path=elsewhere"]
+    cfg = composed(f"+recipes=audio/ctc_{split}_base", *given, config_name="finetune")
+    OmegaConf.resolve(cfg)
+    masks, rates = cfg.head.masks, cfg.rates
+    found = (cfg.optimizer.lr, cfg.trainer.max_steps, masks.time_fraction, masks.channel_fraction, rates.layer_drop)
+    assert (*found, cfg.freeze.encoder_steps) == FINETUNED_SPEECH[split]
+    assert (masks.time_span, round(768 * masks.channel_span), cfg.freeze.front_end) == (10, 64, True)
+    assert (rates.dropout, rates.attention_dropout, rates.activation_dropout, rates.head_dropout) == (0, 0, 0.1, 0)
+    assert (cfg.optimizer.betas, cfg.optimizer.eps, cfg.optimizer.weight_decay) == ([0.9, 0.98], 1e-8, 0)
+    schedule, steps = cfg.scheduler, cfg.trainer.max_steps
+    assert (schedule.warmup_steps, schedule.hold_steps, schedule.final_factor) == (0.1 * steps, 0.4 * steps, 0.05)
+    assert cfg.trainer.gradient_clip_val is None
+    # 3.2 M samples on each of 2 GPUs, 4 times, or on each of 8.
+    assert cfg.modality.batch_seconds * 16_000 * cfg.trainer.accumulate_grad_batches == 8 * 3.2e6
+
+
+# The table of spec 4.2: batch, warm-up, steps, and the rate of 1.0.
+FINETUNED_TEXT = {
+    "cola": (16, 320, 5336, 1e-5),
+    "mnli": (32, 7432, 123_873, 1e-5),
+    "mrpc": (16, 137, 2296, 1e-5),
+    "qnli": (32, 1986, 33_112, 1e-5),
+    "qqp": (32, 28_318, 113_272, 1e-5),
+    "rte": (16, 122, 2036, 2e-5),
+    "sst2": (32, 1256, 20_935, 1e-5),
+    "stsb": (16, 214, 3598, 2e-5),
+}
+
+
+@pytest.mark.parametrize("task", FINETUNED_TEXT)
+def test_a_recipe_for_glue_holds_every_published_number(task, composed, tmp_path):
+    given = [f"init_from={tmp_path}", "data.path=somewhere"]
+    cfg = composed(f"+recipes=text/glue_{task}", *given, config_name="finetune")
+    found = (cfg.data.batch_size_per_device, cfg.scheduler.warmup_steps, cfg.trainer.max_steps, cfg.optimizer.lr)
+    assert found == FINETUNED_TEXT[task]
+    assert (cfg.optimizer.betas, cfg.optimizer.eps, cfg.optimizer.weight_decay) == ([0.9, 0.98], 1e-6, 0.1)
+    assert (cfg.rates.dropout, cfg.rates.attention_dropout, cfg.rates.head_dropout) == (0.1, 0.1, 0)
+    assert (cfg.scheduler.end_lr, cfg.scheduler.power, cfg.trainer.gradient_clip_val) == (0, 1, None)
+    assert cfg.trainer.accumulate_grad_batches == 1

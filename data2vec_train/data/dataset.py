@@ -202,7 +202,7 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
                 sample = replace(sample, inputs=random_crop(sample.inputs, int(batching.edges[bin_]), rng))
             pool.setdefault(bin_, []).append(sample)
             pooled += sample.inputs.shape[-1]
-            full = min(batching.batch_size(bin_), self.batch_size or batching.budget)
+            full = batching.batch_size(bin_, self.batch_size)
             if len(pool[bin_]) < full:
                 if pooled <= POOLED_BATCHES * batching.budget:
                     continue

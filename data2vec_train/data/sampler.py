@@ -75,12 +75,14 @@ class LengthBatching:
         max_length: longer samples are cropped to this.
         max_waste: largest share of a sample that is cropped off, or of a batch that is padding.
         crop: True crops all samples of a batch to one length, False pads them.
+        fill: True lets short samples fill the budget, however many they are.
     """
 
     budget: int
     max_length: int
     max_waste: float
     crop: bool
+    fill: bool = False
 
     def __post_init__(self) -> None:
         if self.budget < self.max_length:
@@ -103,10 +105,11 @@ class LengthBatching:
         """Number of the bin of each length (at least 1): the first whose lower edge it reaches."""
         return np.searchsorted(-self.edges, -np.asarray(lengths))
 
-    def batch_size(self, bin_: int) -> int:
-        """How many samples of a bin fit into the budget."""
+    def batch_size(self, bin_: int, most: int | None = None) -> int:
+        """How many samples of a bin fit into the budget, and unless they may fill it, no more than `most`."""
         longest = self.edges[bin_] if self.crop or bin_ == 0 else self.edges[bin_ - 1] - 1
-        return max(1, int(self.budget // longest))
+        fit = max(1, int(self.budget // longest))
+        return fit if most is None or self.fill else min(fit, most)
 
 
 class LengthBatchSampler(Sampler[list[Key]]):
@@ -120,7 +123,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
     Args:
         lengths: (n,) of all samples.
         batching: bins, budget, cropping.
-        batch_size: the most samples in a batch; None = as the budget allows.
+        batch_size: the most samples in a batch; None = as the budget allows. See `LengthBatching.fill`.
         seed: of the run.
         first_batch: where to begin, counted over all ranks.
         rank: of this process; ranks share one global order, batch by batch.
@@ -142,7 +145,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
         self.bins = np.unique(bins)
         self.members = [np.flatnonzero(bins == one) for one in self.bins]
         self.sizes = [
-            min(batching.batch_size(one), len(members), batch_size or len(members))
+            min(batching.batch_size(one, batch_size), len(members))
             for one, members in zip(self.bins, self.members, strict=True)
         ]
         self.crops = [int(edge) if batching.crop else None for edge in batching.edges[self.bins]]

@@ -228,6 +228,9 @@ class HeadTask(ABC):
             return {}
         return {"id2label": dict(enumerate(self.class_names)), "label2id": None, "num_labels": len(self.class_names)}
 
+    def start_head(self, model: PretrainedModel) -> None:  # noqa: B027 - likewise
+        """Change what a new head of the model starts with."""
+
     def save(self, folder: Path) -> None:  # noqa: B027 - most tasks have nothing to add
         """Write what predicting needs beyond weights, config and the encoder's preprocessing."""
 

@@ -32,6 +32,7 @@ class ImageClassification(HeadTask):
         cutmix: likewise of the area that is pasted from another image; 0 = never.
         mix_probability: of a batch to be mixed at all; with both kinds each comes in half of the cases.
         label_smoothing: share of the label that is spread over all classes.
+        init_scale: what the weights of a new head start with, as a share of what they do otherwise.
     """
 
     model_class = "Data2VecVisionForImageClassification"
@@ -40,7 +41,14 @@ class ImageClassification(HeadTask):
     needs_classes = True
 
     def __init__(
-        self, *, inputs: Inputs, mixup: float, cutmix: float, mix_probability: float, label_smoothing: float
+        self,
+        *,
+        inputs: Inputs,
+        mixup: float,
+        cutmix: float,
+        mix_probability: float,
+        label_smoothing: float,
+        init_scale: float = 1.0,  # which models saved before there was a choice do not say
     ) -> None:
         super().__init__(inputs=inputs)
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
@@ -54,6 +62,12 @@ class ImageClassification(HeadTask):
         self.mixup, self.cutmix = float(mixup), float(cutmix)  # torchvision draws nothing with a whole number
         self.mix_probability = mix_probability
         self.label_smoothing = label_smoothing
+        self.init_scale = init_scale
+
+    @torch.no_grad()
+    def start_head(self, model: PretrainedModel) -> None:
+        """See `HeadTask.start_head`."""
+        model.classifier.weight.mul_(self.init_scale)
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `HeadTask.example`."""

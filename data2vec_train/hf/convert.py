@@ -345,6 +345,7 @@ def with_head(
     rates: dict[str, float],
     random_weights: bool = False,
     keep_head: bool = False,
+    start_head: Callable[[PretrainedModel], None] | None = None,
 ) -> tuple[PretrainedModel, list[str]]:
     """A model of another class of the family with this one's encoder, and what is new in it, in sentences.
 
@@ -355,6 +356,7 @@ def with_head(
         rates: dropout and the like by our names, see `RATES`; those that the family does not have must be 0.
         random_weights: keep the architecture only, and draw its weights as before pretraining.
         keep_head: the head's weights come along, if `model` has one of the same shape.
+        start_head: changes what a new head starts with.
 
     Raises:
         ConfigError: the class is of another family, or a rate of another modality.
@@ -400,6 +402,8 @@ def with_head(
         notes.append("the head goes on from its own weights")
     else:
         notes.append("the head is new")
+        if start_head is not None:
+            start_head(made)
     made.tie_weights()
     made.source, made.preparation = model.source, model.preparation
     return made, notes

@@ -78,6 +78,7 @@ def finetune(cfg: DictConfig) -> float | None:
         rates=dict(cfg.rates),
         random_weights=cfg.random_weights,
         keep_head=task.continues(start),
+        start_head=task.start_head,
     )
     model.set_attn_implementation(cfg.attention.backend)
     multiply_convolutions(model)

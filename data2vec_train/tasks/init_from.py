@@ -65,8 +65,11 @@ def _adopt_tokenizer(cfg: DictConfig, arguments: dict) -> None:
 
 
 @torch.no_grad()
-def initialise(objective: Data2Vec, start: Start, where: str) -> list[str]:
+def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: bool = False) -> list[str]:
     """Put weights into student, teacher and decoder; returns what the file lacked, in sentences.
+
+    With `fresh_teacher` the teacher starts as a copy of the student, as in the second phase of 1.0's large images (spec
+    2.3), whatever the file has.
 
     Raises:
         ConfigError: the encoder in the file is another one.
@@ -87,7 +90,9 @@ def initialise(objective: Data2Vec, start: Start, where: str) -> list[str]:
     objective.student.load_state_dict({name: one for name, one in tensors.items() if name in student}, strict=False)
 
     followed = dict(objective.student.state_dict())
-    if start.teacher is not None:
+    if fresh_teacher:
+        notes.append("the teacher starts as a copy of the student")
+    elif start.teacher is not None:
         _, _, averaged = encoder_description(start.teacher)
         followed |= {name: one for name, one in averaged.items() if name in followed}
     else:

@@ -208,8 +208,7 @@ def _samples(cfg: DictConfig) -> int:
     batching, size = build(cfg.modality.batching), cfg.data.batch_size_per_device
     if batching is None:
         return size
-    fit = batching.batch_size(0)
-    return fit if size is None else min(fit, size)
+    return batching.batch_size(0, size)
 
 
 def _strategy(cfg: DictConfig, devices: int) -> str:

@@ -138,7 +138,8 @@ def pretrain(cfg: DictConfig) -> float | None:
 
     objective = build_objective(cfg)
     if start is not None and run.checkpoint is None:
-        log.info("weights: %s", "; ".join([str(cfg.init_from), *initialise(objective, start, str(cfg.init_from))]))
+        notes = initialise(objective, start, str(cfg.init_from), fresh_teacher=cfg.fresh_teacher)
+        log.info("weights: %s", "; ".join([str(cfg.init_from), *notes]))
     precision = make_fast(cfg, objective)
     data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
     if rank_zero_only.rank == 0:

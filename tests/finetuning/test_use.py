@@ -166,6 +166,16 @@ def test_random_weights_keep_the_architecture_only(command, weights):
     assert not torch.equal(before[name], after[name])
 
 
+def test_a_new_head_for_image_classes_can_start_small(command):
+    # Spec 4.3: the original of 1.0 starts at 0.001 of the usual weights. The least learning rate leaves them there.
+    still = ("freeze.encoder_steps=null", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "report=false")
+    status, run_dir = command("image", "head.init_scale=0.001", *still, steps=1)
+    assert status == 0
+    head = ours.load_pretrained(run_dir).classifier
+    assert float(head.weight.detach().abs().mean()) == pytest.approx(0.001 * 0.02 * (2 / np.pi) ** 0.5, rel=0.3)
+    assert float(head.bias.detach().abs().max()) < 1e-20
+
+
 def test_lower_layers_learn_slower():
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("low", "middle", "top")})
     above = {"low": 2, "middle": 1, "top": 0}
