@@ -375,6 +375,31 @@ def test_a_recipe_for_transcripts_holds_every_published_number(split, composed, 
     assert cfg.modality.batch_seconds * 16_000 * cfg.trainer.accumulate_grad_batches == 8 * 3.2e6
 
 
+# The newer settings there, for 2.0: learning rate, steps, share of frames, samples in a step.
+FINETUNED_SPEECH_V2 = {
+    "10h": (2e-5, 60_000, 0.5, 4 * 1.28e6),
+    "100h": (1e-5, 100_000, 0.4, 8 * 1e6),
+    "960h": (1e-5, 200_000, 0.4, 16 * 1e6),
+}
+
+
+@pytest.mark.parametrize("split", FINETUNED_SPEECH_V2)
+def test_a_recipe_for_transcripts_of_2_holds_every_published_number(split, composed, tmp_path):
+    given = [f"init_from={tmp_path}", "data.path=somewhere", "data.test_source.path=elsewhere"]
+    cfg = composed(f"+recipes=audio/ctc_{split}_base_v2", *given, config_name="finetune")
+    OmegaConf.resolve(cfg)
+    masks, rates, schedule = cfg.head.masks, cfg.rates, cfg.scheduler
+    per_step = cfg.modality.batch_seconds * 16_000 * cfg.trainer.accumulate_grad_batches
+    found = (cfg.optimizer.lr, cfg.trainer.max_steps, masks.time_fraction, per_step)
+    assert found == FINETUNED_SPEECH_V2[split]
+    assert (masks.time_span, masks.channel_fraction, round(768 * masks.channel_span)) == (5, 0.1, 64)
+    assert (rates.layer_drop, cfg.freeze.encoder_steps, cfg.freeze.front_end) == (0.1, 100, True)
+    assert (rates.dropout, rates.attention_dropout, rates.activation_dropout, rates.head_dropout) == (0, 0, 0.1, 0)
+    assert (cfg.optimizer.betas, cfg.optimizer.eps, cfg.optimizer.weight_decay) == ([0.9, 0.98], 1e-8, 0)
+    assert (schedule.start_lr, schedule.min_lr, schedule.warmup_steps) == (0, 0, 8000)
+    assert cfg.trainer.gradient_clip_val is None
+
+
 # The table of spec 4.2: batch, warm-up, steps, and the rate of 1.0.
 FINETUNED_TEXT = {
     "cola": (16, 320, 5336, 1e-5),
