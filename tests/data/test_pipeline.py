@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +306,28 @@ def test_a_stream_is_judged_as_if_it_had_a_thousand_samples_at_least(tmp_path):
     list_.add(tuple((str(n), "empty") for n in range(100)), num_good=1)  # 100 of 101, but the stream has just begun
     with pytest.raises(DataError, match="101 of 103"):
         list_.add((("one more", "empty"),), num_good=1)
+
+
+def test_the_share_of_a_stream_that_is_broken_is_that_of_all_processes(tmp_path, monkeypatch):
+    everywhere, all_there = [], threading.Barrier(4)
+
+    def gather(answers: list, mine: object) -> None:
+        everywhere.append(mine)
+        all_there.wait(timeout=60)
+        answers[:] = everywhere
+
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    lists = [quarantine(tmp_path, num_samples=None, max_bad_fraction=0.01) for _ in range(4)]
+    for rank, list_ in enumerate(lists):
+        list_.add(tuple((f"{rank}-{n}", "empty") for n in range(6)), num_good=994)
+    with ThreadPoolExecutor(4) as processes:
+        list(processes.map(Quarantine.share, lists))
+    for list_ in lists:
+        list_.add((), num_good=1)  # 24 of 4,000 are 0.006: allowed
+        assert len(list_.reasons) == 24
+    with pytest.raises(DataError, match="41 of 4018"):
+        lists[0].add(tuple((f"new {n}", "empty") for n in range(17)), num_good=0)
 
 
 def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
