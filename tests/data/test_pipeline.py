@@ -243,6 +243,13 @@ def test_replacements_come_from_the_training_indices():
     assert {data[Key(epoch, 1)].id for epoch in range(30)} == {1, 8}
 
 
+def test_where_batches_are_padded_no_replacement_is_longer_than_what_it_replaces():
+    data = training_set(100, broken=tuple(range(1, 80, 3)))
+    data.source.lengths = np.repeat([1_000, 20_000], [80, 20])
+    assert max(data[Key(epoch, 1)].id for epoch in range(100)) < 80, "a batch of many short ones would be padded"
+    assert max(data[Key(epoch, 79)].id for epoch in range(100)) < 80
+
+
 def test_a_sample_without_usable_replacement_is_left_out_of_its_batch():
     hopeless = training_set(3, broken=(0, 1, 2))[Key(0, 1)]
     assert hopeless.inputs is None
