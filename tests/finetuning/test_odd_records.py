@@ -231,6 +231,23 @@ def test_predictions_come_in_the_order_of_the_records(command, program_of, rows,
     assert found == lines_of(tmp_path / "parts.jsonl")
 
 
+def test_predictions_take_no_more_sound_at_once_than_a_batch_may_hold(command, program_of, tmp_path, monkeypatch):
+    status, run_dir = command("ctc", "report=false", steps=1)
+    assert status == 0
+    seen = []
+    predict = CTC.predict
+    monkeypatch.setattr(
+        CTC,
+        "predict",
+        lambda task, model, batch: seen.append(batch.inputs["input_values"]) or predict(task, model, batch),
+    )
+    given = [f"checkpoint={run_dir}", "data=hf", f"data.path={tmp_path}/ctc.parquet", "data.num_workers=0"]
+    given += ["modality.max_seconds=1", "modality.batch_seconds=1", f"out={tmp_path}/said.jsonl"]
+    assert program_of("predict", *given) == 0
+    assert sum(map(len, seen)) == 16
+    assert max(sounds.numel() for sounds in seen) <= 2 * 8000, "as in the tests during training, twice a batch"
+
+
 def test_every_image_has_a_map_of_its_own(command, program_of, rows, tmp_path):
     status, run_dir = command("segmentation", "report=false", steps=1)
     assert status == 0
