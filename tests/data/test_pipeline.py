@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data2vec_train.data.collate import Collator
-from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule
+from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule, held_out_rows
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, Key, LengthBatching
@@ -382,6 +382,19 @@ def test_broken_records_are_not_replaced_by_held_out_ones(tmp_path):
     held_out = set(data.test_set.indices.tolist())
     for batch in first(data.train_dataloader(), 30):
         assert not held_out & set(batch.ids.tolist())
+
+
+def test_rows_are_not_searched_again_for_every_class(monkeypatch):
+    labels = np.random.default_rng(0).integers(-1, 500, 5_000)
+    searched = []
+    search = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda values: searched.append(1) or search(values))
+    rows = held_out_rows(labels, None, len(labels), 0.1)
+    assert len(searched) < 5, "with 20,000 classes of ten million files it takes minutes"
+    assert len(rows) == round(0.1 * (labels >= 0).sum())
+    assert (labels[rows] >= 0).all()
+    assert np.bincount(labels[rows], minlength=500).max() <= 3
+    assert len(held_out_rows(np.full(5, -1), None, 5, 0.5)) == 0
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path):
