@@ -16,6 +16,7 @@ from data2vec_train.finetuning.base import Examples
 from data2vec_train.finetuning.metrics import regression_scores
 from data2vec_train.finetuning.module import _rank, evaluate
 from data2vec_train.finetuning.speech import CTC, UtteranceClassification
+from data2vec_train.finetuning.text import SequenceClassification
 from data2vec_train.heads.speech import XVectorHead
 from data2vec_train.probes import measures
 from data2vec_train.tasks import predict as prediction_task
@@ -204,6 +205,24 @@ def test_a_linear_probe_that_does_not_converge_says_so_in_a_sentence(monkeypatch
         warnings.simplefilter("error")
         measures.linear_accuracy(features, classes, features, classes, l2=0.01)
     assert "stopped after 2 iterations" in caplog.text
+
+
+def test_text_files_are_read_in_the_encodings_of_the_config(command, tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    for number in range(16):
+        file = folder / ["low", "high"][number % 2] / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(f"alpha é {number}".encode("cp1252" if number % 3 else "utf-8-sig"))
+    read = []
+    ids_of = SequenceClassification.ids_of
+    monkeypatch.setattr(
+        SequenceClassification, "ids_of", lambda task, text, pair: read.append(text) or ids_of(task, text, pair)
+    )
+    given = ["data=folder", f"data.path={folder}", "data.label_column=null", "data.test_source=null", "report=false"]
+    status, run_dir = command("sequence", *given, "data.tolerated_bad_samples=0", steps=2)
+    assert status == 0
+    assert not (run_dir / "quarantine.jsonl").exists()
+    assert {text.rpartition(" ")[0] for text in read} == {"alpha é"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
