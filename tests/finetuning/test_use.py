@@ -461,6 +461,16 @@ def test_an_interrupted_embedding_goes_on(program_of, weights, tmp_path, monkeyp
     assert not (tmp_path / "again.parquet.parts").exists()
 
 
+def test_a_part_takes_no_open_file_for_each_record(program_of, weights, tmp_path):
+    folder = images(tmp_path / "images", 300)
+    many = ["rows_per_part=300", "data.num_workers=1"]
+    command = embed_command(weights("vision"), folder, tmp_path / "worker.parquet", *many)
+    few_files = ["bash", "-c", 'ulimit -n 200; exec "$@"', "bash", sys.executable, "-m", "data2vec_train.embed"]
+    subprocess.run([*few_files, *command], cwd=CHECKOUT, capture_output=True, timeout=120, check=True)
+    assert program_of("embed", *embed_command(weights("vision"), folder, tmp_path / "own.parquet", many[0])) == 0
+    assert (tmp_path / "worker.parquet").read_bytes() == (tmp_path / "own.parquet").read_bytes()
+
+
 @pytest.mark.slow
 def test_kill_nine_in_the_middle_changes_nothing(weights, tmp_path):
     folder = images(tmp_path / "images", 4000)
