@@ -136,7 +136,7 @@ def embed_inputs(
     Args:
         path: whatever `load_pretrained` reads, with its preprocessor or tokenizer beside it.
         inputs: recordings (files, or waveforms (S,) at the model's rate), images (files, or 8-bit arrays (H, W, C)),
-            or texts.
+            or texts, of which no more is read than the encoder has positions for.
         layers: "last", "all", or numbers.
         pooling: see `Embedder`.
         device: where to compute.
@@ -161,9 +161,9 @@ def embed_inputs(
         if model.source is None:
             raise ConfigError(f"{path} has no tokenizer beside it")
         tokenizer = TextTokenizer.from_pretrained(model.source)
-        tensors = [
-            torch.tensor(tokenizer.windows(text, max_length=encoder.max_tokens)[0].ids) for text in _texts(inputs)
-        ]
+        # Without the token that ends a text, as in the blocks of pretraining and of the command.
+        found = [tokenizer.windows(text, max_length=encoder.max_tokens + 1)[0].ids[:-1] for text in _texts(inputs)]
+        tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
     source = model.source
     if isinstance(encoder, AudioEncoder):

@@ -106,6 +106,7 @@ _RANGES = [
         head.vector_dim head.tdnn_dim head.max_answer_tokens head.masks.time_span head.max_tokens
         rounds threads peak.side peak.repeats step.batch_size step.image_px step.text_tokens encoder.batch_sizes
         encoder.image_px encoder.patch_px encoder.text_tokens loader.batches loader.samples ema.image_px ema.patch_px
+        strategy.num_nodes
         startup.packages seed_table.patch_px seed_table.training_px seed_table.training_batch seed_table.inference_px
         seed_table.inference_batches
         hardware.devices
@@ -131,7 +132,11 @@ _RANGES = [
         hardware.tflops.fp32
         """,
     ),
-    *_range("a number above 0", lambda value: value > 0, "modality.segment_seconds layer_decay.rate"),
+    *_range(
+        "a number above 0",
+        lambda value: value > 0,
+        "modality.segment_seconds layer_decay.rate scheduler.final_factor",
+    ),
     *_range(
         "a number of at least 0",
         lambda value: 0 <= value < math.inf,
@@ -362,11 +367,19 @@ def _crops_are_shares(cfg: DictConfig) -> str | None:
 
 def _convolutions_have_all_their_numbers(cfg: DictConfig) -> str | None:
     kernels, strides = (_get(cfg, f"modality.encoder.conv_{name}", list) for name in ("kernel", "stride"))
-    if kernels is None or strides is None or len(kernels) == len(strides) > 0:
+    if kernels is None or strides is None:
+        return None
+    if not len(kernels) == len(strides) > 0:
+        return (
+            f"modality.encoder.conv_kernel: {len(kernels)} layers, and modality.encoder.conv_stride has "
+            f"{len(strides)}; give one number of each for every layer"
+        )
+    widths = _get(cfg, "modality.encoder.conv_dim", list)
+    if widths is None or len(widths) == len(kernels):
         return None
     return (
-        f"modality.encoder.conv_kernel: {len(kernels)} layers, and modality.encoder.conv_stride has {len(strides)}; "
-        "give one number of each for every layer"
+        f"modality.encoder.conv_dim: {len(widths)} widths for the {len(kernels)} layers of "
+        "modality.encoder.conv_kernel; give one for each, or one number for all"
     )
 
 
@@ -545,6 +558,21 @@ def _trainer_is_told_once(cfg: DictConfig) -> str | None:
     return None
 
 
+_OTHER_ENDS = {
+    "max_time": "the run would count as finished; stop it with SIGTERM, which saves it, and give the command again",
+    "fast_dev_run": "a run of a step would count as finished; choose debug=smoke",
+    "limit_train_batches": "the same batches would come again and again; set trainer.max_steps",
+    "max_epochs": "samples come without end, and no epoch is over; set trainer.max_steps",
+    "min_epochs": "samples come without end, and no epoch is over; set trainer.max_steps",
+}
+
+
+def _steps_end_a_run(cfg: DictConfig) -> str | None:
+    """What else Lightning knows to end a run, or an epoch, is not what our checkpoints and loaders rest on."""
+    asked = [name for name in _OTHER_ENDS if (_get(cfg, "trainer", dict) or {}).get(name) not in (None, False)]
+    return f"trainer.{asked[0]}: {_OTHER_ENDS[asked[0]]}" if asked else None
+
+
 def _devices_are_countable(cfg: DictConfig) -> str | None:
     for group in ("strategy", "trainer"):
         devices = _get(cfg, f"{group}.devices", object)
@@ -719,6 +747,7 @@ RULES: list[Rule] = [
     _data_suits_the_command,
     _removal_is_a_pattern,
     _trainer_is_told_once,
+    _steps_end_a_run,
     _devices_are_countable,
     _strategy_exists,
     _strategy_is_what_the_trainer_takes,

@@ -78,9 +78,12 @@ class TrainingDataset(Dataset[Sample]):
     def _replacement(self, epoch: int, index: int, attempt: int, length: int | None) -> int:
         rng = generator(self.seed, "replace", epoch, index, attempt)
         # The longest of all may be those whose header is wrong: then shorter ones have to do.
-        if length is None or attempt >= MAX_REPLACEMENTS // 2:
+        if self.source.lengths is None or attempt >= MAX_REPLACEMENTS // 2:
             return int(rng.integers(len(self.indices)))
-        return int(rng.choice(np.flatnonzero(self.source.lengths[self.indices] >= length)))
+        lengths = self.source.lengths[self.indices]
+        # All of a batch that is not cropped are padded to its longest: of short ones many may share one.
+        fits = lengths <= lengths[index] if length is None else lengths >= length
+        return int(rng.choice(np.flatnonzero(fits)))
 
     def _try(self, record_id: int, epoch: int, length: int | None) -> Sample | tuple[str, str]:
         key = f"#{record_id}"

@@ -34,7 +34,8 @@ class Quarantine:
         self.written: set[str] = set()
         if path.is_file():  # of the run that goes on here
             self.written = {key for key, _ in _listed(path)}
-        self.drawn = 0
+        self.drawn = 0  # samples of all processes, as far as this one knows
+        self.drawn_here = 0  # since the last `share`
 
     def add(self, rejected: tuple[tuple[str, str], ...], *, num_good: int) -> None:
         """Take note of a batch with `num_good` usable samples.
@@ -43,6 +44,7 @@ class Quarantine:
             DataError: more than `max_bad_fraction` of the data is broken.
         """
         self.drawn += num_good + len(rejected)
+        self.drawn_here += num_good + len(rejected)
         new = {key: reason for key, reason in rejected if key not in self.reasons}
         self.reasons |= new
         self.found |= new
@@ -60,14 +62,15 @@ class Quarantine:
                 file.write("".join(lines))
 
     def share(self) -> None:
-        """Tell the other processes what this one has found; all have to ask.
+        """Tell the other processes what this one has drawn and found; all have to ask.
 
         Whether there are too many is asked again with the next batch.
         """
-        everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everywhere, self.found)
-        self.found = {}
-        for found in everywhere:
+        everywhere: list[tuple[int, dict[str, str]]] = [(0, {})] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (self.drawn_here, self.found))
+        self.drawn += sum(drawn for drawn, _ in everywhere) - self.drawn_here
+        self.drawn_here, self.found = 0, {}
+        for _, found in everywhere:
             self.reasons = found | self.reasons
             self.write(found.items())
 

@@ -149,6 +149,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
             for one, members in zip(self.bins, self.members, strict=True)
         ]
         self.crops = [int(edge) if batching.crop else None for edge in batching.edges[self.bins]]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bin -> latest epoch and its order of members
         self.seed = seed
         self.first_batch = first_batch
         self.rank = rank
@@ -189,10 +190,13 @@ class LengthBatchSampler(Sampler[list[Key]]):
 
     def _keys(self, bin_: int, batch: int) -> list[Key]:
         members, size = self.members[bin_], self.sizes[bin_]
-        keys, epoch, order = [], -1, members
+        keys = []
+        # Kept from batch to batch: to draw the order of millions takes longer than a step.
+        epoch, order = self._orders.get(bin_, (-1, members))
         for position in range(batch * size, (batch + 1) * size):
             if position // len(members) != epoch:
                 epoch = position // len(members)
                 order = generator(self.seed, "order", epoch, int(self.bins[bin_])).permutation(members)
             keys.append(Key(epoch, int(order[position % len(members)]), self.crops[bin_]))
+        self._orders[bin_] = epoch, order
         return keys

@@ -103,7 +103,8 @@ class HFSource(Source):
             raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
         self._fields = list(fields)
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
-        log.info("%s: %d records, %d classes", path, len(self), len(self.class_names or ()))
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        log.info("%s: %d records%s", path, len(self), classes)
 
     def __len__(self) -> int:
         return len(self._dataset)

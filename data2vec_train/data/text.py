@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data2vec_train.data.files import open_file, read_file, version_of
+from data2vec_train.data.files import one_at_a_time, open_file, read_file, version_of
 from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
 from data2vec_train.data.tokenizer import Tokenizer, batched
 from data2vec_train.errors import BadSample, DataError
@@ -375,17 +375,23 @@ class TextBlocks(Source):
         kept = cache_dir / "tokens" / identity[:32]
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f"{kept.name}.", dir=kept.parent))
-            try:
-                _tokenize(source, self.tokenizer, how, folder)
-                if not kept.exists():  # another process may have been quicker
-                    os.replace(folder, kept)
-            except OSError:
-                if not kept.exists():
-                    raise
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            # Processes that torchrun or srun start arrive here together, and one does it for all.
+            with one_at_a_time(kept.with_name(f"{kept.name}-lock")):
+                self._keep(kept, source, how)
         return kept
+
+    def _keep(self, kept: Path, source: Source, how: dict[str, Any]) -> None:
+        if kept.exists():  # another process was quicker
+            return
+        folder = Path(tempfile.mkdtemp(prefix=f"{kept.name}.", dir=kept.parent))
+        try:
+            _tokenize(source, self.tokenizer, how, folder)
+            os.replace(folder, kept)
+        except OSError:
+            if not kept.exists():  # as it may on a file system without locks
+                raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _cut(self, min_tokens: int) -> None:
         """The index: first id, number of ids and document of each block."""

@@ -33,6 +33,7 @@ class Inputs:
     token_count: Callable[[int], int] | None = None  # length of an input -> tokens
     tokenizer: Any = None  # `hf.tokenizers.TextTokenizer`
     max_tokens: int = 0  # longest text, special tokens included
+    encodings: Sequence[str] = ()  # of text files, tried in this order
     dim: int = 0  # D
     sample_rate_hz: int = 0
     blocks: Callable[[Source], Source] | None = None  # documents -> blocks of ids, for language models

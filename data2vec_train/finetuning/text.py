@@ -3,6 +3,7 @@
 Letters: B texts, T tokens, C classes or choices, W windows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.data.files import read_file
 from data2vec_train.data.sources import RawSample, Source
+from data2vec_train.data.text import decode_text
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.finetuning.base import NO_LABEL, Examples, HeadTask, Inputs, Meter, Scores, padded
 from data2vec_train.finetuning.metrics import (
@@ -58,17 +61,14 @@ class TextTask(HeadTask):
         return {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
 
 
-def text_of(value: Any) -> str:
-    """A record's text.
+def text_of(value: Any, encodings: Sequence[str] = ()) -> str:
+    """A record's text; that of a file in the first of `encodings` that fits.
 
     Raises:
         BadSample: it has none.
     """
     if isinstance(value, Path):
-        try:
-            value = value.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadSample(f"not readable as UTF-8 text: {error}") from error
+        value = decode_text(read_file(value, max_bytes=math.inf, limit="nothing"), encodings)
     if not isinstance(value, str) or not value.strip():
         raise BadSample("empty text" if not value or isinstance(value, str) else f"{type(value).__name__}, not a text")
     return value
@@ -175,7 +175,7 @@ class SequenceClassification(TextTask):
             label = float(label)
         elif label is not None and self.problem == "multi_label":
             label = [float(name in {str(one) for one in label}) for name in self.class_names]
-        return {"key": raw.key, "ids": self.ids_of(text_of(raw.value), pair), "label": label}
+        return {"key": raw.key, "ids": self.ids_of(text_of(raw.value, self.inputs.encodings), pair), "label": label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
         """See `HeadTask.collate`."""
@@ -278,7 +278,8 @@ class TokenClassification(TextTask):
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `HeadTask.example`."""
-        words = text_of(raw.value).split() if isinstance(raw.value, (str, Path)) else list(raw.value)
+        words = raw.value
+        words = text_of(words, self.inputs.encodings).split() if isinstance(words, (str, Path)) else list(words)
         if not words:
             raise BadSample("no words")
         tags = raw.fields.get(self.tags_column)
@@ -400,7 +401,8 @@ class QuestionAnswering(TextTask):
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `HeadTask.example`."""
-        question, context = text_of(raw.value).strip(), text_of(raw.fields.get(self.context_column))
+        question = text_of(raw.value, self.inputs.encodings).strip()
+        context = text_of(raw.fields.get(self.context_column))
         answers = raw.fields.get(self.answers_column)
         texts, starts = _texts_and_starts(answers)
         if len(texts) and context[starts[0] : starts[0] + len(texts[0])] != texts[0]:
@@ -529,7 +531,7 @@ class MultipleChoice(TextTask):
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `HeadTask.example`."""
         more = [str(raw.fields.get(name) or "") for name in self.context_columns[1:]]
-        context = " ".join([text_of(raw.value), *more]).strip()
+        context = " ".join([text_of(raw.value, self.inputs.encodings), *more]).strip()
         found = [raw.fields.get(name) for name in self.choice_columns]
         choices = list(found[0] or ()) if len(found) == 1 and not isinstance(found[0], str) else found
         if len(choices) < 2:
@@ -619,7 +621,7 @@ class LanguageTask(TextTask):
     def _ids(self, raw: RawSample) -> np.ndarray:
         if isinstance(raw.value, np.ndarray):
             return raw.value[: self.max_tokens].astype(np.int64)
-        return np.array(self.ids_of(text_of(raw.value)), dtype=np.int64)
+        return np.array(self.ids_of(text_of(raw.value, self.inputs.encodings)), dtype=np.int64)
 
 
 class MaskedLM(LanguageTask):

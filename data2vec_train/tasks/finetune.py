@@ -225,7 +225,8 @@ def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation, step: i
 
 def _describe(task: HeadTask, model: PretrainedModel, data: FinetuneData, run_dir: Path) -> None:
     tested = "no test records" if data.test_set is None else f"{len(data.test_set)} test records"
-    classes = "" if task.class_names is None else f", {len(task.class_names)} classes"
+    names = task.class_names or ()
+    classes = f", {len(names)} classes" if len(names) > 1 else ""  # the one "class" of numbers is none
     millions = model.num_parameters() / 1e6
     log.info(
         "%s, %.2f M parameters; %d training records, %s%s",

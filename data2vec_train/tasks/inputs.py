@@ -121,8 +121,8 @@ def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the encoder {model.config.vocab_size}; set "
             "modality.tokenizer.path to the one it was trained with"
         )
-    blocks = build(cfg.modality.prepare)
-    return Inputs(tokenizer=tokenizer, max_tokens=encoder.max_tokens, blocks=blocks, **common)
+    how = {"blocks": build(cfg.modality.prepare), "encodings": list(cfg.modality.encodings)}
+    return Inputs(tokenizer=tokenizer, max_tokens=encoder.max_tokens, **how, **common)
 
 
 def text_tokenizer(cfg: DictConfig) -> TextTokenizer:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data2vec_train.config import build
 from data2vec_train.data.datamodule import available_workers
 from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError, DataError
@@ -70,7 +71,7 @@ def predict(cfg: DictConfig) -> int:
     reported = time.monotonic()
     with unfinished.open("w", encoding="utf-8") as file, torch.no_grad():
         _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
-        loader = test_loader(dataset, task, None, workers, window=WINDOW)
+        loader = test_loader(dataset, task, build(cfg.modality.batching), workers, window=WINDOW)
         for rows, batch in zip(loader.batch_sampler, loader, strict=True):
             if lines and rows[0] // WINDOW != next(iter(lines)) // WINDOW:
                 _write(file, [lines.pop(row) for row in sorted(lines)])

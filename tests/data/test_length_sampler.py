@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data2vec_train.config import build
+from data2vec_train.data import sampler as sampler_module
 from data2vec_train.data.sampler import LengthBatching, LengthBatchSampler
 from data2vec_train.errors import ConfigError
 
@@ -73,6 +74,14 @@ def test_ranks_share_one_order():
     alone = list(itertools.islice(sampler(), 60))
     ranks = [list(itertools.islice(sampler(rank=rank, world_size=3), 20)) for rank in range(3)]
     assert [keys for row in zip(*ranks, strict=True) for keys in row] == alone
+
+
+def test_the_order_of_a_bin_is_drawn_once_per_epoch_and_not_for_every_batch(monkeypatch):
+    drawn = []
+    draw = sampler_module.generator
+    monkeypatch.setattr(sampler_module, "generator", lambda *key: drawn.append(key) or draw(*key))
+    list(itertools.islice(sampler(lengths=np.full(10_000, 32_000)), 3_000))  # of 3 samples each
+    assert len(drawn) <= 4, "with ten million samples a draw takes half a second"
 
 
 def test_order_and_company_change_from_epoch_to_epoch():

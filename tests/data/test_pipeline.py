@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data2vec_train.data.collate import Collator
-from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule
+from data2vec_train.data.datamodule import UNLABELLED_HELD_OUT, DataModule, held_out_rows
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, Key, LengthBatching
@@ -241,6 +243,13 @@ def test_replacements_come_from_the_training_indices():
     assert {data[Key(epoch, 1)].id for epoch in range(30)} == {1, 8}
 
 
+def test_where_batches_are_padded_no_replacement_is_longer_than_what_it_replaces():
+    data = training_set(100, broken=tuple(range(1, 80, 3)))
+    data.source.lengths = np.repeat([1_000, 20_000], [80, 20])
+    assert max(data[Key(epoch, 1)].id for epoch in range(100)) < 80, "a batch of many short ones would be padded"
+    assert max(data[Key(epoch, 79)].id for epoch in range(100)) < 80
+
+
 def test_a_sample_without_usable_replacement_is_left_out_of_its_batch():
     hopeless = training_set(3, broken=(0, 1, 2))[Key(0, 1)]
     assert hopeless.inputs is None
@@ -306,6 +315,28 @@ def test_a_stream_is_judged_as_if_it_had_a_thousand_samples_at_least(tmp_path):
         list_.add((("one more", "empty"),), num_good=1)
 
 
+def test_the_share_of_a_stream_that_is_broken_is_that_of_all_processes(tmp_path, monkeypatch):
+    everywhere, all_there = [], threading.Barrier(4)
+
+    def gather(answers: list, mine: object) -> None:
+        everywhere.append(mine)
+        all_there.wait(timeout=60)
+        answers[:] = everywhere
+
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    lists = [quarantine(tmp_path, num_samples=None, max_bad_fraction=0.01) for _ in range(4)]
+    for rank, list_ in enumerate(lists):
+        list_.add(tuple((f"{rank}-{n}", "empty") for n in range(6)), num_good=994)
+    with ThreadPoolExecutor(4) as processes:
+        list(processes.map(Quarantine.share, lists))
+    for list_ in lists:
+        list_.add((), num_good=1)  # 24 of 4,000 are 0.006: allowed
+        assert len(list_.reasons) == 24
+    with pytest.raises(DataError, match="41 of 4018"):
+        lists[0].add(tuple((f"new {n}", "empty") for n in range(17)), num_good=0)
+
+
 def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
     broken = (3, 4, 5)
     data = data_module(tmp_path, Numbers(11, broken), broken=broken, held_out_fraction=0.0)
@@ -351,6 +382,19 @@ def test_broken_records_are_not_replaced_by_held_out_ones(tmp_path):
     held_out = set(data.test_set.indices.tolist())
     for batch in first(data.train_dataloader(), 30):
         assert not held_out & set(batch.ids.tolist())
+
+
+def test_rows_are_not_searched_again_for_every_class(monkeypatch):
+    labels = np.random.default_rng(0).integers(-1, 500, 5_000)
+    searched = []
+    search = np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda values: searched.append(1) or search(values))
+    rows = held_out_rows(labels, None, len(labels), 0.1)
+    assert len(searched) < 5, "with 20,000 classes of ten million files it takes minutes"
+    assert len(rows) == round(0.1 * (labels >= 0).sum())
+    assert (labels[rows] >= 0).all()
+    assert np.bincount(labels[rows], minlength=500).max() <= 3
+    assert len(held_out_rows(np.full(5, -1), None, 5, 0.5)) == 0
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path):

@@ -5,11 +5,14 @@ import gzip
 import json
 import lzma
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from data2vec_train.data import text as text_module
 from data2vec_train.data.sources import FolderSource, RawSample, Source, StreamingSource
 from data2vec_train.data.text import (
     StreamedBlocks,
@@ -286,6 +289,22 @@ def test_files_are_tokenized_once_and_again_when_they_change(tmp_path, monkeypat
     assert len(prepared(source, tmp_path / "cache")) > len(first)
     assert len(calls) == 2
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if "." in path.name]  # nothing half done
+
+
+def test_processes_that_start_together_tokenize_once(tmp_path, monkeypatch):
+    tokenized = []
+    tokenize = text_module._tokenize
+
+    def slowly(*args):
+        tokenized.append(args)
+        time.sleep(0.3)
+        tokenize(*args)
+
+    monkeypatch.setattr(text_module, "_tokenize", slowly)
+    with ThreadPoolExecutor(4) as processes:
+        made = list(processes.map(lambda _: prepared(Texts(WORDS * 40), tmp_path), range(4)))
+    assert len(tokenized) == 1, "each would take all cores, and as much of the disk"
+    assert len({tuple(one[0].value) for one in made}) == 1
 
 
 def test_blocks_can_be_sent_to_a_worker(tmp_path):

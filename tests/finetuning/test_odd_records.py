@@ -16,6 +16,7 @@ from data2vec_train.finetuning.base import Examples
 from data2vec_train.finetuning.metrics import regression_scores
 from data2vec_train.finetuning.module import _rank, evaluate
 from data2vec_train.finetuning.speech import CTC, UtteranceClassification
+from data2vec_train.finetuning.text import SequenceClassification
 from data2vec_train.heads.speech import XVectorHead
 from data2vec_train.probes import measures
 from data2vec_train.tasks import predict as prediction_task
@@ -206,6 +207,24 @@ def test_a_linear_probe_that_does_not_converge_says_so_in_a_sentence(monkeypatch
     assert "stopped after 2 iterations" in caplog.text
 
 
+def test_text_files_are_read_in_the_encodings_of_the_config(command, tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    for number in range(16):
+        file = folder / ["low", "high"][number % 2] / f"{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(f"alpha é {number}".encode("cp1252" if number % 3 else "utf-8-sig"))
+    read = []
+    ids_of = SequenceClassification.ids_of
+    monkeypatch.setattr(
+        SequenceClassification, "ids_of", lambda task, text, pair: read.append(text) or ids_of(task, text, pair)
+    )
+    given = ["data=folder", f"data.path={folder}", "data.label_column=null", "data.test_source=null", "report=false"]
+    status, run_dir = command("sequence", *given, "data.tolerated_bad_samples=0", steps=2)
+    assert status == 0
+    assert not (run_dir / "quarantine.jsonl").exists()
+    assert {text.rpartition(" ")[0] for text in read} == {"alpha é"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Predictions
 
@@ -229,6 +248,23 @@ def test_predictions_come_in_the_order_of_the_records(command, program_of, rows,
     assert keys == [f"some.parquet:{number}" for number in range(16) if number != 5]
     assert [line["key"] for line in found if "error" in line] == ["some.parquet:5"]
     assert found == lines_of(tmp_path / "parts.jsonl")
+
+
+def test_predictions_take_no_more_sound_at_once_than_a_batch_may_hold(command, program_of, tmp_path, monkeypatch):
+    status, run_dir = command("ctc", "report=false", steps=1)
+    assert status == 0
+    seen = []
+    predict = CTC.predict
+    monkeypatch.setattr(
+        CTC,
+        "predict",
+        lambda task, model, batch: seen.append(batch.inputs["input_values"]) or predict(task, model, batch),
+    )
+    given = [f"checkpoint={run_dir}", "data=hf", f"data.path={tmp_path}/ctc.parquet", "data.num_workers=0"]
+    given += ["modality.max_seconds=1", "modality.batch_seconds=1", f"out={tmp_path}/said.jsonl"]
+    assert program_of("predict", *given) == 0
+    assert sum(map(len, seen)) == 16
+    assert max(sounds.numel() for sounds in seen) <= 2 * 8000, "as in the tests during training, twice a batch"
 
 
 def test_every_image_has_a_map_of_its_own(command, program_of, rows, tmp_path):

@@ -411,6 +411,19 @@ def test_features_of_every_token_and_of_texts(program_of, weights, tmp_path):
     assert np.array(parquet.read_table(out)["layer_4"][0].as_py()).shape == (64, 64)
 
 
+def test_features_of_texts_are_those_of_the_command(program_of, weights, tmp_path):
+    folder, out = tmp_path / "texts", tmp_path / "out.parquet"
+    folder.mkdir()
+    (folder / "long.txt").write_text("alpha beta gamma delta red " * 50)
+    (folder / "short.txt").write_text("alpha beta")
+    assert program_of("embed", *embed_command(weights("text"), folder, out)) == 0
+    table = parquet.read_table(out)
+    rows = [table["key"].to_pylist().index(key) for key in ("long.txt@0", "short.txt@0")]
+    called = embed_inputs(weights("text"), [(folder / name).read_text() for name in ("long.txt", "short.txt")])
+    commanded = np.array([table.column(1)[row].as_py() for row in rows])
+    assert np.allclose(commanded, [one[0] for one in called], atol=1e-5)
+
+
 def test_speech_is_embedded_by_matrix_products(weights, monkeypatch):
     """The classes of Hugging Face's page convolve, as transformers does, which is slower."""
     multiplied = []
@@ -456,6 +469,16 @@ def test_an_interrupted_embedding_goes_on(program_of, weights, tmp_path, monkeyp
     assert program_of("embed", *again) == 0
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / "again.parquet.parts").exists()
+
+
+def test_a_part_takes_no_open_file_for_each_record(program_of, weights, tmp_path):
+    folder = images(tmp_path / "images", 300)
+    many = ["rows_per_part=300", "data.num_workers=1"]
+    command = embed_command(weights("vision"), folder, tmp_path / "worker.parquet", *many)
+    few_files = ["bash", "-c", 'ulimit -n 200; exec "$@"', "bash", sys.executable, "-m", "data2vec_train.embed"]
+    subprocess.run([*few_files, *command], cwd=CHECKOUT, capture_output=True, timeout=120, check=True)
+    assert program_of("embed", *embed_command(weights("vision"), folder, tmp_path / "own.parquet", many[0])) == 0
+    assert (tmp_path / "worker.parquet").read_bytes() == (tmp_path / "own.parquet").read_bytes()
 
 
 @pytest.mark.slow
