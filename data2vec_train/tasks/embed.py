@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def embed(cfg: DictConfig) -> int:
     log.info("%d records, %d of %d parts are there already", len(rows), count - len(missing), count)
     loader = _loader(cfg, source, rows, missing, size)
     reported = time.monotonic()
-    for place, (number, samples) in enumerate(zip(missing, loader, strict=True)):
-        _write_part(parts, number, samples, embedder, cfg.dtype)
+    for place, (number, packed) in enumerate(zip(missing, loader, strict=True)):
+        _write_part(parts, number, _unpacked(packed), embedder, cfg.dtype)
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
             rate = (place + 1) * size / (reported - started)
@@ -131,7 +132,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int], size: int) -> DataLoader:
-    """The samples of each missing part, in order."""
+    """The samples of each missing part, in order, as `_packed` makes them."""
     transform = build(cfg.modality.transform)
     dataset = EvaluationDataset(
         source=source, indices=rows, decode=build(cfg.modality.decode), transform=transform.evaluate
@@ -140,11 +141,28 @@ def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int
     return DataLoader(
         dataset,
         batch_sampler=[list(range(number * size, min((number + 1) * size, len(rows)))) for number in missing],
-        collate_fn=list,
+        collate_fn=_packed,
         num_workers=workers,
         prefetch_factor=1 if workers else None,
         worker_init_fn=ignore_interrupts,
     )
+
+
+def _packed(samples: list[Sample]) -> tuple[list[Sample], list[torch.Size | None], torch.Tensor]:
+    """Samples without inputs, the shapes of these, and all end to end: each tensor that is sent takes an open file."""
+    inputs = [sample.inputs for sample in samples]
+    flat = [one.reshape(-1) for one in inputs if one is not None]
+    shapes = [None if one is None else one.shape for one in inputs]
+    return [replace(one, inputs=None) for one in samples], shapes, torch.cat(flat) if flat else torch.empty(0)
+
+
+def _unpacked(packed: tuple[list[Sample], list[torch.Size | None], torch.Tensor]) -> list[Sample]:
+    samples, shapes, flat = packed
+    inputs = iter(flat.split([shape.numel() for shape in shapes if shape is not None]))
+    return [
+        sample if shape is None else replace(sample, inputs=next(inputs).view(shape))
+        for sample, shape in zip(samples, shapes, strict=True)
+    ]
 
 
 def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embedder, dtype: str) -> None:
