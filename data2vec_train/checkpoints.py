@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -109,8 +109,8 @@ def sweep(directory: Path) -> None:
 class _Hashed(io.RawIOBase):
     """A file to write to that hashes what it is given, not what the disk made of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -129,7 +129,7 @@ class _Hashed(io.RawIOBase):
 
 
 def _write_state(content: dict[str, Any], path: Path) -> tuple[str, int]:
-    file = _Hashed(path)
+    file = _Hashed(path.open("wb"))
     try:
         torch.save(content, file)
         file.file.flush()

@@ -1,7 +1,6 @@
 import csv
 import itertools
 import logging
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -166,13 +165,14 @@ def test_throughput_and_waiting_are_since_the_last_row(monkeypatch):
 
 
 class Slow(torch.utils.data.Dataset):
-    """Records that take a while to read."""
+    """Records that take a while to read, by the clock that is given."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: list[float]) -> None:
         self.seconds = seconds
+        self.clock = clock
 
     def __getitem__(self, index: int) -> int:
-        time.sleep(self.seconds)
+        self.clock[0] += self.seconds
         return index
 
     def __len__(self) -> int:
@@ -181,12 +181,14 @@ class Slow(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.005, 1), (0.0, 0)])
 def test_a_loader_that_is_the_brake_is_said_once_with_what_to_change(seconds, said, caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("data2vec_train.monitor.cores_at_hand", lambda: 4)
     run = Run(monitor())
-    run.trainer.datamodule.loader = TimedLoader(torch.utils.data.DataLoader(Slow(seconds), batch_size=2))
+    run.trainer.datamodule.loader = TimedLoader(torch.utils.data.DataLoader(Slow(seconds, now), batch_size=2))
     with caplog.at_level(logging.WARNING, logger="data2vec_train.monitor"):
         for step, _ in enumerate(itertools.islice(run.trainer.datamodule.loader, 8), start=1):
-            time.sleep(0.01)  # the step itself
+            now[0] += 0.01  # the step itself
             run.step(step)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == said

@@ -33,8 +33,8 @@ def open_file(path: Path) -> BinaryIO:
         raise BadSample(f"not readable: {error.strerror or error}") from error
     except BadSample:  # which the next line would catch as well
         raise
-    except ValueError as error:  # a NUL in its name
-        raise BadSample(f"not readable: {error}") from error
+    except ValueError as error:
+        raise BadSample("not readable: a NUL in its name") from error
 
 
 def read_file(path: Path, *, max_bytes: float, limit: str) -> bytes:

@@ -965,7 +965,7 @@ def test_odd_names_in_a_manifest_get_a_reason(tmp_path):
                              min_seconds=0.2, segment_seconds=9.0)  # fmt: skip
     assert len(segments) == 1
     assert [why for _, why in segments.rejected] == [
-        "not readable: embedded null byte",
+        "not readable: a NUL in its name",
         "not readable: File name too long",
         "not readable: Is a directory",
     ]

@@ -268,6 +268,7 @@ def spelt(tokenizer: CTCTokenizer, text: str, sure: float = 6.0) -> torch.Tensor
 
 
 def test_beam_search_without_a_language_model_reads_what_is_there(tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder")
     tokenizer = CTCTokenizer()
     plain = {"beam_size": 20, "beam_threshold": 50.0, "lm_weight": 0.0, "word_score": 0.0}
     decoder = BeamDecoder(tokenizer, lm=None, lexicon=None, **plain)
@@ -276,6 +277,8 @@ def test_beam_search_without_a_language_model_reads_what_is_there(tmp_path):
 
 
 def test_a_language_model_changes_what_is_read(tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder")
+    pytest.importorskip("kenlm")
     tokenizer = CTCTokenizer()
     (tmp_path / "words.arpa").write_text(ARPA)
     settings = {"beam_size": 50, "beam_threshold": 100.0, "lm": str(tmp_path / "words.arpa"), "lexicon": None}
