@@ -84,6 +84,13 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
     raise BadSample(f"not a text in {' or '.join(encodings)}")
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file has a text in each of its rows, by its name."""
+    name = path.name.lower()
+    unpacked = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
+    return name.endswith(".parquet") or unpacked.endswith((".jsonl", ".ndjson"))
+
+
 def documents(
     sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None, max_document_bytes: int
 ) -> Iterator[Document]:
@@ -101,12 +108,11 @@ def documents(
     if isinstance(value, (str, BadSample)):
         yield sample.key, sample.label, _checked(value) if isinstance(value, str) else value
         return
-    name = value.name.lower() if isinstance(value, Path) else ""
     try:
-        if name.endswith(".parquet"):
-            yield from _unless_hopeless(_table_rows(sample, column))
-        elif name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2").endswith((".jsonl", ".ndjson")):
-            yield from _unless_hopeless(_json_lines(sample, column, max_document_bytes))
+        if isinstance(value, Path) and is_table(value):
+            is_parquet = value.name.lower().endswith(".parquet")
+            rows = _table_rows(sample, column) if is_parquet else _json_lines(sample, column, max_document_bytes)
+            yield from _unless_hopeless(rows)
         else:
             limit = f"modality.max_document_bytes={max_document_bytes}"
             if isinstance(value, Path):

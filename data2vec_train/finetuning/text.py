@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data2vec_train.data.files import read_file
 from data2vec_train.data.sources import RawSample, Source
-from data2vec_train.data.text import decode_text
+from data2vec_train.data.text import decode_text, is_table
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.finetuning.base import NO_LABEL, Examples, HeadTask, Inputs, Meter, Scores, padded
 from data2vec_train.finetuning.metrics import (
@@ -68,6 +68,8 @@ def text_of(value: Any, encodings: Sequence[str] = ()) -> str:
         BadSample: it has none.
     """
     if isinstance(value, Path):
+        if is_table(value):
+            raise BadSample("a table; read it with data=hf data.path=FILE")
         value = decode_text(read_file(value, max_bytes=math.inf, limit="nothing"), encodings)
     if not isinstance(value, str) or not value.strip():
         raise BadSample("empty text" if not value or isinstance(value, str) else f"{type(value).__name__}, not a text")

@@ -343,6 +343,27 @@ def test_maps_are_written_as_pictures(command, program_of, tmp_path):
     assert classes.max() <= 2
 
 
+def test_files_are_read_as_pretraining_reads_them(command, program_of, tmp_path):
+    status, run_dir = command("sequence", "report=false", steps=1)
+    assert status == 0
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words = {"plain": b"caf\xc3\xa9 alpha", "latin": b"caf\xe9 alpha", "wide": "café alpha".encode("utf-16")}
+    words["mark"] = "\ufeffcafé alpha".encode()
+    for name, raw in words.items():
+        (folder / f"{name}.txt").write_bytes(raw)
+    (folder / "rows.jsonl").write_text('{"text": "alpha"}\n')
+    (folder / "binary.txt").write_bytes(b"alpha\0beta")
+    out = tmp_path / "out.jsonl"
+    given = [f"checkpoint={run_dir}", "data=folder", f"data.path={folder}", f"out={out}", "data.num_workers=0"]
+    assert program_of("predict", *given) == 0
+    lines = {line["key"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert "a table; read it with data=hf" in lines.pop("rows.jsonl")["error"]
+    assert "a binary file" in lines.pop("binary.txt")["error"]
+    assert sorted(lines) == sorted(f"{name}.txt" for name in words)
+    assert len({line["prediction"]["probability"] for line in lines.values()}) == 1
+
+
 def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
     import pyarrow
 
