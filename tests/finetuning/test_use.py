@@ -379,6 +379,22 @@ def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
         assert len(line["prediction"][0]) == 5 if head == "masked_lm" else isinstance(line["prediction"], str)
 
 
+def test_a_long_text_goes_on_at_its_end(command, program_of, tmp_path):
+    status, run_dir = command("causal_lm", "report=false", steps=1)
+    assert status == 0
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    end = " ".join(["seven eight nine"] * 40)
+    for name, start in {"a": "alpha beta " * 100, "b": "gamma delta " * 100}.items():
+        (folder / f"{name}.txt").write_text(start + end)
+    out = tmp_path / "out.jsonl"
+    given = [f"checkpoint={run_dir}", "data=folder", f"data.path={folder}", f"out={out}", "data.num_workers=0"]
+    assert program_of("predict", *given) == 0
+    first, second = (json.loads(line)["prediction"] for line in out.read_text().splitlines())
+    assert first == second
+    assert len(first) > 8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
 
