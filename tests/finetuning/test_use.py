@@ -113,6 +113,14 @@ def test_test_records_of_an_unknown_class(program_of, weights, rows, tmp_path, c
     assert "test records have the class neither, which no training record has" in one_error(capsys)
 
 
+def test_weights_that_are_not_there_are_said_beside_their_modality(program_of, tmp_path, capsys):
+    given = ["data=hf", f"data.path={tmp_path}", f"out={tmp_path}/out.jsonl"]
+    assert program_of("predict", f"checkpoint={tmp_path}/weigths", *given) == 2
+    said = capsys.readouterr().err
+    assert "modality is not set" in said
+    assert f"checkpoint: there is no file or folder {tmp_path}/weigths" in said
+
+
 def test_an_encoder_has_no_predictions(program_of, weights, records, tmp_path, capsys):
     path = records("image", tmp_path / "rows.parquet")
     given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", f"out={tmp_path}/out.jsonl"]
