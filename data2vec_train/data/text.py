@@ -428,6 +428,11 @@ class TextBlocks(Source):
     def __len__(self) -> int:
         return len(self._first)
 
+    @property
+    def num_documents(self) -> int:
+        """See `Source.num_documents`."""
+        return len(self._ends)
+
     def __getitem__(self, index: int) -> RawSample:
         if self._ids is None:  # in every process of its own
             width = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
