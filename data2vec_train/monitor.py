@@ -325,7 +325,8 @@ def describe(row: dict[str, float]) -> str:
         "probe/linear": "linear {:.1%}",
         "probe/rankme": "RankMe {:.1f}",
     }
-    formats |= {name: name.removeprefix("test/") + " {:.4g}" for name in row if name.startswith("test/")}
+    scores = [name for name in row if name.startswith("test/")]
+    formats |= {name: name.removeprefix("test/").replace("loss", "test loss") + " {:.4g}" for name in scores}
     return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
 
 

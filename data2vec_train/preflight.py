@@ -34,6 +34,7 @@ from data2vec_train.rules import (
     choices_suit_the_modality,
     has_names,
     plans_only,
+    weights_can_be_read,
 )
 from data2vec_train.signatures import Parameter, did_you_mean, find, mismatch, show, signature
 
@@ -337,7 +338,8 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
         if fault := _unread_fault(override, base, cfg):
             faults.append(fault)
     if guessed:
-        return faults
+        absent = weights_can_be_read(cfg)  # which would have said the modality
+        return faults if absent is None else [*faults, absent]
     shown = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
     try:

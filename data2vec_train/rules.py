@@ -688,7 +688,8 @@ def _attention_can(cfg: DictConfig) -> str | None:
 # Files
 
 
-def _weights_can_be_read(cfg: DictConfig) -> str | None:
+def weights_can_be_read(cfg: DictConfig) -> str | None:
+    """What is wrong with the place of the weights, or None."""
     for name in ("checkpoint", "init_from"):
         found = OmegaConf.select(cfg, name, throw_on_missing=False)
         if isinstance(found, str) and "://" in found:
@@ -755,7 +756,7 @@ RULES: list[Rule] = [
     _there_is_something_to_measure,
     _attention_has_four_sizes,
     _measured_images_have_patches,
-    _weights_can_be_read,
+    weights_can_be_read,
     _out_is_free,
 ]
 

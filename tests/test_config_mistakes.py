@@ -229,7 +229,7 @@ COMMANDS = {
     "data2vec_train data=folder data.path=/nowhere seed=1 seed=2 trainer.max_steps=1.5": 2,
     "data2vec_train -m seed=0,x modality=vision,adio": 2,
     "data2vec_train vision --lr 0.1": 3,
-    "data2vec_train.finetune head=cct init_from=/nowhere": 3,
+    "data2vec_train.finetune head=cct init_from=/nowhere": 4,
     "data2vec_train.probe checkpoint=/nowhere modality=vision data=folder data.path=/nowhere": 2,
     "data2vec_train.embed modality=vision data=sample out=x.csv device=gpu": 4,
     "data2vec_train.predict checkpoint=/nowhere modality=audio data=hf out=x.jsonl": 2,

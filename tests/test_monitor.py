@@ -257,6 +257,7 @@ def test_an_unknown_kind_of_progress_is_refused():
 def test_rows_in_words():
     row = {"train/loss": 1.23456, "probe/knn": np.float64(0.987), "train/lr": 0.1, "train/data_wait": 0.25}
     assert describe(row) == "loss 1.235  data wait 25%  kNN 98.7%"
+    assert describe({"train/loss": 1.0, "test/f1": 0.5, "test/loss": 2.0}) == "loss 1.000  f1 0.5  test loss 2"
 
 
 def test_wandb_without_the_package_says_how_to_install_it(monkeypatch):

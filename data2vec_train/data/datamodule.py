@@ -213,7 +213,7 @@ class DataModule(ResumableData):
         rejected = tuple(pair for one in sources for pair in one.rejected)
         self.quarantine = Quarantine(
             path=quarantine_path,
-            num_samples=None if streaming else sum(map(len, sources)) + len(rejected),
+            num_samples=None if streaming else sum(one.num_documents for one in sources) + len(rejected),
             max_bad_fraction=max_bad_fraction,
             tolerated=tolerated_bad_samples,
         )

@@ -91,6 +91,11 @@ class Source(ABC):
     def labels(self) -> np.ndarray | None:
         """Labels of all records, (len,) int64, -1 where one is missing; None without labels. Reads no sample."""
 
+    @property
+    def num_documents(self) -> int:
+        """What broken samples are a share of: the records, or the documents whose blocks they are."""
+        return len(self)
+
     def column(self, name: str) -> list[Any]:
         """The values of one of `fields` for all records; reads no sample.
 

@@ -191,7 +191,7 @@ class FinetuneData(ResumableData):
         rejected = tuple(pair for one in sources for pair in one.rejected)
         self.quarantine = Quarantine(
             path=quarantine_path,
-            num_samples=sum(map(len, sources)) + len(rejected),
+            num_samples=sum(one.num_documents for one in sources) + len(rejected),
             max_bad_fraction=max_bad_fraction,
             tolerated=tolerated_bad_samples,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data2vec_train.data.files import read_file
 from data2vec_train.data.sources import RawSample, Source
-from data2vec_train.data.text import decode_text
+from data2vec_train.data.text import decode_text, is_table
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.finetuning.base import NO_LABEL, Examples, HeadTask, Inputs, Meter, Scores, padded
 from data2vec_train.finetuning.metrics import (
@@ -28,6 +28,7 @@ from data2vec_train.finetuning.metrics import (
 from data2vec_train.finetuning.speech import class_predictions
 from data2vec_train.hf.base import PretrainedModel
 
+WHOLE = 2**31  # longest text that is read to its end, tokens
 Problem = Literal["classification", "regression", "multi_label"]
 _PROBLEM_TYPES = {
     "classification": "single_label_classification",
@@ -68,6 +69,8 @@ def text_of(value: Any, encodings: Sequence[str] = ()) -> str:
         BadSample: it has none.
     """
     if isinstance(value, Path):
+        if is_table(value):
+            raise BadSample("a table; read it with data=hf data.path=FILE")
         value = decode_text(read_file(value, max_bytes=math.inf, limit="nothing"), encodings)
     if not isinstance(value, str) or not value.strip():
         raise BadSample("empty text" if not value or isinstance(value, str) else f"{type(value).__name__}, not a text")
@@ -654,7 +657,7 @@ class MaskedLM(LanguageTask):
             other = hidden[what >= 0.9]
             ids[other] = rng.integers(0, tokenizer.vocab_size, len(other))
         elif tokenizer.mask_token_id not in ids:
-            raise BadSample("no <mask> in this text: there is nothing to guess")
+            raise BadSample(f"no <mask> in the first {len(ids)} tokens of this text: there is nothing to guess")
         return {"key": raw.key, "ids": ids, "labels": labels}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
@@ -684,7 +687,7 @@ class CausalLM(LanguageTask):
     """Guess the next token.
 
     Args:
-        continue_tokens: how many tokens a prediction adds to a text.
+        continue_tokens: how many tokens a prediction adds to a text; of a long one it sees the end.
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -699,9 +702,13 @@ class CausalLM(LanguageTask):
         return {"is_decoder": True}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
-        ids = self._ids(raw)
-        return {"key": raw.key, "ids": ids if isinstance(raw.value, np.ndarray) else ids[:-1]}
+        """Blocks as they are; of a text that leaves no room for `continue_tokens`, its end."""
+        if isinstance(raw.value, np.ndarray):
+            return {"key": raw.key, "ids": self._ids(raw)}
+        text = text_of(raw.value, self.inputs.encodings)
+        start, *ids = self.inputs.tokenizer.windows(text, max_length=WHOLE)[0].ids[:-1]
+        room = max(self.max_tokens - self.continue_tokens, self.max_tokens // 2) - 1
+        return {"key": raw.key, "ids": np.array([start, *ids[-room:]], dtype=np.int64)}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
         """See `HeadTask.collate`."""

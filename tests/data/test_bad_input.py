@@ -435,6 +435,16 @@ def test_replacements_are_the_same_for_any_number_of_workers(root, modality):
         assert one.rejected == other.rejected
 
 
+def test_broken_texts_are_a_share_of_the_documents_and_not_of_their_blocks(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "good.txt").write_text("some good words to learn from " * 3000)
+    for number in range(11):
+        (data / f"{number}.txt").write_bytes(b"")
+    with pytest.raises(DataError, match="11 of 12 samples cannot be used"):
+        data_module("text", data, tmp_path / "run", 0)
+
+
 # `python -m data2vec_train` for each line of arguments, in processes that share the seconds of importing torch.
 COMMANDS = """
 import json, os, runpy, sys

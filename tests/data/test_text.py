@@ -162,6 +162,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         ("Größe – “so”".encode("cp1252"), "Größe – “so”"),
         ("Größe".encode("utf-16"), "Größe"),
         (b"line\r\nbreak\tand\x0cfeed", "line\r\nbreak\tand\x0cfeed"),
+        (b"one stray \x02 in" + b" a long text" * 100, "one stray \x02 in" + " a long text" * 100),
     ],
 )
 def test_files_in_several_encodings(raw, text):

@@ -113,6 +113,14 @@ def test_test_records_of_an_unknown_class(program_of, weights, rows, tmp_path, c
     assert "test records have the class neither, which no training record has" in one_error(capsys)
 
 
+def test_weights_that_are_not_there_are_said_beside_their_modality(program_of, tmp_path, capsys):
+    given = ["data=hf", f"data.path={tmp_path}", f"out={tmp_path}/out.jsonl"]
+    assert program_of("predict", f"checkpoint={tmp_path}/weigths", *given) == 2
+    said = capsys.readouterr().err
+    assert "modality is not set" in said
+    assert f"checkpoint: there is no file or folder {tmp_path}/weigths" in said
+
+
 def test_an_encoder_has_no_predictions(program_of, weights, records, tmp_path, capsys):
     path = records("image", tmp_path / "rows.parquet")
     given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", f"out={tmp_path}/out.jsonl"]
@@ -346,6 +354,27 @@ def test_maps_are_written_as_pictures(command, program_of, tmp_path):
     assert classes.max() <= 2
 
 
+def test_files_are_read_as_pretraining_reads_them(command, program_of, tmp_path):
+    status, run_dir = command("sequence", "report=false", steps=1)
+    assert status == 0
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words = {"plain": b"caf\xc3\xa9 alpha", "latin": b"caf\xe9 alpha", "wide": "café alpha".encode("utf-16")}
+    words["mark"] = "\ufeffcafé alpha".encode()
+    for name, raw in words.items():
+        (folder / f"{name}.txt").write_bytes(raw)
+    (folder / "rows.jsonl").write_text('{"text": "alpha"}\n')
+    (folder / "binary.txt").write_bytes(b"alpha\0beta")
+    out = tmp_path / "out.jsonl"
+    given = [f"checkpoint={run_dir}", "data=folder", f"data.path={folder}", f"out={out}", "data.num_workers=0"]
+    assert program_of("predict", *given) == 0
+    lines = {line["key"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert "a table; read it with data=hf" in lines.pop("rows.jsonl")["error"]
+    assert "a binary file" in lines.pop("binary.txt")["error"]
+    assert sorted(lines) == sorted(f"{name}.txt" for name in words)
+    assert len({line["prediction"]["probability"] for line in lines.values()}) == 1
+
+
 def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
     import pyarrow
 
@@ -359,6 +388,22 @@ def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
         assert program_of("predict", *given, "data.num_workers=0") == 0
         [line] = [json.loads(one) for one in out.read_text().splitlines()]
         assert len(line["prediction"][0]) == 5 if head == "masked_lm" else isinstance(line["prediction"], str)
+
+
+def test_a_long_text_goes_on_at_its_end(command, program_of, tmp_path):
+    status, run_dir = command("causal_lm", "report=false", steps=1)
+    assert status == 0
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    end = " ".join(["seven eight nine"] * 40)
+    for name, start in {"a": "alpha beta " * 100, "b": "gamma delta " * 100}.items():
+        (folder / f"{name}.txt").write_text(start + end)
+    out = tmp_path / "out.jsonl"
+    given = [f"checkpoint={run_dir}", "data=folder", f"data.path={folder}", f"out={out}", "data.num_workers=0"]
+    assert program_of("predict", *given) == 0
+    first, second = (json.loads(line)["prediction"] for line in out.read_text().splitlines())
+    assert first == second
+    assert len(first) > 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
