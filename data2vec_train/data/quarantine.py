@@ -92,7 +92,7 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
     """What is in a list; a last line that a killed process left unfinished is cut off the file."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
+    if whole != content and rank_zero_only.rank == 0:  # who may be writing already where others still read
         os.truncate(path, len(whole))
     for line in whole.splitlines():
         row = json.loads(line)

@@ -337,6 +337,15 @@ def test_the_share_of_a_stream_that_is_broken_is_that_of_all_processes(tmp_path,
         lists[0].add(tuple((f"new {n}", "empty") for n in range(17)), num_good=0)
 
 
+def test_only_the_first_process_cuts_off_an_unfinished_line(tmp_path, monkeypatch):
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"key": "a", "reason": "x"}\n{"key": "b", "rea')
+    for rank, size in ((1, 2), (0, 1)):
+        monkeypatch.setattr("data2vec_train.data.quarantine.rank_zero_only.rank", rank, raising=False)
+        assert quarantine(tmp_path).written == {"a"}
+        assert len(path.read_text().splitlines()) == size
+
+
 def test_a_training_run_reports_broken_samples_through_the_quarantine(tmp_path):
     broken = (3, 4, 5)
     data = data_module(tmp_path, Numbers(11, broken), broken=broken, held_out_fraction=0.0)
