@@ -312,10 +312,11 @@ class AudioSegments(Source):
         self._part = np.arange(len(first)) - first
         self._cut = np.repeat(parts > 1, parts)
         self.lengths = np.floor(self._seconds * sample_rate_hz + 1e-6).astype(np.int64)
+        total = seconds[usable].sum()
         log.info(
-            "%d recordings, %.1f hours, as %d utterances; %d are shorter than modality.min_seconds=%g%s, %d broken",
+            "%d recordings, %s, as %d utterances; %d are shorter than modality.min_seconds=%g%s, %d broken",
             len(usable),
-            seconds[usable].sum() / 3600,
+            f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes",
             len(self),
             len(short),
             min_seconds,
