@@ -346,3 +346,4 @@ def test_log_mel_finds_the_tone_and_its_statistics_leave_padding_out():
     together = log_mel_statistics(padded, torch.tensor([16_000, 24_000]), sample_rate_hz=16_000)
     np.testing.assert_allclose(together[0], alone[0], atol=1e-3)
     assert np.isfinite(log_mel_statistics(torch.randn(1, 300), torch.tensor([300]), sample_rate_hz=8_000)).all()
+    assert np.isfinite(log_mel_statistics(torch.randn(1, 3, 300), torch.tensor([300]), sample_rate_hz=50)).all()
