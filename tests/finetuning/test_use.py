@@ -18,6 +18,7 @@ from data2vec_train import checkpoints
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.embedding import embed_inputs
 from data2vec_train.encoders.audio import ConvLayer
+from data2vec_train.errors import BadSample
 from data2vec_train.finetuning.data import few_of
 from data2vec_train.finetuning.metrics import (
     answer_scores,
@@ -485,6 +486,14 @@ def test_speech_is_embedded_by_matrix_products(weights, monkeypatch):
         expected = ours.load_pretrained(weights("audio"))(**prepared).last_hidden_state[0].mean(dim=0)
     assert len(multiplied) == 6
     assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_an_input_that_cannot_be_used_is_named(weights, tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(BadSample, match=r"a\.wav: not an audio file"):
+        embed_inputs(weights("audio"), [np.sin(np.arange(8000)), str(tmp_path / "a.wav")])
+    with pytest.raises(BadSample, match="input 1: "):
+        embed_inputs(weights("vision"), [np.zeros((32, 32, 3), np.uint8), b"no image"])
 
 
 def test_broken_files_are_left_out_and_listed(program_of, weights, tmp_path):
