@@ -309,6 +309,7 @@ def test_a_fine_tuned_ctc_model_is_the_same_in_transformers(command, program_of,
     theirs = transformers.Data2VecAudioForCTC.from_pretrained(tmp_path / "hf").eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "hf")
+    assert isinstance(transformers.AutoProcessor.from_pretrained(tmp_path / "hf"), transformers.Wav2Vec2Processor)
     path = tmp_path / "ctc.parquet"
     given = [f"checkpoint={tmp_path}/hf", "data=hf", f"data.path={path}", f"out={tmp_path}/said.jsonl"]
     assert program_of("predict", *given, "data.num_workers=0") == 0
