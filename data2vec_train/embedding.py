@@ -3,7 +3,7 @@
 Letters: see `encoders.base`; layer 0 is the input of the first block, layer n the output of block n.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -175,7 +175,7 @@ def embed_inputs(
         transform = AudioTransform(normalise=how.do_normalize, sample_rate_hz=rate, max_seconds=float("1e9"))
         options = {"sample_rate_hz": rate, "channels": encoder.channels, "min_seconds": 0.0}
         options |= {"min_level": 0.0, "max_level": float("inf")}
-        waves = [transform.train(decode_audio(_file(one), **options)) for one in inputs]
+        waves = [transform.train(_decoded(decode_audio, one, number, options)) for number, one in enumerate(inputs)]
         return Embedder(encoder, numbers, pooling)(waves)
     from data2vec_train.data.vision import ImageTransform, decode_image
     from data2vec_train.hf.preprocessing import ImageProcessor
@@ -193,12 +193,15 @@ def embed_inputs(
         **plain,
     )
     options = {"channels": channels, "max_pixels": 89_478_485}
-    tensors = [transform.evaluate(decode_image(_file(one), **options)) for one in inputs]
+    tensors = [transform.evaluate(_decoded(decode_image, one, number, options)) for number, one in enumerate(inputs)]
     return Embedder(encoder, numbers, pooling)(tensors)
 
 
-def _file(one: Any) -> Any:
-    return Path(one).expanduser() if isinstance(one, str) else one
+def _decoded(decode: Callable[..., np.ndarray], one: Any, number: int, options: Mapping[str, Any]) -> np.ndarray:
+    try:
+        return decode(Path(one).expanduser() if isinstance(one, str) else one, **options)
+    except BadSample as error:
+        raise BadSample(f"{one if isinstance(one, (str, Path)) else f'input {number}'}: {error}") from error
 
 
 def _texts(inputs: Sequence[Any]) -> list[str]:

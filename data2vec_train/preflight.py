@@ -434,6 +434,8 @@ def _did_you_mean_setting(cfg: DictConfig, key: str) -> str:
     parent, _, last = key.rpartition(".")
     if key == "data.path" and choices.get("data") == "sample":
         return "; data=sample needs none, for your own data choose data=folder, hf, manifest or stream"
+    if parent == "data.test_source" and parent in paths:
+        return f"; write {parent}={{{last}:...}}"
     if (other := _ELSEWHERE.get(key)) in paths:
         return f"; did you mean {other}?"
     last_names = {path: path.rpartition(".")[2] for path in paths}

@@ -51,6 +51,7 @@ MISTAKES = {
     "+strategy.device=3": "Trainer has no setting called 'device'; did you mean devices?",
     "+modality.chanels=3": "there is no setting called 'modality.chanels'; did you mean modality.channels?",
     "~seed": "~seed: seed cannot be left out; set it to another value",
+    "modality=audio data.test_source.path=/b": "'data.test_source.path'; write data.test_source={path:...}",
     "+recipe=vision/cifar10": "there is no setting called 'recipe'; did you mean recipes?",
     "+recipes=cifar10": "there is no recipe called 'cifar10'; did you mean vision/cifar10?",
     "+recipes=audio/ctc_100h_base": "this recipe is for python -m data2vec_train.finetune",

@@ -312,10 +312,11 @@ class AudioSegments(Source):
         self._part = np.arange(len(first)) - first
         self._cut = np.repeat(parts > 1, parts)
         self.lengths = np.floor(self._seconds * sample_rate_hz + 1e-6).astype(np.int64)
+        total = seconds[usable].sum()
         log.info(
-            "%d recordings, %.1f hours, as %d utterances; %d are shorter than modality.min_seconds=%g%s, %d broken",
+            "%d recordings, %s, as %d utterances; %d are shorter than modality.min_seconds=%g%s, %d broken",
             len(usable),
-            seconds[usable].sum() / 3600,
+            f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes",
             len(self),
             len(short),
             min_seconds,
@@ -493,12 +494,16 @@ def log_mel_statistics(waveforms: Tensor, lengths: Tensor, *, sample_rate_hz: in
     if waveforms.dim() == 3:
         waveforms = waveforms.mean(dim=1)
     mels = _log_mel(waveforms.float(), sample_rate_hz)  # (B, mels, frames)
-    hop = round(HOP_SECONDS * sample_rate_hz)
+    hop = _hop(sample_rate_hz)
     real = torch.arange(mels.shape[-1]) < (lengths[:, None] // hop).clamp(min=1)  # (B, frames)
     weight = (real / real.sum(dim=1, keepdim=True))[:, None]  # (B, 1, frames)
     mean = (mels * weight).sum(dim=-1)
     deviation = ((mels - mean[..., None]).square() * weight).sum(dim=-1).sqrt()
     return torch.cat([mean, deviation], dim=1).numpy()
+
+
+def _hop(sample_rate_hz: int) -> int:
+    return max(round(HOP_SECONDS * sample_rate_hz), 1)
 
 
 def _log_mel(waveforms: Tensor, sample_rate_hz: int) -> Tensor:
@@ -517,7 +522,7 @@ def _mel_spectrogram(sample_rate_hz: int) -> Any:
         sample_rate=sample_rate_hz,
         n_fft=4 * size,
         win_length=window,
-        hop_length=max(round(HOP_SECONDS * sample_rate_hz), 1),
+        hop_length=_hop(sample_rate_hz),
         n_mels=mels,
         center=True,
         pad_mode="constant",

@@ -344,6 +344,8 @@ def _cannot_read(path: str, error: BaseException) -> str:
     # What the library says of nothing at all: of a table without rows, and of files without records.
     if "BatchSize must be greater than 0" in text or "corresponds to no data" in text:
         text = "it has no rows"
+    if "torchcodec" in text:  # for a folder of recordings, which data=folder reads without it
+        text = f"{text}; install torchcodec, or read a local folder with data=folder"
     return f"cannot read {path}: {text}"
 
 
@@ -384,8 +386,10 @@ def _tar_features(kind: Kind, column: str | None) -> "datasets.Features":
     import datasets
 
     names = [case for name in MEMBERS[kind] for case in (name, name.upper())] if column is None else [column]
+    # Plain bytes: of a picture the library would take the file of that name in the working directory.
+    member = datasets.Value("string" if kind == "text" else "binary")
     return datasets.Features(
-        {name: _encoded_feature(kind) for name in names}
+        dict.fromkeys(names, member)
         | {"cls": datasets.Value("int64"), "__key__": datasets.Value("string"), "__url__": datasets.Value("string")}
     )
 
@@ -396,7 +400,11 @@ def _encoded_feature(kind: Kind) -> object:
 
     if kind == "text":
         return datasets.Value("string")
-    return (datasets.Image if kind == "image" else datasets.Audio)(decode=False)
+    if kind == "image":
+        return datasets.Image(decode=False)
+    from data2vec_train.data.encoded_audio import EncodedAudio
+
+    return EncodedAudio()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -214,6 +214,13 @@ class HeadTask(ABC):
         if self.needs_classes and source.class_names != self.class_names:
             raise DataError(_other_classes(source.class_names, self.class_names))
 
+    def check_held_out(self, source: Source, rows: np.ndarray) -> None:  # noqa: B027 - most score any
+        """Refuse held-out records that cannot be scored.
+
+        Raises:
+            DataError: they cannot.
+        """
+
     def adopt(self, model: PretrainedModel) -> None:
         """Take what `study` finds out from a trained model instead."""
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]

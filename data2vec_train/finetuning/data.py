@@ -166,10 +166,14 @@ class FinetuneData(ResumableData):
         if test_source is None:
             groups = source.groups()
             if group_column is not None:
-                _, groups = classes_of(source.column(group_column))
+                names, groups = classes_of(source.column(group_column))
+                one_group = 1 / max(len(names), 1)
+                held_out_fraction = held_out_fraction and max(held_out_fraction, one_group)
             labels = source.labels() if task.needs_classes and group_column is None else None
             test_rows = np.intersect1d(rows, held_out_rows(labels, groups, len(source), held_out_fraction))
             rows = np.setdiff1d(rows, test_rows)
+            if len(test_rows):
+                task.check_held_out(source, test_rows)
         if train_samples is not None:
             rows = few_of(source.labels() if task.needs_classes else None, rows, train_samples, seed=seed)
         if not len(rows):

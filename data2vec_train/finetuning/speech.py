@@ -532,11 +532,18 @@ class SpeakerVerification(SpeechTask):
         """Test speakers may be others."""
         if source.labels() is None:
             raise DataError("test records have no speakers; name their column with data.label_column")
-        counts = np.bincount(source.labels()[source.labels() >= 0])
+        self._check_pairs(source.labels(), "test records")
+
+    def check_held_out(self, source: Source, rows: np.ndarray) -> None:
+        """See `HeadTask.check_held_out`."""
+        self._check_pairs(source.labels()[rows], "held-out records", "; raise data.held_out_fraction")
+
+    def _check_pairs(self, labels: np.ndarray, what: str, remedy: str = "") -> None:
+        _, counts = np.unique(labels[labels >= 0], return_counts=True)
         if len(counts) < 2 or counts.max() < 2:
             raise DataError(
-                f"test records: {counts.sum()} of {len(counts)} speakers; an equal error rate needs two speakers, and "
-                "two recordings of one of them"
+                f"{what}: {counts.sum()} of {len(counts)} speakers; an equal error rate needs two speakers, and "
+                f"two recordings of one of them{remedy}"
             )
 
     def model_settings(self) -> dict[str, Any]:

@@ -313,6 +313,7 @@ class CTCTokenizer:
         write_json(folder / "vocab.json", self.vocabulary)
         content = {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
+            "processor_class": "Wav2Vec2Processor",  # AutoProcessor would give the tokenizer alone
             "do_lower_case": self.do_lower_case,
             "word_delimiter_token": self.word_delimiter,
             **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},

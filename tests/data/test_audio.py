@@ -159,9 +159,11 @@ def folder(tmp_path, seconds: dict[str, float], rate: int = 16_000) -> FolderSou
 OPTIONS = {"sample_rate_hz": 16_000, "min_seconds": 0.2, "segment_seconds": 4.0}
 
 
-def test_long_recordings_become_equal_segments_and_short_ones_stay_out(tmp_path):
+def test_long_recordings_become_equal_segments_and_short_ones_stay_out(tmp_path, caplog):
     source = folder(tmp_path, {"a.wav": 1.0, "b.wav": 9.0, "c.wav": 0.1, "d.flac": 4.0})
+    caplog.set_level("INFO")
     segments = AudioSegments(source, cache_dir=None, **OPTIONS)
+    assert "3 recordings, 0.2 minutes, as 5 utterances; 1 are shorter than" in caplog.text
     assert [segments[i].key for i in range(len(segments))] == ["a.wav", "b.wav@0s", "b.wav@3s", "b.wav@6s", "d.flac"]
     assert segments.lengths.tolist() == [16_000, 48_000, 48_000, 48_000, 64_000]
     assert segments.groups().tolist() == [0, 1, 1, 1, 3]
@@ -344,3 +346,4 @@ def test_log_mel_finds_the_tone_and_its_statistics_leave_padding_out():
     together = log_mel_statistics(padded, torch.tensor([16_000, 24_000]), sample_rate_hz=16_000)
     np.testing.assert_allclose(together[0], alone[0], atol=1e-3)
     assert np.isfinite(log_mel_statistics(torch.randn(1, 300), torch.tensor([300]), sample_rate_hz=8_000)).all()
+    assert np.isfinite(log_mel_statistics(torch.randn(1, 3, 300), torch.tensor([300]), sample_rate_hz=50)).all()

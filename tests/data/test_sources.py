@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -383,6 +384,31 @@ def test_a_tar_may_mix_kinds_of_images_and_hold_other_members(tmp_path, hf, stre
     stream = streaming(path)
     records = list(stream.stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1))
     assert {record.key: record.value for record in records} == {source[n].key: source[n].value for n in range(12)}
+
+
+def test_recordings_in_tars_and_by_name_need_no_torchcodec(tmp_path, hf, streaming, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    contents = {f"{n}.flac": b"fLaC%d" % n for n in range(6)}
+    path = tar(tmp_path / "a.tar", contents)
+    source = hf(path, kind="audio")
+    assert [source[n].value for n in range(6)] == list(contents.values())
+    records = streaming(path, kind="audio").stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
+    assert {record.key: record.value for record in records} == {source[n].key: source[n].value for n in range(6)}
+
+    write(tmp_path / "files", contents)
+    files = [tmp_path / "files" / name for name in contents]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"file": str(file)}) for file in files))
+    stream = streaming(tmp_path / "list.jsonl", column="file", kind="audio")
+    records = stream.stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
+    assert sorted(record.value for record in records) == files
+    with pytest.raises(DataError, match="torchcodec.*; install torchcodec, or read a local folder with data=folder"):
+        hf(tmp_path / "files", kind="audio")
+
+
+def test_members_of_a_tar_do_not_come_from_the_working_directory(tmp_path, hf, monkeypatch):
+    write(tmp_path, ["0.png"])
+    monkeypatch.chdir(tmp_path)
+    assert hf(tar(tmp_path / "a.tar", {"0.png": ENCODED[1]}))[0].value == ENCODED[1]
 
 
 def test_a_tar_without_images_says_so(tmp_path, hf):

@@ -134,6 +134,23 @@ def test_one_speaker_has_no_equal_error_rate(command, rows, tested_on, capsys):
     assert "an equal error rate needs two speakers" in capsys.readouterr().err
 
 
+def test_held_out_speakers_have_to_make_pairs(command, rows, capsys):
+    every = [row | {"kind": f"speaker {number // 2}"} for number, row in enumerate(rows("speaker"))]
+    assert command("speaker", "data.test_source=null", steps=1, rows=every)[0] == 2
+    error = capsys.readouterr().err
+    assert "held-out records: 2 of 2 speakers; an equal error rate needs" in error
+    assert "raise data.held_out_fraction" in error
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, 4), (0.5, 8), (0, 0)])
+def test_few_groups_leave_one_to_test_on(command, rows, fraction, held_out):
+    every = [row | {"place": f"place {number % 4}"} for number, row in enumerate(rows("frame"))]
+    given = ["data.test_source=null", f"data.held_out_fraction={fraction}", "data.group_column=place", "report=false"]
+    status, run_dir = command("frame", *given, steps=1, rows=every)
+    assert status == 0
+    assert summary_of(run_dir)["test_records"] == held_out
+
+
 def test_mixtures_with_whole_numbers(command):
     given = ["head.mixup=1", "head.cutmix=1", "report=false"]
     assert command("image", *given, steps=4)[0] == 0

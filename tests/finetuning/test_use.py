@@ -18,6 +18,7 @@ from data2vec_train import checkpoints
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.embedding import embed_inputs
 from data2vec_train.encoders.audio import ConvLayer
+from data2vec_train.errors import BadSample
 from data2vec_train.finetuning.data import few_of
 from data2vec_train.finetuning.metrics import (
     answer_scores,
@@ -308,6 +309,7 @@ def test_a_fine_tuned_ctc_model_is_the_same_in_transformers(command, program_of,
     theirs = transformers.Data2VecAudioForCTC.from_pretrained(tmp_path / "hf").eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "hf")
+    assert isinstance(transformers.AutoProcessor.from_pretrained(tmp_path / "hf"), transformers.Wav2Vec2Processor)
     path = tmp_path / "ctc.parquet"
     given = [f"checkpoint={tmp_path}/hf", "data=hf", f"data.path={path}", f"out={tmp_path}/said.jsonl"]
     assert program_of("predict", *given, "data.num_workers=0") == 0
@@ -485,6 +487,14 @@ def test_speech_is_embedded_by_matrix_products(weights, monkeypatch):
         expected = ours.load_pretrained(weights("audio"))(**prepared).last_hidden_state[0].mean(dim=0)
     assert len(multiplied) == 6
     assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_an_input_that_cannot_be_used_is_named(weights, tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(BadSample, match=r"a\.wav: not an audio file"):
+        embed_inputs(weights("audio"), [np.sin(np.arange(8000)), str(tmp_path / "a.wav")])
+    with pytest.raises(BadSample, match="input 1: "):
+        embed_inputs(weights("vision"), [np.zeros((32, 32, 3), np.uint8), b"no image"])
 
 
 def test_broken_files_are_left_out_and_listed(program_of, weights, tmp_path):

@@ -1,0 +1,28 @@
+"""A column of recordings that stay as they are in their files; imported only where `datasets` is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+
+@dataclass
+class EncodedAudio(datasets.Audio):
+    """`datasets.Audio` that takes encoded recordings as they are; the library's own wants torchcodec even for these."""
+
+    decode: bool = False
+
+    def encode_example(self, value: Any) -> dict[str, bytes | str | None]:
+        """A file, its content, or a mapping with either, as {"bytes", "path"}.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+            return {name: value.get(name) for name in ("bytes", "path")}
+        if isinstance(value, bytes):
+            return {"bytes": value, "path": None}
+        if isinstance(value, str):
+            return {"bytes": None, "path": value}
+        raise ValueError(f"a recording is a file or its content, got {type(value).__name__}")
