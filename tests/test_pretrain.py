@@ -88,6 +88,13 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     other = run_program(*command, "seed=5", f"hydra.run.dir={run_dir}")
     assert other.returncode == 2
     assert "holds a run with other settings: seed=5 (was 0)" in other.stderr
+    other = run_program(*command, "resume=changed", "size.ffn_dim=96", f"hydra.run.dir={run_dir}")
+    assert other.returncode == 2
+    assert "is (96,), was (64,)" in other.stderr
+    assert "Traceback" not in other.stderr
+    again = run_program(f"resume={run_dir}")  # as the run is, whatever was refused since
+    assert again.returncode == 0, again.stderr
+    assert "is finished already" in again.stdout
 
 
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(run_program, tmp_path):

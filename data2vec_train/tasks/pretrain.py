@@ -43,6 +43,7 @@ from data2vec_train.tasks.run_directory import (
     QUARANTINE,
     SUMMARY,
     RunDirectory,
+    change,
     open_run,
     write_summary,
 )
@@ -150,6 +151,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
+    change(cfg, run, module)
     probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,
