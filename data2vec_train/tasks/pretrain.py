@@ -245,6 +245,9 @@ def fit_or_collapse(
     else:
         collapse = None
     keep_whole(module)  # the first process writes the report alone
+    broken = data.quarantine.reasons
+    if broken:
+        log.info("left out: %d broken sample%s, see %s", len(broken), "s"[: len(broken) > 1], data.quarantine.path)
     return collapse
 
 
@@ -256,11 +259,7 @@ def _summary(
     rate = monitor.samples / max(monitor.train_seconds, 1e-9)
     measured = probe.summary
     if measured["probe"] is not None:
-        measured["probe"] |= {
-            "fit_samples": len(data.fit_set),
-            "test_samples": len(data.test_set),
-            "classes": len(data.class_names),
-        }
+        measured["probe"]["classes"] = len(data.class_names)
     return {
         "modality": cfg.modality.name,
         "objective": HydraConfig.get().runtime.choices["objective"],
