@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,24 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert checkpoints.read(checkpoints.resolve(run_dir))["global_step"] >= 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_spares_those_that_load(number, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "data2vec_train", "trainer.max_steps=100000", *TINY, "data.num_workers=1",
+               "data.batch_size_per_device=1024", "trainer.log_every_n_steps=1",
+               f"hydra.run.dir={run_dir}"]  # fmt: skip
+    options = {"cwd": CHECKOUT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options, start_new_session=True) as process:
+        while "step 2/" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.1)  # in the middle of a step
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    assert checkpoints.read(checkpoints.resolve(run_dir))["global_step"] >= 2
 
 
 def test_a_collapse_stops_the_run_with_value_and_threshold(run_program, tmp_path):
