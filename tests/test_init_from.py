@@ -12,6 +12,7 @@ from data2vec_train.encoders.audio import ConvLayer
 from data2vec_train.encoders.base import Batch, Masks
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.tasks import init_from
 from data2vec_train.tasks.export import example_for
 from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.pretrain import build_objective
@@ -143,6 +144,15 @@ def test_the_last_run_of_a_directory_is_found(composed, trained, tmp_path):
     model, notes, _ = start_from(composed, run, "vision", "data2vec2")
     assert not notes
     assert torch.equal(model.student.class_token, old.student.class_token)
+
+
+def test_the_size_of_images_comes_from_the_file_and_is_said(composed, trained, monkeypatch):
+    said = []
+    monkeypatch.setattr(init_from.log, "info", lambda text, *values: said.append(text % values))
+    path, _ = trained("vision", "data2vec2")
+    _, _, cfg = start_from(composed, path, "vision", "data2vec2", "modality.image_px=96", "modality.patch_px=8")
+    assert cfg.modality.image_px == 32
+    assert said == [f"modality.image_px=32, as {path} was made for"]
 
 
 def test_weights_of_another_modality_are_refused(composed, trained):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,13 @@ def test_weights_of_another_modality(program_of, weights, records, tmp_path, cap
     given = ["modality=audio", "head=utterance", f"init_from={weights('vision')}", "data=hf", f"data.path={path}"]
     assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
     assert "is a model for vision; choose modality=vision" in one_error(capsys)
+
+
+def test_patches_of_another_size_than_the_weights(program_of, weights, records, tmp_path, capsys):
+    path = records("image", tmp_path / "rows.parquet")
+    given = ["modality=vision", "head=image", f"init_from={weights('vision')}", "data=hf", f"data.path={path}"]
+    assert program_of("finetune", *given, "modality.patch_px=16", f"hydra.run.dir={tmp_path}/run") == 2
+    assert re.search(r"modality\.patch_px=16: init_from=.* was made for \d+; leave it out", one_error(capsys))
 
 
 def test_pixels_of_a_class_that_there_is_not(command, capsys):
