@@ -3,6 +3,7 @@
 `load` finds the data set and one split of it, `_pick_columns` finds the samples and labels in it.
 """
 
+import glob
 import logging
 import re
 import tarfile
@@ -296,6 +297,8 @@ def _builder(
     if local.is_dir():
         path = str(local)
     elif (local.is_file() or re.search(r"[*?\[]", path)) and _format_of(path):
+        if "://" not in path and not glob.glob(str(local), recursive=True):
+            raise DataError(f"cannot read {path}: no file has such a name")
         options = options | {"data_files": {(split or "train").split("[")[0]: str(local.absolute())}}
         path = _format_of(path)
     elif local.is_file():

@@ -410,6 +410,12 @@ def test_a_tar_may_mix_kinds_of_images_and_hold_other_members(tmp_path, hf, stre
     assert {record.key: record.value for record in records} == {source[n].key: source[n].value for n in range(12)}
 
 
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_a_pattern_that_fits_no_file_says_so(tmp_path, hf, ending):
+    with pytest.raises(DataError, match=r"cannot read .*none-\*\..*: no file has such a name"):
+        hf(tmp_path / f"none-*.{ending}")
+
+
 def test_a_tar_without_images_says_so(tmp_path, hf):
     with pytest.raises(DataError, match="no row has anything under jpg"):
         hf(tar(tmp_path / "a.tar", {"1.txt": b"a", "2.txt": b"b"}))
