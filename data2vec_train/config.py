@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from data2vec_train import launch
 from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
 from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError
-from data2vec_train.places import config_directory, stay_off_the_network
+from data2vec_train.places import COMMAND, config_directory, stay_off_the_network
 from data2vec_train.preflight import find_faults, preflight
 
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
@@ -163,8 +163,9 @@ def _resume(args: argparse.Namespace) -> None:
     if value in ("auto", "never", "changed"):
         return
     directory = Path(value).expanduser()
-    run, sweep = directory / ".hydra" / "overrides.yaml", directory / "multirun.yaml"
-    if run.is_file():
+    runs, sweep = (directory / COMMAND, directory / ".hydra" / "overrides.yaml"), directory / "multirun.yaml"
+    run = next((one for one in runs if one.is_file()), None)
+    if run is not None:
         saved, place = OmegaConf.to_container(OmegaConf.load(run)), "hydra.run.dir"
     elif sweep.is_file():
         saved, place = _overrides_of_sweep(sweep), "hydra.sweep.dir"

@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from data2vec_train import launch
 from data2vec_train.errors import ConfigError
 
+COMMAND = ".command.yaml"  # of a run directory: the overrides that the run has
+
 _HERE = Path(__file__).resolve().parent
 
 

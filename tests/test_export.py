@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import data2vec_train as ours
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.preprocessing import ImageProcessor
 from data2vec_train.tasks import export as module
 from data2vec_train.tasks.export import example_for, export
 
@@ -67,6 +68,9 @@ FOLDERS = ("audio", "text", "vision", "question answering", "speaker", "audio 2.
 def test_folders_are_read_back_exactly(kind, tmp_path):
     model = model_of(kind).eval()
     ours.save_pretrained(model, tmp_path / "source")
+    fit = {"vision": "cover", "vision 2.0": "stretch"}.get(kind)
+    if fit:
+        ImageProcessor(size=32, fit=fit).save_pretrained(tmp_path / "source")
     differences = run(tmp_path / "source", tmp_path / "out", "safetensors")
     assert list(differences.values()) == [0.0]
     again = ours.load_pretrained(tmp_path / "out")
@@ -76,6 +80,7 @@ def test_folders_are_read_back_exactly(kind, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| layer 2 | 0.0e+00 |" in card
     assert type(model).__name__ in card
+    assert ("transformers stretches images" in card) == (fit == "cover")
     if "2.0" in kind:
         with pytest.raises(ConfigError, match="transformers has data2vec 1.0 only"):
             run(tmp_path / "source", tmp_path / "hf", "hf")

@@ -12,6 +12,7 @@ from data2vec_train.encoders.audio import ConvLayer
 from data2vec_train.encoders.base import Batch, Masks
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.tasks import init_from
 from data2vec_train.tasks.export import example_for
 from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.pretrain import build_objective
@@ -156,6 +157,15 @@ def test_a_fresh_teacher_is_a_copy_of_the_student(modality, composed, trained):
     student, teacher = old.student.state_dict(), model.teacher.encoder.state_dict()
     assert all(torch.equal(one, student[name]) for name, one in teacher.items())
     assert all(torch.equal(one, old.decoder.state_dict()[name]) for name, one in model.decoder.state_dict().items())
+
+
+def test_the_size_of_images_comes_from_the_file_and_is_said(composed, trained, monkeypatch):
+    said = []
+    monkeypatch.setattr(init_from.log, "info", lambda text, *values: said.append(text % values))
+    path, _ = trained("vision", "data2vec2")
+    _, _, cfg = start_from(composed, path, "vision", "data2vec2", "modality.image_px=96", "modality.patch_px=8")
+    assert cfg.modality.image_px == 32
+    assert said == [f"modality.image_px=32, as {path} was made for"]
 
 
 def test_weights_of_another_modality_are_refused(composed, trained):

@@ -385,8 +385,9 @@ class DataModule(ResumableData):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and the end of a terminal or a job reach every process; the main one decides what they mean."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cores_at_hand() -> int:

@@ -3,6 +3,7 @@
 `load` finds the data set and one split of it, `_pick_columns` finds the samples and labels in it.
 """
 
+import glob
 import logging
 import re
 import tarfile
@@ -103,6 +104,7 @@ class HFSource(Source):
             raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
         self._fields = list(fields)
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
+        self._array_types = _array_types(self._dataset.features, columns)
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
         log.info("%s: %d records%s", path, len(self), classes)
 
@@ -114,7 +116,8 @@ class HFSource(Source):
         label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
         record = self._dataset[index]
         fields = {name: _with_names(self._dataset.features[name], record[name]) for name in self._fields}
-        return _raw_sample(record, self._columns, f"{self._name}:{index}", label, self._asked, fields)
+        key = f"{self._name}:{index}"
+        return _raw_sample(record, self._columns, key, label, self._asked, self._array_types, fields)
 
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, -1 where one is missing; None without labels."""
@@ -171,6 +174,7 @@ class HFStreamingSource(StreamingSource):
         self._path = path
         self._shuffle_buffer = shuffle_buffer
         self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
+        self._array_types = _array_types(self._dataset.features, self._columns)
         log.info("%s: streaming %d shards", path, dataset.num_shards)
 
     def stream(
@@ -212,7 +216,8 @@ class HFStreamingSource(StreamingSource):
                 if row % parts == part:
                     record = dict(zip(batch, values, strict=True))
                     label = record.get(self._label) if self._label else None
-                    yield _raw_sample(record, self._columns, f"{self._name}[{group}]:{row}", label, self._asked)
+                    key = f"{self._name}[{group}]:{row}"
+                    yield _raw_sample(record, self._columns, key, label, self._asked, self._array_types)
                 row += 1
 
 
@@ -293,6 +298,8 @@ def _builder(
     if local.is_dir():
         path = str(local)
     elif (local.is_file() or re.search(r"[*?\[]", path)) and _format_of(path):
+        if "://" not in path and not glob.glob(str(local), recursive=True):
+            raise DataError(f"cannot read {path}: no file has such a name")
         options = options | {"data_files": {(split or "train").split("[")[0]: str(local.absolute())}}
         path = _format_of(path)
     elif local.is_file():
@@ -467,6 +474,26 @@ def _is_integer(feature: object) -> bool:
     return re.fullmatch(r"u?int\d+", str(getattr(feature, "dtype", ""))) is not None
 
 
+def _array_type(feature: object) -> str | None:
+    """The type of the numbers in a column of arrays or of lists in lists; None for other columns."""
+    import datasets
+
+    arrays = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
+    if isinstance(feature, arrays):
+        return feature.dtype
+    if not isinstance(feature, (datasets.List, datasets.LargeList)):
+        return None
+    inner = feature.feature
+    if isinstance(inner, datasets.Value):
+        return inner.dtype if re.fullmatch(r"u?int\d+|float\d+|bool", inner.dtype) else None
+    return _array_type(inner)
+
+
+def _array_types(features: "datasets.Features", columns: Sequence[str]) -> dict[str, str]:
+    """See `_array_type`, of the columns that have one."""
+    return {column: kind for column in columns if (kind := _array_type(features[column])) is not None}
+
+
 def _describe(feature: object) -> str:
     """A column's type in one word."""
     if isinstance(feature, dict):
@@ -486,6 +513,8 @@ def _undecoded(dataset, path: str, columns: list[str], kind: Kind, more: Sequenc
     encoded = dict.fromkeys(columns if kind != "text" else (), kind)
     pictures = [one for one in more if _is_kind(dataset.features[one], "image") and one not in columns]
     for column, its_kind in (encoded | dict.fromkeys(pictures, "image")).items():
+        if its_kind == "image" and _array_type(dataset.features[column]) is not None:
+            continue  # cast, numbers would be taken modulo 256, or for 16 bits where they are 8
         try:
             dataset = dataset.cast_column(column, _encoded_feature(its_kind))
         except _load_errors() as error:
@@ -526,6 +555,7 @@ def _raw_sample(
     key: str,
     label: int | None,
     asked: tuple[str, ...],
+    array_types: Mapping[str, str],
     fields: Mapping[str, object] | None = None,
 ) -> RawSample:
     """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
@@ -534,7 +564,13 @@ def _raw_sample(
     """
     if record.get("__url__") and record.get("__key__"):
         key = f"{Path(record['__url__']).name}:{record['__key__']}"
-    value = next((record[column] for column in columns if record[column] is not None), b"")
+    column = next((column for column in columns if record[column] is not None), None)
+    value = b"" if column is None else record[column]
+    if column in array_types:
+        try:
+            value = np.array(value, dtype=array_types[column])
+        except ValueError:
+            value = BadSample("lists of different lengths, not an array")
     if isinstance(value, Mapping):
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:

@@ -61,14 +61,15 @@ def decode_image(
     """An upright image with `channels` channels: "L" (1), "RGB" (3) or "RGBA" (4).
 
     Arrays that have the channels already come back as they are, uint8 (h, w) or (h, w, C); other than 1, 3 or 4
-    channels come from arrays only. Greyscale, palette, CMYK and 16-bit images are converted; transparency is dropped
-    where the model has no fourth channel, as torchvision's ImageFolder does; of an animation it is the first frame.
+    channels come from arrays only. Greyscale, palette, CMYK and 16-bit images and arrays are converted; transparency
+    is dropped where the model has no fourth channel, as torchvision's ImageFolder does; of an animation it is the
+    first frame.
 
     Known limit: formats without checksums decode to noise where a few of their bytes are wrong. In a JPEG a wrong byte
     shows only when it reads as a marker that does not belong there, or puts the decoder off for good.
 
     Args:
-        value: File content, a file, or a uint8 array (h, w) or (h, w, C).
+        value: File content, a file, or an array (h, w) or (h, w, C): uint8, uint16, or other integers from 0 to 255.
         channels: Channels the model takes.
         max_pixels: Largest accepted h * w, checked before anything is decoded.
 
@@ -183,28 +184,39 @@ def convert(image: "Image.Image", mode: str) -> "Image.Image":
     if image.mode == "F":
         raise BadSample("floating-point image")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)  # (h, w)
+        values = np.asarray(image)  # (h, w)
         if values.min() < 0 or values.max() > 65535:
             raise BadSample("integer image with values outside 0..65535")
         # PIL's own conversion clips at 255, and leaves a white page.
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(to_8_bits(values))
     if image.mode not in ("L", "LA", "1", "P", "RGB", "RGBA") and mode != "RGB":
         image = image.convert("RGB")  # CMYK and the like convert to RGB only
     return image if image.mode == mode else image.convert(mode)
 
 
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """0..65535 -> 0..255, rounded."""
+    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
 def convert_array(array: np.ndarray, channels: int, max_pixels: int) -> "Image.Image | np.ndarray":
     """A decoded image with the wanted channels; the array itself if it has them."""
-    if array.dtype != np.uint8:
-        raise BadSample(f"{array.dtype} array; expected uint8")
     if array.ndim not in (2, 3):
         raise BadSample(f"array of shape {array.shape}; expected (height, width) or (height, width, channels)")
     check_size(array.shape[1], array.shape[0], max_pixels)
+    if array.dtype == np.uint16:
+        array = to_8_bits(array)
+    elif array.dtype != np.uint8:
+        if array.dtype.kind not in "iu":
+            raise BadSample(f"{array.dtype} array; expected uint8 or uint16")
+        if array.size and not 0 <= array.min() <= array.max() <= 255:
+            raise BadSample(f"{array.dtype} array with values outside 0..255; expected uint8 or uint16")
+        array = array.astype(np.uint8)
     got = 1 if array.ndim == 2 else array.shape[2]
     if got == channels:
         return array
     if got not in MODES or channels not in MODES:
-        raise BadSample(f"array of {got} channels; expected {channels}")
+        raise BadSample(f"array of shape {array.shape}, which is {got} channels; expected {channels}")
     from PIL import Image
 
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and got == 1 else array).convert(MODES[channels])

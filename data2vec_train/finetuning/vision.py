@@ -216,16 +216,36 @@ class SemanticSegmentation(HeadTask):
         Raises:
             DataError: there is not.
         """
+        if self.maps is not None:
+            self._images = self._check_maps(source, rows)
+
+    def check_test(self, source: Source) -> None:
+        """Likewise, and that no map stands for two images."""
         if self.maps is None:
             return
+        trained = self._images
+        tested = self._check_maps(source, np.arange(len(source)))
+        shared = sorted(key for key in tested.keys() & trained.keys() if tested[key] != trained[key])
+        if shared:
+            raise DataError(
+                f"{shared[0]} is a training and another test image ({len(shared)} such names), and head.maps has one "
+                "map for both. Rename them, or name the maps in a metadata.csv beside the images, with "
+                "head.map_column=COLUMN head.maps=null"
+            )
+
+    def _check_maps(self, source: Source, rows: np.ndarray) -> dict[str, Path | None]:
+        """The images by key."""
+        records = (source[int(row)] for row in rows)
+        images = {raw.key: raw.value if isinstance(raw.value, Path) else None for raw in records}
         if not self.maps.is_dir():
             raise DataError(f"head.maps: there is no folder {self.maps}")
-        absent = [key for key in (source[int(row)].key for row in rows) if not self._map_file(key).is_file()]
+        absent = [key for key in images if not self._map_file(key).is_file()]
         if absent:
             raise DataError(
                 f"{len(absent)} of {len(rows)} images have no map; the first is {absent[0]}, expected "
                 f"{self._map_file(absent[0])}"
             )
+        return images
 
     def _map_file(self, key: str) -> Path:
         return (self.maps / key).with_suffix(".png")
@@ -276,6 +296,8 @@ class SemanticSegmentation(HeadTask):
                 value = value["bytes"] if value.get("bytes") is not None else read(Path(value["path"]))
             elif isinstance(value, str):
                 value = read(raw.value.parent / value if isinstance(raw.value, Path) else Path(value))
+            elif isinstance(value, list):
+                value = np.array(value)
             if value is None:
                 return None
         if not isinstance(value, np.ndarray):

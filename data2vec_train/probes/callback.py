@@ -80,6 +80,7 @@ class ProbeCallback(L.Callback):
         self.ranks: dict[str, float] = {}
         self.explained: dict[str, float | int] = {}
         self.best: dict[str, float | int] = {}  # highest kNN accuracy and its step
+        self.samples: dict[str, int] = {}  # that could be used
         self.measured_at = -1
         self.seconds = 0.0  # spent here, which is not training time
 
@@ -142,11 +143,12 @@ class ProbeCallback(L.Callback):
             return
         with uncompiled(), trainer.precision_plugin.forward_context():
             batches = in_float32(data.evaluation_batches(data.held_out_set, masked=True))
-            share, tokens = explained_variance(pl_module.objective, batches, device=pl_module.device)
-        self.explained |= {which: share, "samples": len(data.held_out_set), "tokens": tokens}
+            share, tokens, samples = explained_variance(pl_module.objective, batches, device=pl_module.device)
+        self.explained |= {which: share, "samples": samples, "tokens": tokens}
         self.metrics["heldout/explained"] = share
 
     def _score(self, which: str, fit: Labelled, test: Labelled) -> None:
+        self.samples = {"fit_samples": len(fit.labels), "test_samples": len(test.labels)}
         arrays = (fit.features, fit.labels, test.features, test.labels)
         self.accuracies["knn"][which] = knn_accuracy(*arrays, neighbours=self.neighbours)
         self.accuracies["linear"][which] = linear_accuracy(*arrays, l2=self.l2)
@@ -167,6 +169,7 @@ class ProbeCallback(L.Callback):
             probe = {name: dict(values) for name, values in self.accuracies.items()}
             pooling = {"mean": "mean over tokens", "mean_std": "mean and deviation over tokens"}[self.pooling]
             probe |= {"weights": "student", "pooling": pooling, "raw_input_name": self.raw_name, "note": self.note}
+            probe |= self.samples
         return {
             "rankme": rank,
             "rankme_untrained": self.ranks.get("untrained"),
@@ -182,6 +185,7 @@ class ProbeCallback(L.Callback):
             "explained": self.explained,
             "metrics": self.metrics,
             "best": self.best,
+            "samples": self.samples,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -189,6 +193,7 @@ class ProbeCallback(L.Callback):
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
         self.explained, self.metrics = state_dict["explained"], state_dict["metrics"]
         self.best = state_dict["best"]
+        self.samples = state_dict.get("samples", {})  # not in checkpoints from before
 
 
 def raw_input(raw: RawFeatures, batches: Iterable[Batch]) -> Labelled:

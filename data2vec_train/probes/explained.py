@@ -9,8 +9,10 @@ from data2vec_train.encoders.base import Batch
 
 
 @torch.no_grad()
-def explained_variance(objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int]:
-    """Share of the targets' variance at hidden positions that the predictions explain, and the number of positions.
+def explained_variance(
+    objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device
+) -> tuple[float, int, int]:
+    """Share of the targets' variance at hidden positions that the predictions explain; how many positions and samples.
 
     1 - sum (p - y)^2 / sum (y - mean y)^2 over all hidden positions and channels, the mean per channel. 1 = predicted
     exactly, 0 = no better than always predicting the mean; below 0 = worse. Targets come from the teacher as it is
@@ -23,7 +25,7 @@ def explained_variance(objective: Data2Vec, batches: Iterable[Batch], *, device:
     """
     was_training = objective.training
     objective.eval()
-    count, error = 0, torch.zeros((), dtype=torch.float64, device=device)
+    count, samples, error = 0, 0, torch.zeros((), dtype=torch.float64, device=device)
     total = squares = 0.0
     try:
         # Decoder noise: the same every time, and nothing of the training's randomness is used up.
@@ -34,8 +36,8 @@ def explained_variance(objective: Data2Vec, batches: Iterable[Batch], *, device:
                 y = output.targets.double()
                 error += (output.predictions.double() - y).square().sum()
                 total, squares = total + y.sum(dim=0), squares + y.square().sum(dim=0)
-                count += len(y)
+                count, samples = count + len(y), samples + len(batch)
     finally:
         objective.train(was_training)
     spread = (squares - total.square() / count).sum()
-    return float(1 - error / spread.clamp(min=1e-12)), count
+    return float(1 - error / spread.clamp(min=1e-12)), count, samples

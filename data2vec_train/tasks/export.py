@@ -19,6 +19,8 @@ from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained, write_preprocessing
+from data2vec_train.hf.files import read_json
+from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME
 
 log = logging.getLogger(__name__)
 
@@ -314,6 +316,15 @@ def _card(cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison]
     if not any((folder / one).is_file() for one in PREPROCESSING):
         lines += [
             "No preprocessor or tokenizer was found beside the weights: inputs have to be prepared as in training.",
+            "",
+        ]
+    images = folder / PREPROCESSOR_NAME
+    kept_aspect = images.is_file() and read_json(images).get("fit") == "cover"
+    if kept_aspect and not name.endswith("SemanticSegmentation"):
+        lines += [
+            "transformers stretches images to the size in preprocessor_config.json. This model was trained on images",
+            "that keep their aspect: others than of that size have to be cropped before, as `ImageTransform.evaluate`",
+            "of `data2vec_train.data.vision` does.",
             "",
         ]
     for one in comparisons:

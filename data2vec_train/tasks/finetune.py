@@ -29,7 +29,7 @@ from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of
 from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
-from data2vec_train.tasks.run_directory import QUARANTINE, SUMMARY, open_run, write_summary
+from data2vec_train.tasks.run_directory import QUARANTINE, SUMMARY, change, open_run, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def finetune(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
+    change(cfg, run, module)
     evaluation, monitor = build(cfg.callbacks.evaluation), build(cfg.callbacks.monitor)
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,

@@ -35,6 +35,8 @@ def adopt(cfg: DictConfig) -> Start:
                 cfg.size[name] = arguments[name]
         for name in _INPUTS:
             if name in arguments and name in cfg.modality:
+                if cfg.modality[name] != arguments[name]:
+                    log.info("modality.%s=%s, as %s was made for", name, arguments[name], cfg.init_from)
                 cfg.modality[name] = arguments[name]
         for name, value in arguments.items():
             # Whether hidden tokens are replaced is for the objective to say.

@@ -34,6 +34,10 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
     given = _given()
     facts = {"audio": _audio, "text": _text, "vision": _vision}[cfg.modality.name](model)
+    for name in ("patch_px", "channels"):
+        asked = cfg.modality.get(name)
+        if name in facts and f"modality.{name}" in given and asked != facts[name]:
+            raise ConfigError(f"modality.{name}={asked}: {where} was made for {facts[name]}; leave it out")
     with open_dict(cfg):
         for name, value in facts.items():
             if f"modality.{name}" not in given:

@@ -122,6 +122,8 @@ def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
     facts = None if model.source is None else model.source / FACTS_NAME
     if facts is not None and facts.is_file():
         settings = read_json(facts)["head"]
+        if settings.get("maps") is not None:  # those of the training say nothing about images of the same name
+            settings |= {"maps": None, "map_column": "map"}
     else:
         settings = _default_settings(cfg, model)
     wrong = sorted(set(cfg.head) - set(settings))

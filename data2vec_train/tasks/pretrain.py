@@ -43,6 +43,7 @@ from data2vec_train.tasks.run_directory import (
     QUARANTINE,
     SUMMARY,
     RunDirectory,
+    change,
     open_run,
     write_summary,
 )
@@ -151,6 +152,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
     )
+    change(cfg, run, module)
     probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,
@@ -244,6 +246,9 @@ def fit_or_collapse(
     else:
         collapse = None
     keep_whole(module)  # the first process writes the report alone
+    broken = data.quarantine.reasons
+    if broken:
+        log.info("left out: %d broken sample%s, see %s", len(broken), "s"[: len(broken) > 1], data.quarantine.path)
     return collapse
 
 
@@ -255,11 +260,7 @@ def _summary(
     rate = monitor.samples / max(monitor.train_seconds, 1e-9)
     measured = probe.summary
     if measured["probe"] is not None:
-        measured["probe"] |= {
-            "fit_samples": len(data.fit_set),
-            "test_samples": len(data.test_set),
-            "classes": len(data.class_names),
-        }
+        measured["probe"]["classes"] = len(data.class_names)
     return {
         "modality": cfg.modality.name,
         "objective": HydraConfig.get().runtime.choices["objective"],

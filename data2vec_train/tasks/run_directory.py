@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch.nn import Module
 
 from data2vec_train import checkpoints
 from data2vec_train.errors import ConfigError
 from data2vec_train.monitor import CSVLog
+from data2vec_train.places import COMMAND
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +94,40 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
     if rank_zero_only.rank == 0:
         _lock(path)
         _forget(path, found)
-        if checkpoint is None or cfg.resume == "changed":
-            checkpoints.replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
+        if checkpoint is None:
+            _keep_settings(cfg, path)
     if checkpoint is not None:
         log.info("going on after step %d: %s", found.step, checkpoint)
     return found
+
+
+def change(cfg: DictConfig, run: RunDirectory, module: Module) -> None:
+    """With `resume=changed` make the config that of the run, once its checkpoint is known to fit the model.
+
+    Raises:
+        ConfigError: the settings make another model.
+    """
+    if cfg.resume != "changed" or run.checkpoint is None:
+        return
+    saved, now = checkpoints.read(checkpoints.check(run.checkpoint))["state_dict"], module.state_dict()
+    was, is_now = ({name: tuple(one.shape) for name, one in state.items()} for state in (saved, now))
+    differing = sorted(name for name in was | is_now if was.get(name) != is_now.get(name))
+    if differing:
+        first = differing[0]
+        raise ConfigError(
+            f"resume=changed: these settings make another model than that of {run.checkpoint}: {len(differing)} "
+            f"tensors differ, {first} is {is_now.get(first, 'absent')}, was {was.get(first, 'absent')}. Choose another "
+            "hydra.run.dir"
+        )
+    if rank_zero_only.rank == 0:
+        _keep_settings(cfg, run.path)
+
+
+def _keep_settings(cfg: DictConfig, path: Path) -> None:
+    """The config, and the command for `resume=DIR`: Hydra's own record is of the latest, refused ones included."""
+    command = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
+    checkpoints.replace_file(path / COMMAND, OmegaConf.to_yaml(command).encode())
+    checkpoints.replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 _locks: dict[Path, IO[str]] = {}  # held until the process ends, however it ends

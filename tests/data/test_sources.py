@@ -14,7 +14,7 @@ from PIL import Image
 from data2vec_train.data.sources import EMBEDDED_DIGITS, ArraySource, FolderSource, RawSample
 from data2vec_train.data.sources_hf import HFSource, HFStreamingSource, shards_of
 from data2vec_train.data.vision import decode_image
-from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.errors import BadSample, ConfigError, DataError
 
 IMAGES = [".png", ".jpg", ".jpeg"]
 COUNT = 32
@@ -372,6 +372,31 @@ def test_a_table_of_paths_gives_files(tmp_path, hf, streaming):
     assert sorted((record.value, record.label) for record in records) == [(root / "1.png", 0), (root / "2.png", 1)]
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "lists"])
+def test_columns_of_arrays_keep_their_numbers(tmp_path, hf, streaming, kind):
+    import datasets
+
+    dtype, most = ("uint16", 65535) if kind == "uint16" else ("uint8", 255)
+    pixels = np.random.default_rng(0).integers(0, most, (3, 5, 4, 4), endpoint=True).astype(dtype)
+    for name, stored, channels in (("grey", pixels[..., 0], 1), ("four", pixels, 4)):
+        array = datasets.Array2D if channels == 1 else datasets.Array3D
+        features = None if kind == "lists" else datasets.Features({"image": array(stored.shape[1:], dtype)})
+        table = datasets.Dataset.from_dict({"image": [one.tolist() for one in stored]}, features=features)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        source = hf(tmp_path / f"{name}.parquet", column="image")
+        records = list(streaming(tmp_path / f"{name}.parquet", column="image").stream(
+            epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1))  # fmt: skip
+        records.sort(key=lambda record: int(record.key.rpartition(":")[2]))
+        for row, wanted in enumerate(stored):
+            for record in (source[row], records[row]):
+                decoded = decode_image(record.value, channels=channels, max_pixels=100)
+                assert np.array_equal(decoded, np.round(wanted / (most / 255)))
+    flat = datasets.Dataset.from_dict({"image": [pixels[0].astype("uint8").ravel().tolist()]})
+    flat.to_parquet(tmp_path / "flat.parquet")
+    with pytest.raises(BadSample, match=r"array of shape \(80,\); expected \(height, width\)"):
+        decode_image(hf(tmp_path / "flat.parquet", column="image")[0].value, channels=1, max_pixels=100)
+
+
 def test_a_tar_may_mix_kinds_of_images_and_hold_other_members(tmp_path, hf, streaming):
     members = {}
     for n in range(12):
@@ -409,6 +434,12 @@ def test_members_of_a_tar_do_not_come_from_the_working_directory(tmp_path, hf, m
     write(tmp_path, ["0.png"])
     monkeypatch.chdir(tmp_path)
     assert hf(tar(tmp_path / "a.tar", {"0.png": ENCODED[1]}))[0].value == ENCODED[1]
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_a_pattern_that_fits_no_file_says_so(tmp_path, hf, ending):
+    with pytest.raises(DataError, match=r"cannot read .*none-\*\..*: no file has such a name"):
+        hf(tmp_path / f"none-*.{ending}")
 
 
 def test_a_tar_without_images_says_so(tmp_path, hf):

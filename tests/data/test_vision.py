@@ -146,8 +146,9 @@ def broken_crc() -> bytes:
         ),  # PIL itself only warns here
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point image"),
         (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), r"integer image with values outside .*"),
-        (np.ones((4, 4), np.float32), "float32 array; expected uint8"),
-        (np.ones((4, 4, 5), np.uint8), "array of 5 channels; expected 3"),
+        (np.ones((4, 4), np.float32), "float32 array; expected uint8 or uint16"),
+        (np.full((4, 4), 256, np.int32), r"int32 array with values outside 0\.\.255; expected uint8 or uint16"),
+        (np.ones((4, 4, 5), np.uint8), r"array of shape \(4, 4, 5\), which is 5 channels; expected 3"),
         (np.ones((0, 4), np.uint8), "4x0 pixels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

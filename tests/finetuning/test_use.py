@@ -2,23 +2,27 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 import data2vec_train as ours
 from data2vec_train import checkpoints
 from data2vec_train.data.metadata import classes_of
+from data2vec_train.data.sources import FolderSource, RawSample
 from data2vec_train.embedding import embed_inputs
 from data2vec_train.encoders.audio import ConvLayer
-from data2vec_train.errors import BadSample
+from data2vec_train.errors import BadSample, DataError
 from data2vec_train.finetuning.data import few_of
 from data2vec_train.finetuning.metrics import (
     answer_scores,
@@ -29,6 +33,7 @@ from data2vec_train.finetuning.metrics import (
     transcript_scores,
 )
 from data2vec_train.finetuning.transcribe import BeamDecoder
+from data2vec_train.finetuning.vision import SemanticSegmentation
 from data2vec_train.hf.preprocessing import AudioFeatureExtractor
 from data2vec_train.hf.tokenizers import CTCTokenizer
 from data2vec_train.optim import layered_adamw
@@ -61,6 +66,13 @@ def test_weights_of_another_modality(program_of, weights, records, tmp_path, cap
     given = ["modality=audio", "head=utterance", f"init_from={weights('vision')}", "data=hf", f"data.path={path}"]
     assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
     assert "is a model for vision; choose modality=vision" in one_error(capsys)
+
+
+def test_patches_of_another_size_than_the_weights(program_of, weights, records, tmp_path, capsys):
+    path = records("image", tmp_path / "rows.parquet")
+    given = ["modality=vision", "head=image", f"init_from={weights('vision')}", "data=hf", f"data.path={path}"]
+    assert program_of("finetune", *given, "modality.patch_px=16", f"hydra.run.dir={tmp_path}/run") == 2
+    assert re.search(r"modality\.patch_px=16: init_from=.* was made for \d+; leave it out", one_error(capsys))
 
 
 def test_pixels_of_a_class_that_there_is_not(command, capsys):
@@ -211,6 +223,37 @@ def test_few_records_are_about_as_many_of_each_class():
     assert not np.array_equal(rows, few_of(labels, np.arange(100), 12, seed=1))
 
 
+def test_a_map_stands_for_one_image_alone(tmp_path):
+    for name in ("train/a.png", "test/a.png", "other/b.png", "maps/a.png", "maps/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    task = SemanticSegmentation(inputs=None, map_column=None, maps=str(tmp_path / "maps"), classes=2,
+                                reduce_labels=False, crop_scale=None, horizontal_flip=0.0,
+                                auxiliary_weight=0.0)  # fmt: skip
+    sources = [
+        FolderSource(path=str(tmp_path / name), extensions=[".png"], class_from_folder=False)
+        for name in ("train", "test", "other")
+    ]
+    task.study(sources[0], np.arange(1))
+    task.check_test(sources[0])
+    task.check_test(sources[2])
+    with pytest.raises(DataError, match=r"a\.png is a training and another test image"):
+        task.check_test(sources[1])
+    (tmp_path / "maps" / "b.png").unlink()
+    with pytest.raises(DataError, match="1 of 1 images have no map"):
+        task.check_test(sources[2])
+
+
+def test_a_map_may_be_lists_of_numbers():
+    task = SemanticSegmentation(inputs=None, map_column="map", maps=None, classes=2, reduce_labels=False,
+                                crop_scale=None, horizontal_flip=0.0, auxiliary_weight=0.0)  # fmt: skip
+    transform = SimpleNamespace(size=(2, 2), normalise=torch.Tensor.float)
+    task.inputs = SimpleNamespace(decode=lambda value: value, transform=transform)
+    raw = RawSample("0", np.zeros((2, 2, 3), np.uint8), None, {"map": [[0, 1], [255, 0]]})
+    found = task.example(raw, train=False, rng=np.random.default_rng(0))
+    assert found["classes"].tolist() == [[0, 1], [255, 0]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -344,16 +387,20 @@ def test_predictions_of_a_head(command, program_of, head, tmp_path):
 
 
 def test_maps_are_written_as_pictures(command, program_of, tmp_path):
-    from PIL import Image
-
     status, run_dir = command("segmentation", "report=false", steps=1)
     assert status == 0
+    facts = run_dir / "model" / "finetuning.json"  # as if the maps of the training had been files of these names
+    settings = json.loads(facts.read_text())
+    settings["head"] |= {"maps": str(tmp_path), "map_column": None}
+    facts.write_text(json.dumps(settings))
+    Image.new("L", (3, 3)).save(tmp_path / "segmentation.png")
     given = [f"checkpoint={run_dir}", "data=hf", f"data.path={tmp_path}/segmentation.parquet", f"out={tmp_path}/maps"]
     assert program_of("predict", *given, "data.num_workers=0") == 0
     lines = [json.loads(line) for line in (tmp_path / "maps" / "predictions.jsonl").read_text().splitlines()]
     classes = np.array(Image.open(tmp_path / "maps" / lines[0]["prediction"]))
     assert classes.shape == (32, 32)
     assert classes.max() <= 2
+    assert all("prediction" in line for line in lines)
 
 
 def test_files_are_read_as_pretraining_reads_them(command, program_of, tmp_path):
@@ -413,7 +460,6 @@ def test_a_long_text_goes_on_at_its_end(command, program_of, tmp_path):
 
 
 def images(folder: Path, count: int, side: int = 32) -> Path:
-    from PIL import Image
 
     rng = np.random.default_rng(0)
     folder.mkdir()
@@ -439,7 +485,6 @@ def test_features_are_those_of_the_layers(program_of, weights, tmp_path):
     for place, name in enumerate(table.column_names[1:]):
         expected = np.stack([one[place] for one in called])
         assert np.allclose(np.array(table[name].to_pylist()), expected, atol=1e-6)
-    from PIL import Image
 
     from data2vec_train.hf.preprocessing import ImageProcessor
 
