@@ -128,10 +128,10 @@ def test_test_records_of_an_unknown_class(program_of, weights, rows, tmp_path, c
 
 def test_weights_that_are_not_there_are_said_beside_their_modality(program_of, tmp_path, capsys):
     given = ["data=hf", f"data.path={tmp_path}", f"out={tmp_path}/out.jsonl"]
-    assert program_of("predict", f"checkpoint={tmp_path}/weigths", *given) == 2
+    assert program_of("predict", f"checkpoint={tmp_path}/nowhere", *given) == 2
     said = capsys.readouterr().err
     assert "modality is not set" in said
-    assert f"checkpoint: there is no file or folder {tmp_path}/weigths" in said
+    assert f"checkpoint: there is no file or folder {tmp_path}/nowhere" in said
 
 
 def test_an_encoder_has_no_predictions(program_of, weights, records, tmp_path, capsys):
