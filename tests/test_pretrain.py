@@ -226,12 +226,17 @@ def test_a_signal_to_all_processes_of_a_run_spares_those_that_load(number, tmp_p
                "data.batch_size_per_device=1024", "trainer.log_every_n_steps=1",
                f"hydra.run.dir={run_dir}"]  # fmt: skip
     options = {"cwd": CHECKOUT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **options, start_new_session=True) as process:
-        while "step 2/" not in process.stdout.readline():
-            assert process.poll() is None
-        time.sleep(0.1)  # in the middle of a step
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=60)
+    # Under nohup, SIGHUP is ignored, and what is started there goes on.
+    heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    with subprocess.Popen(command, **options, **heard) as process:
+        try:
+            while "step 2/" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(0.1)  # in the middle of a step
+            os.killpg(process.pid, number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 75, errors
     assert "Traceback" not in errors
     assert checkpoints.read(checkpoints.resolve(run_dir))["global_step"] >= 2

@@ -1,6 +1,8 @@
 """One DataModule for all modalities: which records train, which feed the probes, and the loaders for both."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -388,6 +390,15 @@ def ignore_interrupts(worker: int) -> None:
     """Ctrl-C and the end of a terminal or a job reach every process; the main one decides what they mean."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those that an error has left running; Python sends them SIGTERM, which they ignore, and waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call it a failure of the loader
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def cores_at_hand() -> int:
