@@ -128,7 +128,7 @@ def adamw(
     the difference is negligible after the first steps (spec 3.8).
     """
     groups = parameter_groups(modules, weight_decay=weight_decay, decay_all=decay_all, no_decay=no_decay)
-    return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    return _with_own_settings(AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused))
 
 
 def layered_adamw(
@@ -169,7 +169,18 @@ def layered_adamw(
     groups = [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale} for (scale, decay), parameters in rows.items()
     ]
-    return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    return _with_own_settings(AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused))
+
+
+def _with_own_settings(optimizer: AdamW) -> AdamW:
+    """The optimizer, which keeps its settings when it loads a state: torch would take decay, betas and eps from it."""
+
+    def keep(optimizer: Optimizer, state: dict) -> dict:
+        pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        return state | {"param_groups": [own | {"params": saved["params"]} for saved, own in pairs]}
+
+    optimizer.register_load_state_dict_pre_hook(keep)
+    return optimizer
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -243,3 +243,19 @@ def test_set_lr_respects_the_scale_of_a_group():
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr_scale": 0.5}], lr=9.0)
     set_lr(optimizer, 2.0)
     assert [group["lr"] for group in optimizer.param_groups] == [2.0, 1.0]
+
+
+def test_an_optimizer_that_goes_on_keeps_its_own_settings():
+    def optimizer(weight_decay: float, eps: float):
+        options = {"decay_all": False, "fused": False, "no_decay": frozenset(), "betas": (0.9, 0.999)}
+        return adamw([layer], lr=0.1, weight_decay=weight_decay, eps=eps, **options)
+
+    layer = nn.Linear(3, 2)
+    first = optimizer(0.05, 1e-8)
+    layer(torch.ones(1, 3)).sum().backward()
+    first.step()
+    again = optimizer(0.3, 1e-5)
+    again.load_state_dict(first.state_dict())
+    assert [(group["weight_decay"], group["eps"]) for group in again.param_groups] == [(0.3, 1e-5), (0.0, 1e-5)]
+    for parameter in layer.parameters():
+        assert torch.equal(again.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])

@@ -94,6 +94,9 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     assert other.returncode == 2
     assert "is (96,), was (64,)" in other.stderr
     assert "Traceback" not in other.stderr
+    other = run_program(*command, "resume=changed", "optimizer.decay_all=true", f"hydra.run.dir={run_dir}")
+    assert other.returncode == 2
+    assert "decay, or slow down, other weights" in other.stderr
     again = run_program(f"resume={run_dir}")  # as the run is, whatever was refused since
     assert again.returncode == 0, again.stderr
     assert "is finished already" in again.stdout

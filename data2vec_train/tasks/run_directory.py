@@ -13,10 +13,10 @@ from typing import IO, Any
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch.nn import Module
 
 from data2vec_train import checkpoints
 from data2vec_train.errors import ConfigError
+from data2vec_train.module import TrainingModule
 from data2vec_train.monitor import CSVLog
 from data2vec_train.places import COMMAND
 
@@ -101,15 +101,16 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
     return found
 
 
-def change(cfg: DictConfig, run: RunDirectory, module: Module) -> None:
-    """With `resume=changed` make the config that of the run, once its checkpoint is known to fit the model.
+def change(cfg: DictConfig, run: RunDirectory, module: TrainingModule) -> None:
+    """With `resume=changed` make the config that of the run, once its checkpoint is known to fit.
 
     Raises:
-        ConfigError: the settings make another model.
+        ConfigError: the settings make another model, or give other weights to the optimizer's groups.
     """
     if cfg.resume != "changed" or run.checkpoint is None:
         return
-    saved, now = checkpoints.read(checkpoints.check(run.checkpoint))["state_dict"], module.state_dict()
+    checkpoint = checkpoints.read(checkpoints.check(run.checkpoint))
+    saved, now = checkpoint["state_dict"], module.state_dict()
     was, is_now = ({name: tuple(one.shape) for name, one in state.items()} for state in (saved, now))
     differing = sorted(name for name in was | is_now if was.get(name) != is_now.get(name))
     if differing:
@@ -118,6 +119,13 @@ def change(cfg: DictConfig, run: RunDirectory, module: Module) -> None:
             f"resume=changed: these settings make another model than that of {run.checkpoint}: {len(differing)} "
             f"tensors differ, {first} is {is_now.get(first, 'absent')}, was {was.get(first, 'absent')}. Choose another "
             "hydra.run.dir"
+        )
+    optimizers = checkpoint["optimizer_states"][0], module.configure_optimizers().state_dict()
+    was, is_now = ([len(group["params"]) for group in one["param_groups"]] for one in optimizers)
+    if was != is_now:
+        raise ConfigError(
+            f"resume=changed: these settings decay, or slow down, other weights than those of {run.checkpoint}: the "
+            f"optimizer has groups of {is_now} tensors, and had {was}. Choose another hydra.run.dir"
         )
     if rank_zero_only.rank == 0:
         _keep_settings(cfg, run.path)
