@@ -16,6 +16,7 @@ from data2vec_train.errors import BadSample
 
 MAX_REPLACEMENTS = 20
 POOLED_BATCHES = 16  # of a stream whose samples are sorted by length
+MAX_LOST = 50  # times 21 broken records one after the other, of which the next batch of such a stream tells
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,13 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
     def _batches(self, batching: LengthBatching) -> Iterator[list[Sample]]:
         pool: dict[int, list[Sample]] = {}
         pooled = 0  # length of all samples in the pool
+        lost: list[Sample] = []
         for sample in self._samples():
             if sample.inputs is None:
-                yield [sample]
+                lost.append(sample)
+                if len(lost) == MAX_LOST:
+                    yield lost
+                    lost = []
                 continue
             bin_ = int(batching.bin(sample.inputs.shape[-1]))
             if batching.crop:
@@ -216,7 +221,8 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
             if waiting:  # a run that goes on reads them again, and with them some that it has seen
                 worker, epoch, number = min(waiting)
                 batch[-1] = replace(batch[-1], place=(worker, epoch, number - 1))
-            yield batch
+            yield [*lost, *batch]
+            lost = []
 
     def _samples(self) -> Iterator[Sample]:
         worker = get_worker_info()

@@ -538,6 +538,20 @@ def test_a_stream_of_broken_samples_says_so_instead_of_spinning():
     assert len(nothing.rejected) == MAX_REPLACEMENTS + 1
 
 
+def test_broken_records_in_a_row_make_no_batch_of_a_stream_sorted_by_length(tmp_path):
+    """data.max_bad_fraction decides about them, not how they lie."""
+    batching = LengthBatching(budget=9, max_length=3, max_waste=0.3, crop=False)
+    order = np.random.default_rng((0, 0)).permutation(400)  # of `Stream` in its first epoch
+    broken = tuple(order[9 : 9 + 2 * MAX_REPLACEMENTS + 2].tolist())
+    batches = list(itertools.islice(stream_set(400, broken, batching=batching, batch_size=4), 300))
+    assert all(any(sample.inputs is not None for sample in batch) for batch in batches)
+    found = [key for batch in batches for sample in batch for key, _ in sample.rejected]
+    assert set(found) == {f"n{number}" for number in broken}
+
+    nothing = next(iter(stream_set(3, (0, 1, 2), batching=batching, batch_size=4)))
+    assert all(sample.inputs is None for sample in nothing)
+
+
 def test_a_worker_without_a_share_of_the_stream_ends():
     assert list(stream_set(2, rank=2, world_size=3)) == []
 
