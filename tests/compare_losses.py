@@ -41,9 +41,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare_losses_")))
         sides = (("old", options.old), ("new", options.new))
-        checkouts = [
-            checkout(name, folder / side, stack) for side, name in (("old", options.old), ("new", options.new))
-        ]
+        checkouts = [checkout(name, folder / side, stack) for side, name in sides]
         for pair in options.pairs:
             modality, objective = pair.split("/")
             settings = [f"modality={modality}", f"objective={objective}", f"trainer.max_steps={options.steps}"]
