@@ -9,7 +9,6 @@ names are on the disk; the names in `last` and `best` are replaced after that, a
 the process in between leaves the earlier checkpoints as they were.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.outputs import UNFINISHED, replace_file, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ FOLDER = "checkpoints"  # of a run directory
 STATE, MANIFEST = "state.ckpt", "manifest.json"
 POINTERS = ("last", "best")
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
-_UNFINISHED = ".unfinished"
 
 
 class DamagedCheckpoint(ConfigError):
@@ -65,7 +64,7 @@ def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], kee
         OSError: the disk is full, gone or not writable; earlier checkpoints are as they were.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}{_UNFINISHED}")
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     if unfinished.exists():
         shutil.rmtree(unfinished)
     try:
@@ -73,13 +72,13 @@ def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], kee
         digest, size = _write_state(content, unfinished / STATE)
         manifest = {STATE: {"bytes": size, "sha256": digest}}
         _write_bytes(unfinished / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-        _sync_directory(unfinished)
+        sync_directory(unfinished)
         replaced = folder.with_name(f"{folder.name}.replaced")
         if folder.exists():  # of an earlier start; it still counts under the other name until the new one is there
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         unfinished.rename(folder)
-        _sync_directory(folder.parent)
+        sync_directory(folder.parent)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)  # gives a full disk its room back
         raise
@@ -87,23 +86,6 @@ def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], kee
         replace_file(folder.parent / pointer, f"{folder.name}\n".encode())
     shutil.rmtree(replaced, ignore_errors=True)
     _prune(folder.parent, keep_last)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of a small file; readers see the old or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
-    _write_bytes(unfinished, content)
-    unfinished.replace(path)
-    _sync_directory(path.parent)
-
-
-def sweep(directory: Path) -> None:
-    """Remove what interrupted writers left behind."""
-    for path in directory.glob(f".*{_UNFINISHED}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 class _Hashed(io.RawIOBase):
@@ -148,26 +130,12 @@ def _write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(directory: Path) -> None:
-    """Put the names in a directory on the disk."""
-    if os.name == "nt":  # directories cannot be opened there
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep names in order by themselves
-            raise
-    finally:
-        os.close(handle)
-
-
 def _prune(directory: Path, keep_last: int) -> None:
     named = {pointed(directory / pointer) for pointer in POINTERS}
     for folder in _folders(directory)[keep_last:]:
         if folder not in named:
             # Renamed first: half a folder must not look like a damaged checkpoint.
-            doomed = folder.with_name(f".{folder.name}{_UNFINISHED}")
+            doomed = folder.with_name(f".{folder.name}{UNFINISHED}")
             folder.rename(doomed)
             shutil.rmtree(doomed)
 

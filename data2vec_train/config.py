@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data2vec_train import launch
 from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
-from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError
+from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError, disk_fault
 from data2vec_train.places import COMMAND, config_directory, stay_off_the_network
 from data2vec_train.preflight import find_faults, preflight
 
@@ -151,6 +151,11 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     except (ConfigError, DataError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except Exception as error:  # of Hydra's own files
+        if (fault := disk_fault(error)) is None:
+            raise
+        sys.stderr.write(f"error: {fault}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     if statuses:
@@ -255,12 +260,14 @@ def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callabl
             raise SystemExit(130 if error.signal_number == signal.SIGINT else 75) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except _BUGS as error:
-            if not is_member:
+        except Exception as error:
+            fault = disk_fault(error)
+            if fault is None and not (is_member and isinstance(error, _BUGS)):
                 raise
-            traceback.print_exc()
-            sys.stderr.write(f"error{who}: {type(error).__name__}: {error}\n")
-            status = 1
+            if fault is None:
+                traceback.print_exc()
+            sys.stderr.write(f"error{who}: {fault or f'{type(error).__name__}: {error}'}\n")
+            status = 1 if fault is None else 2
         if not is_member:
             raise SystemExit(status)
         statuses.append(status)

@@ -16,10 +16,10 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data2vec_train import checkpoints
 from data2vec_train.data.datamodule import cores_at_hand
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import TrainingModule
+from data2vec_train.outputs import replace_file
 from data2vec_train.saving import measuring_callback
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class CSVLog(Logger):
         writer = csv.DictWriter(text, fieldnames=self.columns)
         writer.writeheader()
         writer.writerows(rows)
-        checkpoints.replace_file(self.path, text.getvalue().encode())
+        replace_file(self.path, text.getvalue().encode())
 
 
 class Monitor(L.Callback):

@@ -9,7 +9,6 @@ M masks per image, D feature width, q queries, k neighbours.
 import base64
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from data2vec_train.outputs import replace_file
 
 Metrics = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -316,11 +317,8 @@ def write_report(path: Path, *, title: str, sections: list[Section], config_yaml
         f"{body}<section><details><summary>Resolved configuration</summary><pre>{escape(config_yaml)}</pre></details>"
         "</section></body></html>\n"
     )
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
     # A path in the configuration may hold bytes that are not UTF-8 (surrogates here): write them as references.
-    unfinished.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(unfinished, path)
+    replace_file(path, page.encode("utf-8", errors="xmlcharrefreplace"))
     return path
 
 

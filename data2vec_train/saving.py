@@ -1,7 +1,6 @@
 """When a run is saved, how it is stopped, and how it goes on: between Lightning's trainer and `checkpoints.py`."""
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -20,8 +19,9 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from data2vec_train import checkpoints
-from data2vec_train.errors import CollapseError, Interrupted, SaveError
+from data2vec_train.errors import CollapseError, Interrupted, SaveError, disk_fault
 from data2vec_train.module import TrainingModule
+from data2vec_train.outputs import sweep
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Checkpointing(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Clear away what an interrupted writer left."""
         if trainer.is_global_zero:
-            checkpoints.sweep(self.directory)
+            sweep(self.directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that goes on is saved already."""
@@ -209,7 +209,7 @@ def disk_trouble(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        if disk_fault(error) is None:
             raise
         raise SaveError(_describe(error, directory)) from error
 

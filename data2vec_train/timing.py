@@ -17,10 +17,10 @@ from typing import Any
 import lightning as L
 
 import data2vec_train
-from data2vec_train import checkpoints
 from data2vec_train.data.datamodule import DataModule, TimedLoader
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import Monitor
+from data2vec_train.outputs import replace_file
 from data2vec_train.probes.callback import ProbeCallback
 from data2vec_train.saving import Checkpointing
 
@@ -150,7 +150,7 @@ class Timing:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        checkpoints.replace_file(path, text.getvalue().encode())
+        replace_file(path, text.getvalue().encode())
         return table(rows)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data2vec_train import checkpoints
+from data2vec_train import checkpoints, outputs
 from data2vec_train.errors import ConfigError
 
 
@@ -106,7 +106,7 @@ def test_a_kill_between_any_two_operations_costs_no_earlier_checkpoint(tmp_path,
             checkpoints.resolve(directory / "last"), checkpoints.step_of(checkpoints.pointed(directory / "last"))
         )
         assert is_step(checkpoints.resolve(directory / "best"), 1)
-        checkpoints.sweep(directory)
+        outputs.sweep(directory)
         assert not [name for name in names(directory) if name.startswith(".")]
     assert number > 10  # so many operations there were
 

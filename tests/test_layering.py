@@ -35,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"torch", "numpy", "layers", "encoders.base", "errors"},
     "teacher": {"torch", "numpy", "layers", "encoders", "errors"},
     "heads": {"torch", "errors"},
-    "checkpoints": {"torch", "errors"},
+    "outputs": {"filelock", "errors"},
+    "checkpoints": {"torch", "outputs", "errors"},
     "hf": {"torch", "numpy", "safetensors", "tokenizers", "PIL", "layers", "encoders", "heads", "hf", "checkpoints"}
-    | {"errors"},
+    | {"outputs", "errors"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
 COMMANDS = ("export", "finetune", "probe", "embed", "predict", "benchmark", "plan")

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data2vec_train.data.files import open_file, version_of
-from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.data.sources import BROKEN_ARCHIVE, RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.outputs import writing
 
 log = logging.getLogger(__name__)
 
@@ -416,9 +417,10 @@ def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> t
     """Seconds of every record, (n,) float64, NaN for those that cannot be opened, and (key, reason) of these."""
     cached = _cache_file(source, sample_rate_hz, cache_dir)
     if cached is not None and cached.exists():
-        with np.load(cached, allow_pickle=False) as archive:
-            pairs = zip(archive["keys"].tolist(), archive["reasons"].tolist(), strict=True)
-            return archive["seconds"], list(pairs)
+        try:
+            return _load(cached)
+        except BROKEN_ARCHIVE as error:
+            log.warning("%s is not what was written (%s); it is made anew", cached, type(error).__name__)
     started = reported = time.monotonic()
     seconds = np.full(len(source), np.nan)
     rejected: list[tuple[str, str]] = []
@@ -465,13 +467,17 @@ def _cache_file(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> 
     return cache_dir / "durations" / f"{identity.hexdigest()[:32]}.npz"
 
 
+def _load(path: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    with np.load(path, allow_pickle=False) as archive:  # which compares checksums
+        pairs = zip(archive["keys"].tolist(), archive["reasons"].tolist(), strict=True)
+        return archive["seconds"], list(pairs)
+
+
 def _save(path: Path, seconds: np.ndarray, rejected: list[tuple[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     keys, reasons = (np.array([pair[part] for pair in rejected], dtype=str) for part in (0, 1))
-    with unfinished.open("wb") as file:
+    with writing(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, seconds=seconds, keys=keys, reasons=reasons)
-    os.replace(unfinished, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

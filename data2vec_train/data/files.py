@@ -1,11 +1,7 @@
 """Files of data, opened with care: what lies in a folder may be anything, and its reason is wanted in plain words."""
 
-import errno
-import fcntl
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,15 +61,3 @@ def version_of(path: Path) -> str:
     except (OSError, ValueError):
         return f"{path.absolute()}|None"
     return f"{path.absolute()}|{(status.st_size, status.st_mtime_ns)}"
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Inside, no other process is within the same `path`, a file made for it; without locks on that disk all are."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
-        yield

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import lzma
-import os
 import shutil
 import tempfile
 import time
@@ -24,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data2vec_train.data.files import one_at_a_time, open_file, read_file, version_of
+from data2vec_train.data.files import open_file, read_file, version_of
 from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
 from data2vec_train.data.tokenizer import Tokenizer, batched
 from data2vec_train.errors import BadSample, DataError
+from data2vec_train.outputs import cached_folder
 
 log = logging.getLogger(__name__)
 
@@ -297,10 +297,6 @@ def prepare_text(
 def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, Any], cache: Path | None) -> Tokenizer:
     identity = None if isinstance(source, StreamingSource) else _identity(source, how)
     kept = None if cache is None or identity is None else cache / "tokenizers" / f"{identity[:24]}-{vocab_size}"
-    if kept is not None and (kept / "tokenizer.json").exists():
-        log.info("tokenizer of %d entries, from %s", vocab_size, kept)
-        return Tokenizer.load(str(kept))
-    started = time.monotonic()
 
     def texts() -> Iterator[str]:
         characters = 0
@@ -316,11 +312,17 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
                 if characters > TRAINING_CHARACTERS:
                     return
 
-    tokenizer = Tokenizer.train(texts(), vocab_size=vocab_size)
-    log.info("trained a tokenizer of %d entries in %.0f s", vocab_size, time.monotonic() - started)
-    if kept is not None:
-        tokenizer.save(kept)
-    return tokenizer
+    def train() -> Tokenizer:
+        started = time.monotonic()
+        tokenizer = Tokenizer.train(texts(), vocab_size=vocab_size)
+        log.info("trained a tokenizer of %d entries in %.0f s", vocab_size, time.monotonic() - started)
+        return tokenizer
+
+    if kept is None:
+        return train()
+    cached_folder(kept, lambda folder: train().save(folder))
+    log.info("tokenizer of %d entries, from %s", vocab_size, kept)
+    return Tokenizer.load(str(kept))
 
 
 class TextBlocks(Source):
@@ -381,25 +383,8 @@ class TextBlocks(Source):
             _tokenize(source, self.tokenizer, how, folder)
             return folder
         kept = cache_dir / "tokens" / identity[:32]
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            # Processes that torchrun or srun start arrive here together, and one does it for all.
-            with one_at_a_time(kept.with_name(f"{kept.name}-lock")):
-                self._keep(kept, source, how)
-        return kept
-
-    def _keep(self, kept: Path, source: Source, how: dict[str, Any]) -> None:
-        if kept.exists():  # another process was quicker
-            return
-        folder = Path(tempfile.mkdtemp(prefix=f"{kept.name}.", dir=kept.parent))
-        try:
-            _tokenize(source, self.tokenizer, how, folder)
-            os.replace(folder, kept)
-        except OSError:
-            if not kept.exists():  # as it may on a file system without locks
-                raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Processes that torchrun or srun start arrive here together, and one does it for all.
+        return cached_folder(kept, lambda folder: _tokenize(source, self.tokenizer, how, folder))
 
     def _cut(self, min_tokens: int) -> None:
         """The index: first id, number of ids and document of each block."""

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.outputs import replace_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -181,9 +181,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into `folder`, in one go."""
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"tokenizer.json.{os.getpid()}"
-        self._inner.save(str(unfinished))
-        os.replace(unfinished, folder / "tokenizer.json")
+        replace_file(folder / "tokenizer.json", self._inner.to_str(pretty=True).encode())
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""

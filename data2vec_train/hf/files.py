@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.outputs import replace_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as JSON; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def stacked(values: list[np.ndarray], kind: str | None) -> Any:

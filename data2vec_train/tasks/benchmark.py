@@ -35,6 +35,7 @@ from data2vec_train.bench.timing import Effort
 from data2vec_train.bench.whole_step import EAGER, FP32, ORIGINAL, OURS, StepRun, measure_step
 from data2vec_train.config import build
 from data2vec_train.errors import ConfigError
+from data2vec_train.outputs import replace_file
 from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults
 from data2vec_train.tasks.published import RECIPES, base_batch, base_config, base_objective, base_update
@@ -122,7 +123,7 @@ def _write(
             rate = arm["gflop_per_second"]
             arm["share_of_peak"] = None if rate is None else rate * 1e9 / peak
             arm["share_of_stated_peak"] = None if rate is None or stated_peak is None else rate * 1e9 / stated_peak
-    (run_dir / RESULTS).write_text(json.dumps(facts, indent=1) + "\n")
+    replace_file(run_dir / RESULTS, json.dumps(facts, indent=1).encode() + b"\n")
     draw(cases, run_dir / PICTURE, title=_machine_line(facts["machine"]))
     for case in cases:
         log.info("\n%s", "\n".join(case_lines(case, peak=peak, stated_peak=stated_peak)))

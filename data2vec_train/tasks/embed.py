@@ -1,8 +1,14 @@
-"""Features of many files, in parts that a killed run does not lose, then in one parquet file."""
+"""Features of many files, in parts that a killed run does not lose, then in one parquet file.
 
+`OUT.parts/identity.json` says what the parts were made from and how. `OUT.parts/part-000012-SHA256.parquet` has the
+records from 12 * rows_per_part on; its name holds the hash of its content, which is compared before it is used.
+"""
+
+import contextlib
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -17,15 +23,20 @@ from torch.utils.data import DataLoader
 from data2vec_train.config import build
 from data2vec_train.data.datamodule import available_workers, ignore_interrupts
 from data2vec_train.data.dataset import EvaluationDataset, Sample
+from data2vec_train.data.files import version_of
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.embedding import Embedder, layer_numbers
 from data2vec_train.encoders.audio import multiply_convolutions
-from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.outputs import output_path, refuse_existing, remove, replace_file, sole_writer, sweep, writing
 from data2vec_train.tasks.inputs import inherit
 from data2vec_train.tasks.pretrain import quiet_libraries
+from data2vec_train.tasks.run_directory import leaves
 
 log = logging.getLogger(__name__)
+
+_PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")
 
 
 def embed(cfg: DictConfig) -> int:
@@ -36,15 +47,17 @@ def embed(cfg: DictConfig) -> int:
     features. Records that could not be used are listed in `OUT.rejected.jsonl`.
 
     Raises:
-        ConfigError: the file is there already, or parts of another command are.
+        ConfigError: the file is there already, another process makes it, or parts of another command are there.
         DataError: no record can be used.
     """
     quiet_libraries()
-    out = Path(cfg.out).expanduser()
-    if out.exists():
-        raise ConfigError(f"out={out} exists already; choose another name, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: there is no folder {out.absolute().parent}")
+    out = output_path(cfg.out)
+    with sole_writer(out):
+        refuse_existing(out)
+        return _embed(cfg, out)
+
+
+def _embed(cfg: DictConfig, out: Path) -> int:
     started = time.monotonic()
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights)
     inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
@@ -58,18 +71,20 @@ def embed(cfg: DictConfig) -> int:
     parts = out.with_name(out.name + ".parts")
     size = cfg.rows_per_part
     count = -(-len(rows) // size)
-    done = _begin(parts, _identity(cfg, source, layers, encoder.state_dict()), out)
+    _begin(parts, _identity(cfg, source, layers, encoder.state_dict()))
+    done = _whole_parts(parts)
     missing = [number for number in range(count) if number not in done]
     log.info("%d records, %d of %d parts are there already", len(rows), count - len(missing), count)
     loader = _loader(cfg, source, rows, missing, size)
     reported = time.monotonic()
     for place, (number, packed) in enumerate(zip(missing, loader, strict=True)):
-        _write_part(parts, number, _unpacked(packed), embedder, cfg.dtype)
+        done[number] = _write_part(parts, number, _unpacked(packed), embedder, cfg.dtype)
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
             rate = (place + 1) * size / (reported - started)
             log.info("part %d of %d, %.0f records a second", place + 1, len(missing), rate)
-    written, rejected = _merge(parts, count, out, [*source.rejected, *source.left_out])
+    written, rejected = _merge([done[number] for number in range(count)], out, [*source.rejected, *source.left_out])
+    shutil.rmtree(parts)
     if rejected:
         log.info("%d records cannot be used; see %s", rejected, out.with_name(out.name + ".rejected.jsonl"))
     log.info("%d rows: %s (%.0f s)", written, out, time.monotonic() - started)
@@ -92,43 +107,87 @@ def _budget(cfg: DictConfig) -> int:
     return int(cfg.modality.batching.budget)
 
 
-def _identity(cfg: DictConfig, source: Source, layers: tuple[int, ...], state: dict[str, torch.Tensor]) -> str:
-    """A hash of all that the features depend on, but for the content of the records."""
-    digest = hashlib.sha256()
+def _identity(
+    cfg: DictConfig, source: Source, layers: tuple[int, ...], state: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """All that the features depend on: data, weights, settings, versions."""
+    weights = hashlib.sha256()
     for name, tensor in state.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    facts = {
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    settings = {
         "source": OmegaConf.to_container(cfg.data.source, resolve=True),
         "modality": OmegaConf.to_container(cfg.modality, resolve=True),
         "layers": layers,
-        "how": [cfg.pooling, cfg.dtype, cfg.rows_per_part],
-        "records": [len(source), source[0].key, source[len(source) - 1].key],
+        **{name: cfg[name] for name in ("pooling", "dtype", "rows_per_part")},
     }
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    identity = {
+        "records": len(source),
+        "data": _content(source),
+        "weights": weights.hexdigest(),
+        "torch": torch.__version__,
+        "settings": settings,
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def _content(source: Source) -> str:
+    """A hash of all records: their names, and size and time of files, or the content of what is no file."""
+    digest = hashlib.sha256()
+    for row in range(len(source)):
+        try:
+            sample = source[row]
+        except BadSample as error:
+            digest.update(f"{row}: {error}\n".encode("utf-8", "replace"))
+            continue
+        value = version_of(sample.value) if isinstance(sample.value, Path) else sample.value
+        value = str(value) if isinstance(value, BadSample) else value
+        digest.update(f"{sample.key}|".encode("utf-8", "replace"))
+        digest.update(value.encode("utf-8", "replace") if isinstance(value, str) else np.asarray(value).tobytes())
     return digest.hexdigest()
 
 
-def _begin(parts: Path, identity: str, out: Path) -> set[int]:
-    """Numbers of the parts that are there.
+def _begin(parts: Path, identity: dict[str, Any]) -> None:
+    """Make the folder of the parts, or find that what is in it belongs to this command.
 
     Raises:
-        ConfigError: they are those of another command.
+        ConfigError: data, weights or settings differ from those that parts were made with.
     """
-    parts.mkdir(exist_ok=True)
-    note = parts / "identity"
-    if note.is_file() and note.read_text() != identity:
+    note = parts / "identity.json"
+    if not parts.is_dir() or not any(parts.glob("part-*")):
+        remove(parts)
+        parts.mkdir()
+        replace_file(note, json.dumps(identity, indent=1).encode())
+        return
+    try:
+        before = json.loads(note.read_bytes())
+        differing = [name for name in identity if before[name] != identity[name]]
+    except (OSError, ValueError, TypeError, KeyError):
+        log.warning("%s does not say what its parts were made from: they are made anew", note)
+        remove(parts)
+        _begin(parts, identity)
+        return
+    if differing:
+        now, was = dict(leaves(identity)), dict(leaves(before))
+        names = sorted(name for name in now | was if now.get(name) != was.get(name))[:5]
+        shown = ", ".join(f"{name.removeprefix('settings.')}={now.get(name)} (was {was.get(name)})" for name in names)
         raise ConfigError(
-            f"{parts} holds parts made with other weights, data or settings; remove it, or choose another out"
+            f"{parts} holds parts made with other {' and '.join(differing)}: {shown}. Remove it to begin anew, or "
+            "choose another out"
         )
-    _replace(note, identity.encode())
-    return {int(path.stem.removeprefix("part-")) for path in parts.glob("part-*.parquet")}
+    sweep(parts)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+def _whole_parts(parts: Path) -> dict[int, Path]:
+    """The parts that are there as they were written, by number; damaged ones are removed."""
+    found = {}
+    for path in sorted(parts.glob("part-*")):
+        if path.is_file() and _is_whole(path, path.read_bytes()):
+            found[int(_PART.fullmatch(path.name)[1])] = path
+        else:
+            log.warning("%s is not what was written; the part is made anew", path)
+            remove(path)
+    return found
 
 
 def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int], size: int) -> DataLoader:
@@ -165,7 +224,7 @@ def _unpacked(packed: tuple[list[Sample], list[torch.Size | None], torch.Tensor]
     ]
 
 
-def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embedder, dtype: str) -> None:
+def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embedder, dtype: str) -> Path:
     import pyarrow
     from pyarrow import parquet
 
@@ -177,10 +236,12 @@ def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embed
         columns[f"layer_{layer}"] = _lists([one[place].astype(dtype) for one in features], kind, embedder.pooling)
     rejected = [list(pair) for sample in samples for pair in sample.rejected]
     table = pyarrow.table(columns).replace_schema_metadata({"rejected": json.dumps(rejected)})
-    path = parts / f"part-{number:06d}.parquet"
-    unfinished = path.with_name(path.name + ".unfinished")
-    parquet.write_table(table, unfinished)
-    unfinished.replace(path)
+    stream = pyarrow.BufferOutputStream()
+    parquet.write_table(table, stream)
+    content = stream.getvalue().to_pybytes()
+    path = parts / f"part-{number:06d}-{hashlib.sha256(content).hexdigest()}.parquet"
+    replace_file(path, content)
+    return path
 
 
 def _lists(arrays: list[np.ndarray], kind: Any, pooling: str) -> Any:
@@ -201,38 +262,53 @@ def _lists(arrays: list[np.ndarray], kind: Any, pooling: str) -> Any:
     return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), inner)
 
 
-def _merge(parts: Path, count: int, out: Path, rejected: list[tuple[str, str]]) -> tuple[int, int]:
+def _merge(parts: list[Path], out: Path, rejected: list[tuple[str, str]]) -> tuple[int, int]:
     """The parts in one file, a row group each; how many rows there are and how many records were rejected in all.
 
     Raises:
-        DataError: there are no rows.
+        DataError: there are no rows, or a part is not what was written.
     """
+    import pyarrow
     from pyarrow import parquet
 
-    unfinished = out.with_name(out.name + ".unfinished")
+    listing = out.with_name(out.name + ".rejected.jsonl")
     rows = 0
     writer = None
-    try:
-        for number in range(count):
-            table = parquet.read_table(parts / f"part-{number:06d}.parquet")
-            rejected += json.loads(table.schema.metadata[b"rejected"])
-            table = table.replace_schema_metadata(None)
-            if len(table):
-                writer = writer or parquet.ParquetWriter(unfinished, table.schema)
-                writer.write_table(table)
-                rows += len(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    listing = out.with_name(out.name + ".rejected.jsonl")
-    listing.unlink(missing_ok=True)  # of an earlier file with this name
-    if rejected:
-        lines = [json.dumps({"key": key, "reason": why}) + "\n" for key, why in rejected]
-        _replace(listing, "".join(lines).encode())
-    if not rows:
-        key, why = rejected[0]
-        shutil.rmtree(parts)
-        raise DataError(f"none of {len(rejected)} records can be used; the first is {key}: {why}")
-    unfinished.replace(out)
-    shutil.rmtree(parts)
+    with writing(out) as unfinished:
+        try:
+            for path in parts:
+                table = parquet.read_table(pyarrow.BufferReader(_read_part(path)))
+                rejected += json.loads(table.schema.metadata[b"rejected"])
+                table = table.replace_schema_metadata(None)
+                if len(table):
+                    writer = writer or parquet.ParquetWriter(unfinished, table.schema)
+                    writer.write_table(table)
+                    rows += len(table)
+            if writer is not None:
+                writer.close()
+        except OSError:
+            if writer is not None:
+                with contextlib.suppress(OSError):  # it tries again to write what the disk has refused
+                    writer.close()
+            raise
+        listing.unlink(missing_ok=True)  # of an earlier file with this name
+        if rejected:
+            lines = [json.dumps({"key": key, "reason": why}) + "\n" for key, why in rejected]
+            replace_file(listing, "".join(lines).encode())
+        if not rows:
+            key, why = rejected[0]
+            shutil.rmtree(parts[0].parent)
+            raise DataError(f"none of {len(rejected)} records can be used; the first is {key}: {why}")
     return rows, len(rejected)
+
+
+def _read_part(path: Path) -> bytes:
+    content = path.read_bytes() if path.is_file() else b""
+    if not _is_whole(path, content):
+        raise DataError(f"{path} has changed on the disk; the same command makes this part anew")
+    return content
+
+
+def _is_whole(path: Path, content: bytes) -> bool:
+    name = _PART.fullmatch(path.name)
+    return name is not None and hashlib.sha256(content).hexdigest() == name[2]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import shutil
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained, write_preprocessing
 from data2vec_train.hf.files import read_json
 from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME
+from data2vec_train.outputs import output_path, sole_writer, writing
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,14 @@ def export(cfg: DictConfig) -> dict[str, float]:
     """
     if cfg.format not in FORMATS:
         raise ConfigError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
-    out = Path(cfg.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out} is not an empty folder; choose another, or remove it")
+    out = output_path(cfg.out, make_parents=True)
+    with sole_writer(out):
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"out={out} is not an empty folder; choose another, or remove it")
+        return _export(cfg, out)
+
+
+def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights, num_heads=cfg.num_heads)
     log.info("%s, %.2f M parameters, from %s", type(model).__name__, model.num_parameters() / 1e6, cfg.checkpoint)
     if cfg.format == "hf" and model.config.encoder is not None:
@@ -69,23 +75,19 @@ def export(cfg: DictConfig) -> dict[str, float]:
             "transformers has data2vec 1.0 only (and text 2.0, which has the same architecture), and cannot build this "
             "encoder; choose format=safetensors, onnx or torch_export"
         )
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
-    comparisons = write(model, unfinished, cfg.format)
-    write_preprocessing(model, unfinished)
-    for one in comparisons:
-        log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
-        if not one.largest <= LIMIT:
-            raise RuntimeError(
-                f"what {one.reader} reads from {unfinished} differs from {cfg.checkpoint} by {one.largest:.1e}, and "
-                f"{LIMIT:.0e} is the most that rounding explains; do not use it"
-            )
-    (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, unfinished))
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    with writing(out) as unfinished:
+        unfinished.mkdir()
+        write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
+        comparisons = write(model, unfinished, cfg.format)
+        write_preprocessing(model, unfinished)
+        for one in comparisons:
+            log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
+            if not one.largest <= LIMIT:
+                raise RuntimeError(
+                    f"what {one.reader} reads back differs from {cfg.checkpoint} by {one.largest:.1e}, and {LIMIT:.0e} "
+                    f"is the most that rounding explains; {out} was not written"
+                )
+        (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, unfinished), encoding="utf-8")
     log.info("written: %s", out)
     return {one.reader: one.largest for one in comparisons}
 

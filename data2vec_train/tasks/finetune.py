@@ -25,6 +25,7 @@ from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import MODEL_FOLDER, load_pretrained, with_head
 from data2vec_train.hf.files import write_json
 from data2vec_train.monitor import Monitor
+from data2vec_train.outputs import writing
 from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of
@@ -109,7 +110,9 @@ def finetune(cfg: DictConfig) -> float | None:
     summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=time.perf_counter() - started)
     if trainer.is_global_zero:
         model = _best(run_dir, model, evaluation, trainer.global_step)
-        save_finetuned(cfg, model, task, run_dir / MODEL_FOLDER)
+        with writing(run_dir / MODEL_FOLDER) as folder:
+            save_finetuned(cfg, model, task, folder)
+        model.source = run_dir / MODEL_FOLDER
         log.info("weights: %s", run_dir / MODEL_FOLDER)
         if cfg.report:
             from data2vec_train.tasks.finetune_report import write_finetune_report
@@ -203,7 +206,6 @@ def save_finetuned(cfg: DictConfig, model: PretrainedModel, task: HeadTask, fold
         tokenizer.save_pretrained(folder)
     task.save(folder)
     write_json(folder / FACTS_NAME, {"head": OmegaConf.to_container(cfg.head, resolve=True)})
-    model.source = folder
 
 
 def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> HeadTask:

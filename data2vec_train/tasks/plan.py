@@ -18,6 +18,7 @@ from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
+from data2vec_train.outputs import replace_file
 from data2vec_train.planning import GIB, Hardware, Planner, Reserve, Setup, largest_that_fits
 from data2vec_train.tasks.pretrain import build_collator
 
@@ -45,7 +46,7 @@ def plan(cfg: DictConfig) -> None:
     for line in lines_of(facts):
         log.info("%s", line)
     file = Path(HydraConfig.get().runtime.output_dir) / PLAN
-    file.write_text(json.dumps(facts, indent=2) + "\n")
+    replace_file(file, json.dumps(facts, indent=2).encode() + b"\n")
     log.info("plan: %s", file)
     if not facts["fits"]:
         raise ConfigError(facts["refusal"])

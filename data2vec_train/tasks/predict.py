@@ -19,6 +19,7 @@ from data2vec_train.finetuning.data import ExampleTestDataset, test_loader
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import load_pretrained
 from data2vec_train.hf.files import read_json
+from data2vec_train.outputs import output_path, refuse_existing, sole_writer, writing
 from data2vec_train.places import config_directory
 from data2vec_train.tasks.finetune import FACTS_NAME, build_source, task_of
 from data2vec_train.tasks.inputs import inherit, inputs_of
@@ -26,6 +27,7 @@ from data2vec_train.tasks.pretrain import quiet_libraries
 
 log = logging.getLogger(__name__)
 
+LISTING = "predictions.jsonl"  # in a folder of maps
 SHOWN = 10  # predictions that are printed
 WINDOW = 512  # records that are batched by length, and then written in their order
 
@@ -41,12 +43,14 @@ def predict(cfg: DictConfig) -> int:
         DataError: no record can be used.
     """
     quiet_libraries()
+    out = output_path(cfg.out)
+    with sole_writer(out):
+        refuse_existing(out)
+        return _predict(cfg, out)
+
+
+def _predict(cfg: DictConfig, out: Path) -> int:
     started = time.monotonic()
-    out = Path(cfg.out).expanduser()
-    if out.exists():
-        raise ConfigError(f"out={out} exists already; choose another name, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: there is no folder {out.absolute().parent}")
     model = load_pretrained(cfg.checkpoint)
     if model.base_model is model:
         raise ConfigError(
@@ -62,14 +66,10 @@ def predict(cfg: DictConfig) -> int:
     dataset = ExampleTestDataset(task=task, source=source, indices=np.arange(len(source)))
     workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers
     maps = task.model_class.endswith("SemanticSegmentation")
-    if maps:
-        out.mkdir(parents=True)
-    path = out / "predictions.jsonl" if maps else out
-    unfinished = path.with_name(path.name + ".unfinished")
     good, bad = 0, len(source.rejected) + len(source.left_out)
     lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
     reported = time.monotonic()
-    with unfinished.open("w", encoding="utf-8") as file, torch.no_grad():
+    with writing(out) as unfinished, _listing(unfinished, maps).open("w", encoding="utf-8") as file, torch.no_grad():
         _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
         loader = test_loader(dataset, task, build(cfg.modality.batching), workers, window=WINDOW)
         for rows, batch in zip(loader.batch_sampler, loader, strict=True):
@@ -77,7 +77,7 @@ def predict(cfg: DictConfig) -> int:
                 _write(file, [lines.pop(row) for row in sorted(lines)])
             found = task.predict(model, batch.to(device)) if len(batch) else []
             for row, key, one in zip(batch.places, batch.keys, found, strict=True):
-                lines[row] = {"key": key, "prediction": _map_file(out, key, one, cfg) if maps else _plain(one)}
+                lines[row] = {"key": key, "prediction": _map_file(unfinished, key, one, cfg) if maps else _plain(one)}
             broken = [row for row in rows if row not in batch.places]
             for row, (key, why) in zip(broken, batch.rejected, strict=True):
                 lines[row] = {"key": key, "error": why}
@@ -86,13 +86,21 @@ def predict(cfg: DictConfig) -> int:
                 reported = time.monotonic()
                 log.info("%d of %d records", good + bad, len(source))
         _write(file, [lines[row] for row in sorted(lines)])
-    unfinished.replace(path)
+    path = out / LISTING if maps else out
     if not good:
         raise DataError(f"none of {bad} records can be used; see {path}")
     _show(path)
     failed = f", {bad} cannot be used" if bad else ""
     log.info("%d predictions%s: %s (%.0f s)", good, failed, path, time.monotonic() - started)
     return good
+
+
+def _listing(out: Path, maps: bool) -> Path:
+    """The file with a line for each record."""
+    if not maps:
+        return out
+    out.mkdir()
+    return out / LISTING
 
 
 def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:
@@ -160,14 +168,14 @@ def _plain(one: Any) -> Any:
     return one
 
 
-def _map_file(out: Path, key: str, classes: np.ndarray, cfg: DictConfig) -> str:
-    """Name of the picture below `out`: that of the image, but for its ending."""
+def _map_file(folder: Path, key: str, classes: np.ndarray, cfg: DictConfig) -> str:
+    """Write the picture of a map below `folder`, and give its name there: that of the image, but for its ending."""
     from PIL import Image
 
     name = Path(*[part for part in Path(key.replace(":", "_")).parts if part not in ("/", "..")])
     whole = name.with_name(name.name + ".png")
     name = name.with_suffix(".png") if name.suffix.lower() in cfg.modality.extensions else whole
-    name = whole if (out / name).exists() else name  # a.jpg beside a.png
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(classes).save(out / name)
+    name = whole if (folder / name).exists() else name  # a.jpg beside a.png
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(classes).save(folder / name)
     return str(name)

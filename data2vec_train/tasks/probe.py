@@ -24,6 +24,7 @@ from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.hf.convert import FAMILIES, load_pretrained
+from data2vec_train.outputs import lock_directory, replace_file
 from data2vec_train.probes.callback import raw_input
 from data2vec_train.probes.layers import attentive_probes, layer_features, simple_probes
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
@@ -48,9 +49,10 @@ def probe(cfg: DictConfig) -> float:
     quiet_libraries()
     started = time.perf_counter()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    lock_directory(run_dir)
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights)
     inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     multiply_convolutions(model)
     encoder = model.get_encoder().to(device)
@@ -84,9 +86,9 @@ def probe(cfg: DictConfig) -> float:
         "seed": cfg.seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (run_dir / "probe.json").write_text(json.dumps(facts | results, indent=2) + "\n")
+    replace_file(run_dir / "probe.json", json.dumps(facts | results, indent=2).encode() + b"\n")
     lines = _table(results, layers, measures)
-    (run_dir / "probe.csv").write_text("\n".join(",".join(line) for line in lines) + "\n")
+    replace_file(run_dir / "probe.csv", "".join(",".join(line) + "\n" for line in lines).encode())
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         log.info("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -1,14 +1,12 @@
 """The directory of a run: started anew, gone on with, or finished already."""
 
-import errno
-import fcntl
 import json
 import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,6 +16,7 @@ from data2vec_train import checkpoints
 from data2vec_train.errors import ConfigError
 from data2vec_train.module import TrainingModule
 from data2vec_train.monitor import CSVLog
+from data2vec_train.outputs import lock_directory, replace_file
 from data2vec_train.places import COMMAND
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
         return RunDirectory(path, checkpoint, summary)
     found = RunDirectory(path, checkpoint, None)
     if rank_zero_only.rank == 0:
-        _lock(path)
+        lock_directory(path)
         _forget(path, found)
         if checkpoint is None:
             _keep_settings(cfg, path)
@@ -134,27 +133,8 @@ def change(cfg: DictConfig, run: RunDirectory, module: TrainingModule) -> None:
 def _keep_settings(cfg: DictConfig, path: Path) -> None:
     """The config, and the command for `resume=DIR`: Hydra's own record is of the latest, refused ones included."""
     command = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
-    checkpoints.replace_file(path / COMMAND, OmegaConf.to_yaml(command).encode())
-    checkpoints.replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
-
-
-_locks: dict[Path, IO[str]] = {}  # held until the process ends, however it ends
-
-
-def _lock(path: Path) -> None:
-    """Keep other processes out of the directory.
-
-    Raises:
-        ConfigError: one is in it.
-    """
-    file = _locks.setdefault(path.resolve(), (path / "lock").open("a"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"another process is at work in {path}; wait for its end, or stop it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):  # file systems without locks
-            raise
+    replace_file(path / COMMAND, OmegaConf.to_yaml(command).encode())
+    replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
@@ -168,7 +148,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
     Raises:
         ConfigError: settings differ that change what is learned.
     """
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     differing = [
         name
         for name in sorted(old.keys() | new.keys())
@@ -183,10 +163,11 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
         )
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree
 
@@ -210,7 +191,7 @@ def _forget(path: Path, run: RunDirectory) -> None:
     if nonfinite.exists():
         lines = [line for line in nonfinite.read_text().splitlines() if line.endswith("}")]
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
-        checkpoints.replace_file(nonfinite, "".join(kept).encode())
+        replace_file(nonfinite, "".join(kept).encode())
 
 
 def write_summary(file: Path, summary: dict[str, Any]) -> None:
@@ -221,4 +202,4 @@ def write_summary(file: Path, summary: dict[str, Any]) -> None:
             return {key: finite(one) for key, one in value.items()}
         return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
 
-    checkpoints.replace_file(file, json.dumps(finite(summary), indent=2, allow_nan=False).encode() + b"\n")
+    replace_file(file, json.dumps(finite(summary), indent=2, allow_nan=False).encode() + b"\n")

@@ -210,7 +210,7 @@ def command(weights, tmp_path) -> Callable[..., tuple[int, Path]]:
     return fine_tune
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def program_of() -> Callable[..., int]:
     """`python -m data2vec_train.COMMAND ...` in this process; gives the exit status."""
     return run

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import data2vec_train as ours
-from data2vec_train import checkpoints
+from data2vec_train import checkpoints, outputs
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.data.sources import FolderSource, RawSample
 from data2vec_train.embedding import embed_inputs
@@ -37,6 +38,7 @@ from data2vec_train.finetuning.vision import SemanticSegmentation
 from data2vec_train.hf.preprocessing import AudioFeatureExtractor
 from data2vec_train.hf.tokenizers import CTCTokenizer
 from data2vec_train.optim import layered_adamw
+from data2vec_train.outputs import release, sole_writer, take_lock
 from data2vec_train.tasks import embed as embedding_task
 
 CHECKOUT = Path(__file__).parents[2]
@@ -561,17 +563,166 @@ def test_an_interrupted_embedding_goes_on(program_of, weights, tmp_path, monkeyp
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(number)
-        write(parts, number, *more)
+        return write(parts, number, *more)
 
     monkeypatch.setattr(embedding_task, "_write_part", two_parts)
     again = embed_command(weights("vision"), folder, tmp_path / "again.parquet")
     assert program_of("embed", *again) == 130
     monkeypatch.setattr(embedding_task, "_write_part", write)
     assert program_of("embed", *again[:-1], "pooling=mean_std", again[-1]) == 2
-    assert "holds parts made with other weights, data or settings" in capsys.readouterr().err
+    assert "holds parts made with other settings: pooling=mean_std (was mean)" in capsys.readouterr().err
     assert program_of("embed", *again) == 0
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / "again.parquet.parts").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(weights, program_of, tmp_path_factory):
+    """A command whose work stopped after four of five parts, in a folder, and a copy of that folder."""
+    place = tmp_path_factory.mktemp("stopped") / "work"
+    place.mkdir()
+    command = embed_command(weights("vision"), images(place / "images", 40), place / "out.parquet")
+    write = embedding_task._write_part
+
+    def four_parts(parts, number, *more):
+        if number == 4:
+            raise KeyboardInterrupt
+        return write(parts, number, *more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(embedding_task, "_write_part", four_parts)
+        assert program_of("embed", *command) == 130
+    kept = place.with_name("kept")
+    shutil.copytree(place, kept)
+    assert program_of("embed", *command) == 0
+    return command, place, kept, (place / "out.parquet").read_bytes()
+
+
+@pytest.fixture
+def interrupted(stopped):
+    """`stopped` as it was."""
+    command, place, kept, whole = stopped
+    shutil.rmtree(place)
+    shutil.copytree(kept, place)
+    out, parts = place / "out.parquet", place / "out.parquet.parts"
+    return SimpleNamespace(command=command, folder=place / "images", parts=parts, out=out, whole=whole)
+
+
+def test_damaged_parts_are_computed_anew(interrupted, program_of, capsys):
+    parts = [next(interrupted.parts.glob(f"part-{number:06d}-*")) for number in range(4)]
+    content = bytearray(parts[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    parts[0].write_bytes(content)
+    parts[1].write_bytes(parts[1].read_bytes()[:100])
+    parts[2].write_bytes(b"")
+    parts[3].rename(parts[3].with_name("part-abc.parquet"))
+    assert program_of("embed", *interrupted.command) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("is not what was written; the part is made anew") == 4
+    assert interrupted.out.read_bytes() == interrupted.whole
+    assert not interrupted.parts.exists()
+
+
+def test_parts_that_do_not_say_what_they_are_of_are_not_used(interrupted, program_of, capsys):
+    (interrupted.parts / "identity.json").write_bytes(b"\0" * 100)
+    assert program_of("embed", *interrupted.command) == 0
+    assert "does not say what its parts were made from: they are made anew" in capsys.readouterr().out
+    assert interrupted.out.read_bytes() == interrupted.whole
+
+
+@pytest.mark.parametrize(
+    "change", ["one file added", "one in the middle removed", "one renamed", "one replaced", "other weights"]
+)
+def test_parts_of_other_data_are_refused(change, interrupted, program_of, weights, tmp_path, capsys):
+    command, third = interrupted.command, interrupted.folder / "000003.png"
+    match change:
+        case "one file added":
+            Image.new("RGB", (32, 32)).save(interrupted.folder / "000003b.png")
+        case "one in the middle removed":
+            third.unlink()
+        case "one renamed":
+            third.rename(third.with_name("000003b.png"))
+        case "one replaced":
+            Image.new("RGB", (32, 32)).save(third)
+        case "other weights":
+            model = ours.load_pretrained(weights("vision"))
+            with torch.no_grad():
+                next(model.parameters()).add_(1e-3)
+            ours.save_pretrained(model, tmp_path / "other")
+            command = [f"checkpoint={tmp_path}/other", *command[1:]]
+    capsys.readouterr()
+    assert program_of("embed", *command) == 2
+    what = "weights" if change == "other weights" else "(records and )?data"
+    assert re.search(f"holds parts made with other {what}: .*Remove it to begin anew", one_error(capsys))
+    assert not interrupted.out.exists()
+
+
+def test_a_part_that_changes_before_they_are_joined_gives_no_wrong_rows(interrupted, program_of, monkeypatch, capsys):
+    merge = embedding_task._merge
+
+    def damaged(parts, *more):
+        parts[2].write_bytes(parts[2].read_bytes()[:-1] + b"x")
+        return merge(parts, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding_task, "_merge", damaged)
+        assert program_of("embed", *interrupted.command) == 2
+    assert "has changed on the disk; the same command makes this part anew" in one_error(capsys)
+    assert not interrupted.out.exists()
+    assert program_of("embed", *interrupted.command) == 0
+    assert interrupted.out.read_bytes() == interrupted.whole
+
+
+OUTPUTS = {"embed": "out.parquet", "predict": "out.jsonl", "export": "out"}
+
+
+@pytest.mark.parametrize("verb", OUTPUTS)
+def test_the_second_of_two_commands_for_one_output_is_told(verb, program_of, weights, tmp_path, capsys):
+    out = tmp_path / OUTPUTS[verb]
+    given = embed_command(weights("vision"), images(tmp_path / "images", 8), out)
+    given = {"export": [given[0], "format=safetensors", f"out={out}"], "predict": given[:4], "embed": given}[verb]
+    with sole_writer(out):
+        assert program_of(verb, *given) == 2
+        said = rf"{out}: another process is at work there \(process {os.getpid()} on"
+        assert re.search(said, one_error(capsys))
+    assert not out.exists()
+
+
+def test_the_second_of_two_probes_is_told(program_of, weights, records, tmp_path, capsys):
+    path = records("image", tmp_path / "rows.parquet")
+    given = [f"checkpoint={weights('vision')}", "data=hf", f"data.path={path}", "data.label_column=kind"]
+    (tmp_path / "run").mkdir()
+    handle = take_lock(tmp_path / "run" / "lock", "it")
+    held = outputs._held.pop(handle)  # as if another process had it
+    assert program_of("probe", *given, f"hydra.run.dir={tmp_path}/run") == 2
+    assert f"{tmp_path}/run: another process is at work there (process {os.getpid()} on" in one_error(capsys)
+    outputs._held[handle] = held
+    release(handle)
+    assert not (tmp_path / "run" / "probe.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", OUTPUTS)
+def test_two_identical_commands_at_once_make_one_whole_output(verb, weights, command, tmp_path):
+    folder, out = images(tmp_path / "images", 60), tmp_path / OUTPUTS[verb]
+    given = embed_command(weights("vision"), folder, out)
+    if verb == "export":
+        given = [given[0], "format=hf", f"out={out}"]
+    if verb == "predict":
+        assert command("image", steps=1)[0] == 0
+        given = [f"checkpoint={tmp_path}/run", *given[1:4], "data.num_workers=0"]
+    both = [
+        subprocess.Popen([sys.executable, "-m", f"data2vec_train.{verb}", *given], cwd=CHECKOUT,
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    loser = next(error for process, error in zip(both, errors, strict=True) if process.returncode == 2)
+    assert "another process is at work there" in loser or "exists already" in loser  # when it was late
+    assert "Traceback" not in loser
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))}
+    assert left == {out.name}
 
 
 def test_a_part_takes_no_open_file_for_each_record(program_of, weights, tmp_path):
