@@ -205,6 +205,10 @@ class HeadTask(ABC):
             known &= np.array([value is not None for value in source.column(name)], dtype=bool)
         return np.flatnonzero(known)
 
+    def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
+        """Those of the rows whose labels can teach nothing, with the reason; after `study`."""
+        return []
+
     def check_test(self, source: Source) -> None:
         """Refuse test records whose labels mean something else.
 
@@ -263,6 +267,10 @@ class HeadTask(ABC):
         """The mean loss over the batch's examples, None without labels; and the model's outputs."""
         outputs = model(**batch.inputs)
         return outputs.get("loss"), outputs
+
+    def counted(self, batch: Examples) -> int:
+        """How many of a batch's examples the loss is the mean of."""
+        return len(batch)
 
     def predict(self, model: PretrainedModel, batch: Examples) -> list[Any]:
         """Predictions for a batch, labels or not."""

@@ -186,6 +186,8 @@ class FinetuneData(ResumableData):
             test_rows = task.usable(test_source)
             if not len(test_rows):
                 raise DataError(NOTHING_KNOWN)
+        unusable = task.unusable(source, rows)
+        rows = np.setdiff1d(rows, [row for row, _ in unusable])
         self.rows = rows
         self.num_samples = len(rows)
         self.test_set = None
@@ -201,6 +203,29 @@ class FinetuneData(ResumableData):
         )
         self.quarantine.add(rejected, num_good=0)
         self.quarantine.write([*left_out, *(pair for one in sources for pair in one.left_out)])
+        self._list_unusable(unusable)
+
+    def _list_unusable(self, training: list[tuple[int, str]]) -> None:
+        """Name the records that teach nothing, of the training and of the test.
+
+        Raises:
+            DataError: too many of the training's, or all.
+        """
+        if training:
+            pairs = tuple((self.source[row].key, why) for row, why in training)
+            total = len(pairs) + len(self.rows)
+            log.warning("%d of %d training records are left out, such as %s: %s", len(pairs), total, *pairs[0])
+            self.quarantine.add(pairs, num_good=0)
+            if not len(self.rows):
+                self.quarantine.stop("nothing is left to train on")
+        if self.test_set is not None:
+            tested = self.test_set.source
+            pairs = [(tested[row].key, why) for row, why in self.task.unusable(tested, self.test_set.indices)]
+            if pairs:
+                log.warning("%d test records have no part in the loss, such as %s: %s", len(pairs), *pairs[0])
+                known = {key for key, _ in pairs} & self.quarantine.written  # training records of the same name
+                names = ((f"{key} (test)" if key in known else key, why) for key, why in pairs)
+                self.quarantine.write((key, f"a test record without a part in the loss: {why}") for key, why in names)
 
     def _check_classes(self, test_source: Source) -> None:
         """New classes in the test are an error; fewer of them are not."""

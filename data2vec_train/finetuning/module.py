@@ -181,8 +181,9 @@ def evaluate(model: PretrainedModel, task: HeadTask, batches: Iterable[Examples]
                 raise CollapseError(
                     "outputs for test records are not finite: training diverged. Try a lower optimizer.lr"
                 )
-            if loss is not None:
-                total, count = total + float(loss) * len(batch), count + len(batch)
+            counted = task.counted(batch)
+            if loss is not None and counted:
+                total, count = total + float(loss) * counted, count + counted
             meter.update(outputs, moved)
     finally:
         model.train(was_training)

@@ -3,9 +3,11 @@
 Letters: B recordings, S samples, T frames, U symbols, D width.
 """
 
+import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +31,14 @@ from data2vec_train.finetuning.base import (
 )
 from data2vec_train.finetuning.metrics import classification_scores, equal_error_rate, transcript_scores
 from data2vec_train.finetuning.transcribe import BeamDecoder
+from data2vec_train.finetuning.transcripts import APOSTROPHES, Writing, has_no_spaces, is_turkic
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.tokenizers import LIBRISPEECH_SYMBOLS, CTCTokenizer
 from data2vec_train.masking import SpanMasker
 
+log = logging.getLogger(__name__)
+
+VOCABULARIES = ("letters", "phones", "librispeech", "keep")
 FIRST_SYMBOLS = LIBRISPEECH_SYMBOLS[:5]  # blank, start, end, unknown, word boundary
 
 
@@ -122,18 +128,23 @@ class SpeechTask(HeadTask):
 
 
 class CTC(SpeechTask):
-    """Speech to text by connectionist temporal classification: a letter or nothing for every frame.
+    """Speech to text by connectionist temporal classification: a symbol or nothing for every frame.
 
-    Source: spec 4.1: the loss is a sum over symbols, divided by the number of recordings; utterances that cannot be
-    spelt in their frames count 0.
+    Source: spec 4.1: the loss is a sum over symbols, divided by the number of recordings. A transcript can be spelt in
+    as many frames as it has symbols, and one more, for nothing, between two that are the same. Records whose transcript
+    cannot be spelt are left out of training, counted as broken and listed with the reason. As test records they are
+    listed too, and scored by what the model says, but have no part in the loss; those without a transcript are not
+    scored.
 
     Args:
         text_column: of the transcripts.
-        vocabulary: "letters" = those of the training transcripts, "librispeech" = the 32 symbols of the released
-            models, "keep" = those of the weights that training starts from.
-        case: "upper" or "lower" turns transcripts into it, "keep" leaves them.
+        vocabulary: "letters" = those of the training transcripts, "phones" = what stands between spaces in them,
+            "librispeech" = the 32 symbols of the released models, "keep" = those of the weights that training starts
+            from.
+        case, unicode, language: see `transcripts.Writing`.
         remove: regular expression; what matches is taken out of transcripts. None = nothing.
         words: what stands in the column -> how it is spoken, for columns of numbers or codes; None = transcripts.
+        metric: "wer" or "cer", which chooses the best weights; "auto" = "cer" for scripts without spaces.
         beam: arguments of `BeamDecoder`; None = the likeliest symbol of each frame.
         inputs, masks: see `SpeechTask`.
     """
@@ -146,24 +157,32 @@ class CTC(SpeechTask):
         self,
         *,
         text_column: str,
-        vocabulary: Literal["letters", "librispeech", "keep"],
-        case: Literal["upper", "lower", "keep"],
+        vocabulary: Literal["letters", "phones", "librispeech", "keep"],
+        case: Literal["auto", "upper", "lower", "keep"],
         remove: str | None,
         words: Mapping[Any, str] | None,
         beam: Mapping[str, Any] | None,
         inputs: Inputs,
         masks: SpecAugment,
+        unicode: str | None = None,  # these three are not said by models that were saved before there was a choice
+        language: str | None = None,
+        metric: Literal["auto", "wer", "cer"] = "auto",
     ) -> None:
         super().__init__(inputs=inputs, masks=masks, max_seconds=None)
-        if case not in ("upper", "lower", "keep"):
-            raise ConfigError(f"head.case is upper, lower or keep, got {case!r}")
+        if vocabulary not in VOCABULARIES:
+            raise ConfigError(f"head.vocabulary is {', '.join(VOCABULARIES)}, got {vocabulary!r}")
+        if metric not in ("auto", "wer", "cer"):
+            raise ConfigError(f"head.metric is auto, wer or cer, got {metric!r}")
         self.text_column = text_column
         self.vocabulary = vocabulary
-        self.case = case
+        self.writing = Writing(unicode=unicode, case=case, language=language)
         self.remove = None if remove is None else _compiled(remove)
         self.words = None if words is None else {str(name): word for name, word in words.items()}
+        self.asked_metric = metric
+        self.metric = "cer" if metric == "cer" else "wer"
         self.beam = beam
         self.tokenizer: CTCTokenizer | None = None
+        self._vocab_size: int | None = None  # of the model whose symbols are kept
         self._beam_decoder: BeamDecoder | None = None
 
     @property
@@ -172,51 +191,111 @@ class CTC(SpeechTask):
         return [self.text_column]
 
     def text_of(self, raw: Any) -> str:
-        """What stands in the column, as it is spelt in training; "" for nothing."""
+        """What stands in the column, as it is written in training and scores; "" for nothing."""
         if raw is not None and self.words is not None:
             raw = self.words.get(str(raw))
         if not isinstance(raw, str):
             return ""
-        text = raw if self.remove is None else self.remove.sub("", raw)
-        text = {"upper": str.upper, "lower": str.lower}.get(self.case, str)(text)
-        return " ".join(text.split())
+        return self.writing(raw if self.remove is None else self.remove.sub("", raw))
 
     def usable(self, source: Source) -> np.ndarray:
-        """All: `study` refuses those without a transcript."""
+        """All: `unusable` names those whose transcript cannot be spelt."""
         return np.arange(len(source))
 
     def study(self, source: Source, rows: np.ndarray) -> None:
-        """Check the transcripts, and collect their letters.
+        """Collect the symbols of the transcripts, or take those that were asked for.
 
         Raises:
-            DataError: a transcript is missing or empty.
+            DataError: no record has a transcript.
         """
         column = source.column(self.text_column)
-        texts = []
-        empty = []
-        for row in rows:
-            text = self.text_of(column[row])
-            (texts if text else empty).append(text if text else int(row))
-        if empty:
+        column = [column[row] for row in rows]
+        if self.writing.language is None and is_turkic("".join(one for one in column if isinstance(one, str))):
+            self.writing = replace(self.writing, language="tr")
+        texts = list(filter(None, map(self.text_of, column)))
+        if not texts:
             raise DataError(
-                f"{len(empty)} of {len(rows)} transcripts are empty; the first is that of {source[empty[0]].key} "
-                f"(column {self.text_column}). A recording without words teaches nothing: remove such records"
+                f"all {len(rows)} transcripts are empty; the first is that of {source[int(rows[0])].key} (column "
+                f"{self.text_column})"
             )
-        if self.vocabulary == "librispeech":
-            self.tokenizer = CTCTokenizer()
-        elif self.vocabulary == "letters":
-            letters = sorted(set("".join(texts)) - {" ", "|"})
-            self.tokenizer = CTCTokenizer({symbol: i for i, symbol in enumerate((*FIRST_SYMBOLS, *letters))})
-        elif self.tokenizer is None:
+        if self.vocabulary == "keep" and self.tokenizer is None:
             raise ConfigError("head.vocabulary=keep needs weights with a CTC tokenizer beside them; choose letters")
-        known = set(self.tokenizer.vocabulary) | {" "}
-        unknown = next((text for text in texts if set(text) - known), None)
-        if unknown is not None:
-            letters = " ".join(sorted(set(unknown) - known))
-            raise DataError(
-                f"the transcript {unknown[:60]!r} has {letters}, which head.vocabulary={self.vocabulary} does not; "
-                "choose head.vocabulary=letters, or take such letters out with head.remove"
+        if self.vocabulary != "keep":
+            self._use(_tokenizer_of(self.vocabulary, texts))
+        if self.asked_metric == "auto":
+            self.metric = "cer" if has_no_spaces(texts) else "wer"
+        changed = [text for text in map(self.text_of, texts) if self._is_changed(text)]
+        if changed:
+            ids = self.tokenizer(self._fitted(changed[0]))["input_ids"]
+            log.warning(
+                "%d of %d transcripts do not come back from the symbols of head.vocabulary=%s as they were: %r as %r",
+                len(changed),
+                len(texts),
+                self.vocabulary,
+                changed[0][:60],
+                self.tokenizer.decode(ids, group_tokens=False)[:60],
             )
+
+    def _use(self, tokenizer: CTCTokenizer) -> None:
+        self.tokenizer = tokenizer
+        special = {one for one in tokenizer.special_symbols if len(one) > 1}
+        self.writing = self.writing.fitted("".join(one for one in tokenizer.vocabulary if one not in special))
+        if tokenizer.phones:  # a phone of several letters has no case of its own
+            self.writing = replace(self.writing, letters=None)
+        form = self.writing.unicode
+        pairs = ((one, one if form is None else unicodedata.normalize(form, one)) for one in tokenizer.vocabulary)
+        self._own_forms = {common: own for own, common in pairs if common != own and common not in tokenizer.vocabulary}
+
+    def _is_changed(self, text: str) -> bool:
+        """Whether a perfect model would not say the text as it is."""
+        ids, why = self.spelt(text)
+        return not why and self.writing(self.tokenizer.decode(ids, group_tokens=False)) != text
+
+    def _fitted(self, text: str) -> str:
+        """The text in the Unicode forms that the vocabulary has its symbols in."""
+        if self.writing.unicode is None:
+            return text
+        if self.tokenizer.phones:
+            return " ".join(self._own_forms.get(one, one) for one in text.split())
+        known = self.tokenizer.vocabulary
+        fitted = []
+        for letter in unicodedata.normalize("NFC", text):
+            own, parts = self._own_forms.get(letter), unicodedata.normalize("NFD", letter)
+            whole = letter in known or (self.tokenizer.do_lower_case and letter.upper() in known)
+            fitted.append(letter if whole else own or (parts if all(one in known for one in parts) else letter))
+        return "".join(fitted)
+
+    def spelt(self, text: str) -> tuple[list[int], str]:
+        """Ids of the symbols of a text, and why they cannot be learnt, "" if they can."""
+        if not text:
+            return [], f"its transcript is empty (column {self.text_column})"
+        delimiter = self.tokenizer.word_delimiter
+        if delimiter and not self.tokenizer.phones and delimiter in text:
+            return [], f"its transcript holds {delimiter}, which stands for the space between words; see head.remove"
+        symbols = self.tokenizer.split(self._fitted(text))
+        special = [one for one in symbols if one in self.tokenizer.special_symbols and one != delimiter]
+        if special:
+            return [], f"its transcript holds {special[0]}, which stands for no sound; see head.remove"
+        unknown = sorted({one for one in symbols if one not in self.tokenizer.vocabulary})
+        if unknown:
+            names = " ".join("(the space)" if one in (" ", delimiter) else one for one in unknown[:10])
+            return [], (
+                f"its transcript {text[:60]!r} has {names}, which head.vocabulary={self.vocabulary} does not; choose "
+                "head.vocabulary=letters, or take it out with head.remove"
+            )
+        return [self.tokenizer.vocabulary[one] for one in symbols], ""
+
+    def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
+        """Records whose transcripts cannot be spelt, in any number of frames or in those of the recording."""
+        column = source.column(self.text_column)
+        found = []
+        for row in rows:
+            ids, why = self.spelt(self.text_of(column[row]))
+            if not why and source.lengths is not None:
+                why = _too_short(ids, int(self.inputs.token_count(int(source.lengths[row]))))
+            if why:
+                found.append((int(row), why))
+        return found
 
     def check_test(self, source: Source) -> None:
         """See `HeadTask.check_test`."""
@@ -224,23 +303,44 @@ class CTC(SpeechTask):
             raise DataError(NOTHING_KNOWN)
 
     def adopt(self, model: PretrainedModel) -> None:
-        """The tokenizer that lies beside the weights."""
-        source = model.source
-        own = next((one for one in model.preparation if isinstance(one, CTCTokenizer)), None)
-        if own is None and (source is None or not (source / "vocab.json").is_file()):
-            raise ConfigError(f"{source or 'the weights'} has no vocab.json, which says what letters the outputs are")
-        self.tokenizer = own or CTCTokenizer.from_pretrained(source)
+        """The tokenizer that lies beside the weights.
+
+        Raises:
+            ConfigError: there is none, or its symbols are not those of the model.
+        """
+        tokenizer = _tokenizer_beside(model)
+        size = model.config.vocab_size
+        largest = max(tokenizer.vocabulary.values())
+        if model.base_model is not model and largest >= size:
+            raise ConfigError(
+                f"{model.source or 'the weights'}: vocab.json has numbers to {largest}, the model has {size} outputs; "
+                "they are not of the same model"
+            )
+        if model.config.pad_token_id != tokenizer.pad_token_id:
+            log.warning(
+                "%s: the blank is %s in config.json and %s (%s) in the tokenizer's files, which count, as in "
+                "transformers; if transcripts make no sense, this is why",
+                model.source or "the weights",
+                model.config.pad_token_id,
+                tokenizer.pad_token_id,
+                tokenizer.pad,
+            )
+        self._use(tokenizer)
+        self._vocab_size = size
 
     def continues(self, model: PretrainedModel) -> bool:
         """See `HeadTask.continues`."""
-        if model.source is None or not (model.source / "vocab.json").is_file():
-            return any(self.tokenizer.vocabulary == getattr(one, "vocabulary", None) for one in model.preparation)
-        return CTCTokenizer.from_pretrained(model.source).vocabulary == self.tokenizer.vocabulary
+        try:
+            return _tokenizer_beside(model).vocabulary == self.tokenizer.vocabulary
+        except ConfigError:
+            return False
 
     def model_settings(self) -> dict[str, Any]:
         """See `HeadTask.model_settings`."""
-        special = {"pad_token_id": self.tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2}
-        size = max(self.tokenizer.vocabulary.values()) + 1
+        symbols = self.tokenizer
+        special = {"pad_token_id": symbols.pad_token_id}
+        special |= {f"{name}_token_id": symbols.vocabulary.get(getattr(symbols, name)) for name in ("bos", "eos")}
+        size = max(max(symbols.vocabulary.values()) + 1, self._vocab_size or 0)
         ours = {"vocab_size": size, "ctc_loss_reduction": "sum", "ctc_zero_infinity": True}
         return super().model_settings() | special | ours
 
@@ -252,24 +352,28 @@ class CTC(SpeechTask):
         """See `HeadTask.example`."""
         wave = self.waveform(raw, train=train, rng=rng)
         text = self.text_of(raw.fields.get(self.text_column))
-        if not text:
-            return {"key": raw.key, "wave": wave, "text": None}
-        frames = int(self.inputs.token_count(wave.shape[-1]))
-        if train and len(text) > frames:
-            raise BadSample(f"{len(text)} letters in {frames} frames: CTC needs a frame for each")
-        return {"key": raw.key, "wave": wave, "text": text}
+        ids, why = self.spelt(text)
+        why = why or _too_short(ids, int(self.inputs.token_count(wave.shape[-1])))
+        if train and why:
+            raise BadSample(why)
+        return {"key": raw.key, "wave": wave, "text": text or None, "ids": None if why else ids}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
+        """See `HeadTask.collate`; `host` says which examples have labels."""
         inputs = self.batch_of(examples, train=train, rng=rng)
-        texts = tuple(one["text"] for one in examples)
         host = {"frames": torch.tensor([int(self.inputs.token_count(one["wave"].shape[-1])) for one in examples])}
         targets = {}
-        if all(text is not None for text in texts):
-            rows = self.tokenizer(list(texts))["input_ids"]
-            host["symbols"] = torch.tensor([len(row) for row in rows])
-            targets["labels"] = padded([np.array(row, dtype=np.int64) for row in rows], 0)
-        return Examples(inputs, targets, host, texts)
+        rows = [place for place, one in enumerate(examples) if one["ids"] is not None]
+        host["rows"] = torch.tensor(rows, dtype=torch.int64)
+        if rows:
+            ids = [np.array(examples[row]["ids"], dtype=np.int64) for row in rows]
+            host["symbols"] = torch.tensor(list(map(len, ids)))
+            targets["labels"] = padded(ids, 0)
+        return Examples(inputs, targets, host, tuple(one["text"] for one in examples))
+
+    def counted(self, batch: Examples) -> int:
+        """Those that can be spelt."""
+        return len(batch.host["rows"])
 
     def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
         """As the model's own loss; lengths come from the host, so that nothing on the device has to be counted."""
@@ -277,17 +381,20 @@ class CTC(SpeechTask):
         if "labels" not in batch.targets:
             return None, outputs
         scores = outputs["logits"].log_softmax(dim=-1, dtype=torch.float32).transpose(0, 1)  # (T, B, V)
+        frames, rows = batch.host["frames"], batch.host["rows"]
+        if len(rows) < len(batch):
+            scores, frames = scores[:, rows.to(scores.device)], frames[rows]
         with torch.backends.cudnn.flags(enabled=False):
             loss = F.ctc_loss(
                 scores,
                 batch.targets["labels"],
-                batch.host["frames"],
+                frames,
                 batch.host["symbols"],
                 blank=self.tokenizer.pad_token_id,
                 reduction="sum",
-                zero_infinity=True,
+                zero_infinity=False,  # what cannot be spelt never comes here
             )
-        return loss / len(batch), outputs
+        return loss / len(rows), outputs
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[str]:
         """Transcripts."""
@@ -301,11 +408,44 @@ class CTC(SpeechTask):
         return [self.tokenizer.decode(row[:count]) for row, count in zip(best, frames, strict=True)]
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
-        """Word and letter error rates; above 1 when more is inserted than was said."""
-        return transcript_scores(predictions, references)
+        """Word and letter error rates, both sides written alike; above 1 when more is inserted than was said."""
+        return transcript_scores(list(map(self.writing, predictions)), references)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_beam_decoder": None}  # the loader's processes do not decode
+
+
+def _tokenizer_of(vocabulary: str, texts: Sequence[str]) -> CTCTokenizer:
+    """The symbols that training asks for, in an order that follows from the transcripts alone."""
+    if vocabulary == "librispeech":
+        return CTCTokenizer()
+    if vocabulary == "phones":
+        found = sorted({one for text in texts for one in text.split()} - set(FIRST_SYMBOLS))
+        symbols = (*FIRST_SYMBOLS[:-1], *found)
+        return CTCTokenizer({one: i for i, one in enumerate(symbols)}, word_delimiter=None, phones=True)
+    letters = set("".join(texts)) - {" ", FIRST_SYMBOLS[-1]}
+    if "'" in letters:  # others are written as this one, see `Writing`
+        letters -= set(APOSTROPHES) - {"'"}
+    return CTCTokenizer({one: i for i, one in enumerate((*FIRST_SYMBOLS, *sorted(letters)))})
+
+
+def _tokenizer_beside(model: PretrainedModel) -> CTCTokenizer:
+    """The one in the folder of a model, or the one that came with it."""
+    own = next((one for one in model.preparation if isinstance(one, CTCTokenizer)), None)
+    if own is not None:
+        return own
+    if model.source is None or not (model.source / "vocab.json").is_file():
+        raise ConfigError(f"{model.source or 'the weights'} has no vocab.json, which says what letters the outputs are")
+    return CTCTokenizer.from_pretrained(model.source)
+
+
+def _too_short(ids: Sequence[int], frames: int) -> str:
+    """Why CTC cannot spell the symbols in so many frames; "" if it can."""
+    repeats = sum(one == other for one, other in zip(ids[:-1], ids[1:], strict=True))
+    if len(ids) + repeats <= frames:
+        return ""
+    between = f" and {repeats} blanks between equal ones" if repeats else ""
+    return f"{len(ids)} symbols{between} in {frames} frames: CTC needs a frame for each; is the transcript another's?"
 
 
 def _compiled(pattern: str) -> re.Pattern:

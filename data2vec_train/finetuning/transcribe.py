@@ -15,6 +15,8 @@ from torch import Tensor
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.tokenizers import CTCTokenizer
 
+UNKNOWN_WORD = "<unk>"  # of language models
+
 
 class BeamDecoder:
     """The best transcript of logits that a beam search finds.
@@ -59,6 +61,7 @@ class BeamDecoder:
             raise ConfigError(f"head.beam needs {error.name}: pip install 'data2vec_train[lm]'") from error
         symbols = [tokenizer.symbols.get(number, f"<{number}>") for number in range(max(tokenizer.symbols) + 1)]
         self.tokenizer = tokenizer
+        delimiter = tokenizer.word_delimiter if tokenizer.word_delimiter in symbols else tokenizer.pad
         self.with_words = lm is not None or lexicon is not None
         settings: dict[str, Any] = {
             "tokens": symbols,
@@ -66,13 +69,13 @@ class BeamDecoder:
             "beam_threshold": beam_threshold,
             "lm_weight": lm_weight,
             "word_score": word_score,
-            "blank_token": "<pad>",
-            "sil_token": tokenizer.word_delimiter,
+            "blank_token": tokenizer.pad,
+            "sil_token": delimiter,
         }
         with tempfile.TemporaryDirectory() as folder:
             language_model = None if lm is None else str(Path(lm).expanduser())
             if lm is not None and lexicon is None:
-                lexicon = str(_lexicon_of(Path(lm).expanduser(), symbols, tokenizer.word_delimiter, Path(folder)))
+                lexicon = str(_lexicon_of(Path(lm).expanduser(), tokenizer, delimiter, Path(folder)))
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torchaudio announces what it will stop offering
@@ -90,20 +93,19 @@ class BeamDecoder:
 
     def _text(self, hypothesis: Any) -> str:
         if self.with_words:
-            text = " ".join(word for word in hypothesis.words if word != "<unk>")
+            text = " ".join(word for word in hypothesis.words if word != UNKNOWN_WORD)
             return text.lower() if self.tokenizer.do_lower_case else text
         # Already merged: what stands twice was said twice.
         return self.tokenizer.decode(hypothesis.tokens.tolist(), group_tokens=False)
 
 
-def _lexicon_of(arpa: Path, symbols: Sequence[str], delimiter: str, folder: Path) -> Path:
+def _lexicon_of(arpa: Path, tokenizer: CTCTokenizer, delimiter: str, folder: Path) -> Path:
     """A lexicon with the words of an ARPA file that the model's symbols can spell."""
     if not arpa.name.endswith((".arpa", ".arpa.gz")):
         raise ConfigError(
             f"head.beam.lm={arpa}: a binary language model does not list its words; give head.beam.lexicon, or the "
             ".arpa file"
         )
-    known = set(symbols)
     lines: list[str] = []
     inside = False
     with (gzip.open if arpa.suffix == ".gz" else open)(arpa, "rt", encoding="utf-8") as file:
@@ -112,8 +114,9 @@ def _lexicon_of(arpa: Path, symbols: Sequence[str], delimiter: str, folder: Path
                 inside = line.strip() == "\\1-grams:"
             elif inside and line.strip():
                 word = line.split("\t")[1].strip() if "\t" in line else line.split()[1]
-                if not word.startswith("<") and set(word) <= known:
-                    lines.append(f"{word} {' '.join(word)} {delimiter}\n")
+                symbols = tokenizer.split(word)
+                if not word.startswith("<") and all(one in tokenizer.vocabulary for one in symbols):
+                    lines.append(f"{word} {' '.join(symbols)} {delimiter}\n")
     if not lines:
         raise ConfigError(
             f"head.beam.lm={arpa}: none of its words can be spelt with the model's letters; are they in the same case "

@@ -1,11 +1,13 @@
 """From texts and transcripts to ids and back, exactly as transformers does it, and its files.
 
-    TextTokenizer   RobertaTokenizer         tokenizer.json, tokenizer_config.json
-    CTCTokenizer    Wav2Vec2CTCTokenizer     vocab.json, tokenizer_config.json
+    TextTokenizer   RobertaTokenizer              tokenizer.json, tokenizer_config.json
+    CTCTokenizer    Wav2Vec2CTCTokenizer          vocab.json, tokenizer_config.json
+                    Wav2Vec2PhonemeCTCTokenizer   (symbols between spaces)
 
 Letters: B texts, T tokens or frames, U symbols. Source: contract section 4.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Symbols of the released CTC models, by id; the first is also CTC's blank.
 LIBRISPEECH_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
+# How the special symbols of vocabularies for CTC are called.
+USUAL_SYMBOLS = {"pad": ("<pad>", "[PAD]"), "unk": ("<unk>", "[UNK]"), "bos": ("<s>",), "eos": ("</s>",)}
+PHONE_CLASSES = ("Wav2Vec2PhonemeCTCTokenizer", "Wav2Vec2PhonemeCTCTokenizerFast")
 
 
 class TextTokenizer:
@@ -205,14 +210,28 @@ def with_special_tokens(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer"
 
 
 class CTCTokenizer:
-    """Letters for CTC: text to ids, and frames' ids to text.
+    """Symbols for CTC: text to ids, and frames' ids to text, as Wav2Vec2CTCTokenizer and its twin for phones have it.
+
+    A symbol may be several letters: texts are cut at such symbols first, the leftmost and longest one at a time, and
+    the white space around each is dropped; what is left is read letter by letter. With `phones`, symbols are what
+    stands between spaces. Texts are never turned into phones: `do_phonemize` of a folder counts for nothing.
 
     Args:
-        vocabulary: symbol -> id.
+        vocabulary: symbol -> id; None = that of the released models.
         do_lower_case: the vocabulary is in upper case: turn texts into it. Otherwise lower-case letters are unknown.
-        word_delimiter: what stands for a space.
+        word_delimiter: what stands for a space; None = nothing does.
+        pad: the symbol of nothing, which is CTC's blank.
+        unk: the symbol of what has none.
+        bos: start of a text; texts do not get one.
+        eos: end of a text; likewise.
+        phones: symbols are what stands between spaces, as Wav2Vec2PhonemeCTCTokenizer reads texts.
+        space: what the word delimiter is read as.
+        added: symbols with ids beyond the vocabulary; special symbols that are in neither get the next ones.
         hf_compat: with `skip_special_tokens`, transformers also drops the blanks before it merges repeated symbols, so
             that LETTER is read as LETER; do the same.
+
+    Raises:
+        ConfigError: ids that are no numbers, or no blank.
     """
 
     def __init__(
@@ -220,18 +239,51 @@ class CTCTokenizer:
         vocabulary: Mapping[str, int] | None = None,
         *,
         do_lower_case: bool = False,
-        word_delimiter: str = "|",
+        word_delimiter: str | None = "|",
+        pad: str = "<pad>",
+        unk: str = "<unk>",
+        bos: str | None = "<s>",
+        eos: str | None = "</s>",
+        phones: bool = False,
+        space: str = " ",
+        added: Mapping[str, int] | None = None,
         hf_compat: bool = False,
     ) -> None:
         self.hf_compat = hf_compat
         self.vocabulary = dict(vocabulary or {symbol: i for i, symbol in enumerate(LIBRISPEECH_SYMBOLS)})
-        absent = [one for one in ("<pad>", "<unk>", word_delimiter) if one not in self.vocabulary]
-        if absent:
-            raise ConfigError(f"the vocabulary lacks {', '.join(absent)}")
-        self.symbols = {number: symbol for symbol, number in self.vocabulary.items()}
+        odd = next((one for one, number in self.vocabulary.items() if type(number) is not int or number < 0), None)
+        if odd is not None:
+            raise ConfigError(f"the vocabulary says that {odd!r} is {self.vocabulary[odd]!r}; expected a number from 0")
+        if pad not in self.vocabulary:
+            raise ConfigError(
+                f"the vocabulary lacks {pad}, which is CTC's blank; name the symbol that is it as pad_token in "
+                "tokenizer_config.json"
+            )
         self.do_lower_case = do_lower_case
         self.word_delimiter = word_delimiter
-        self.pad_token_id = self.vocabulary["<pad>"]
+        self.pad, self.unk, self.bos, self.eos = pad, unk, bos, eos
+        self.phones = phones
+        self.space = space
+        self.added = {one: number for one, number in (added or {}).items() if one not in self.vocabulary}
+        for symbol in self.special_symbols:
+            if symbol not in self.vocabulary and symbol not in self.added:
+                self.added[symbol] = len(self.vocabulary) + len(self.added)
+        self.symbols = {number: one for one, number in (self.added | self.vocabulary).items()}
+        self.pad_token_id = self.vocabulary[pad]
+        self._cuts = self._pattern()
+
+    @property
+    def special_symbols(self) -> list[str]:
+        """Those that stand for no letter: start, end, unknown, blank, word delimiter."""
+        found = [self.bos, self.eos, self.unk, self.pad, None if self.phones else self.word_delimiter]
+        return [one for one in dict.fromkeys(found) if one]
+
+    def _pattern(self) -> re.Pattern:
+        """What texts are cut at before they are read letter by letter."""
+        whole = {*self.special_symbols, *self.added}
+        if not self.phones:
+            whole |= {one for one in self.vocabulary if len(one) > 1}
+        return re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True))))
 
     def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
         """`input_ids` of one text (U,), or of several, as lists."""
@@ -240,9 +292,42 @@ class CTCTokenizer:
         return {"input_ids": self._encode(text)}
 
     def _encode(self, text: str) -> list[int]:
+        unknown = self.id_of(self.unk)
+        return [unknown if number is None else number for number in map(self.id_of, self.split(text))]
+
+    def id_of(self, symbol: str) -> int | None:
+        """The number of a symbol; None if there is none."""
+        return self.added.get(symbol, self.vocabulary.get(symbol))
+
+    def split(self, text: str) -> list[str]:
+        """The symbols of a text, also those that the vocabulary does not have."""
+        pieces: list[str] = []
+        end = 0
+        for cut in self._cuts.finditer(text):
+            pieces += [text[end : cut.start()], cut.group()]
+            end = cut.end()
+        pieces.append(text[end:])  # texts at even places, symbols at odd ones
+        symbols: list[str] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                symbols.append(piece)
+                continue
+            if place + 1 < len(pieces) and self._strips(pieces[place + 1]):
+                piece = piece.rstrip()
+            if place and self._strips(pieces[place - 1]):
+                piece = piece.lstrip()
+            symbols += self._letters(piece)
+        return symbols
+
+    def _strips(self, symbol: str) -> bool:
+        """Whether the white space around a symbol is dropped."""
+        return not self.phones and len(symbol) > 1 and symbol in self.vocabulary
+
+    def _letters(self, text: str) -> list[str]:
+        if self.phones:
+            return [one for one in text.strip().split(" ") if one.strip()]
         text = text.upper() if self.do_lower_case else text
-        unknown = self.vocabulary["<unk>"]
-        return [self.vocabulary.get(one, unknown) for one in text.replace(" ", self.word_delimiter)]
+        return list(text if self.word_delimiter is None else text.replace(" ", self.word_delimiter))
 
     def decode(
         self,
@@ -256,27 +341,27 @@ class CTCTokenizer:
 
         Args:
             ids: the likeliest symbol of each frame.
-            skip_special_tokens: leave out `<s>`, `</s>` and `<unk>`, too, before repetitions are counted.
+            skip_special_tokens: leave out start, end and unknown, too, before repetitions are counted.
             group_tokens: count a repeated symbol once.
             output_char_offsets: also say where each symbol starts and ends.
-            output_word_offsets: also say where each word starts and ends.
+            output_word_offsets: also say where each word starts and ends; with `phones`, each phone.
         """
-        numbers = [int(one) for one in ids]
+        numbers = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else [int(one) for one in ids]
         if skip_special_tokens:
-            left_out = {self.vocabulary.get(one) for one in SPECIAL_TOKENS if one != "<pad>" or self.hf_compat}
+            special = [one for one in self.special_symbols if one != self.word_delimiter]
+            left_out = {self.id_of(one) for one in special if one != self.pad or self.hf_compat}
             numbers = [one for one in numbers if one not in left_out]
         start = 0
         found: list[dict[str, Any]] = []
-        for number, run in groupby(numbers):
+        for symbol, run in groupby(self.symbols.get(number, self.unk) for number in numbers):
             length = sum(1 for _ in run)
             pieces = [(start, start + length)] if group_tokens else [(start + i, start + i + 1) for i in range(length)]
             start += length
-            symbol = self.symbols.get(number, "<unk>")
-            if symbol == "<pad>":
+            if symbol == self.pad or (self.phones and symbol == self.word_delimiter):
                 continue
-            char = " " if symbol == self.word_delimiter else symbol
+            char = self.space if symbol == self.word_delimiter else symbol
             found += [{"char": char, "start_offset": first, "end_offset": last} for first, last in pieces]
-        text = "".join(one["char"] for one in found).strip()
+        text = (" " if self.phones else "").join(one["char"] for one in found).strip()
         if self.do_lower_case:
             text = text.lower()
         if not (output_char_offsets or output_word_offsets):
@@ -285,7 +370,7 @@ class CTCTokenizer:
         if output_char_offsets:
             output["char_offsets"] = found
         if output_word_offsets:
-            output["word_offsets"] = _words(found)
+            output["word_offsets"] = [_word([one]) for one in found] if self.phones else _words(found, self.space)
         return output
 
     def batch_decode(self, rows: Any, **options: Any) -> list[Any]:
@@ -294,41 +379,92 @@ class CTCTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CTCTokenizer":
-        """From vocab.json and, if there is one, tokenizer_config.json.
+        """From vocab.json and, where they are, tokenizer_config.json, special_tokens_map.json, added_tokens.json.
+
+        Where nothing names them, the blank and the unknown symbol are `<pad>` and `<unk>`, or `[PAD]` and `[UNK]`.
 
         Raises:
-            ConfigError: there is no vocabulary.
+            ConfigError: there is no vocabulary, or it has no blank.
         """
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        return cls(
-            read_json(folder / "vocab.json"),
-            do_lower_case=settings.get("do_lower_case", False),
-            word_delimiter=settings.get("word_delimiter_token", "|"),
-        )
+        settings = _mapping(folder / "special_tokens_map.json") | _mapping(folder / "tokenizer_config.json")
+        vocabulary = _mapping(folder / "vocab.json")
+        if not vocabulary:
+            raise ConfigError(f"{folder / 'vocab.json'}: expected symbols with their numbers")
+        if isinstance(next(iter(vocabulary.values())), dict):  # one vocabulary for each language
+            language = settings.get("target_lang")
+            if language not in vocabulary:
+                raise ConfigError(
+                    f"{folder / 'vocab.json'} has vocabularies for {', '.join(sorted(vocabulary)[:20])}; say which one "
+                    "as target_lang in tokenizer_config.json"
+                )
+            vocabulary = vocabulary[language]
+        named = {
+            name: _content(settings[f"{name}_token"]) if f"{name}_token" in settings else _usual(vocabulary, usual)
+            for name, usual in USUAL_SYMBOLS.items()
+        }
+        phones = settings.get("tokenizer_class") in PHONE_CLASSES
+        added = {_content(one): int(number) for number, one in settings.get("added_tokens_decoder", {}).items()}
+        added |= _mapping(folder / "added_tokens.json")
+        try:
+            return cls(
+                vocabulary,
+                do_lower_case=bool(settings.get("do_lower_case", False)),
+                word_delimiter=_content(settings.get("word_delimiter_token", None if phones else "|")),
+                phones=phones,
+                space=settings.get("replace_word_delimiter_char", " "),
+                added=added,
+                **named,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{folder / 'vocab.json'}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write vocab.json and tokenizer_config.json."""
+        """Write vocab.json, tokenizer_config.json and, for symbols beyond the vocabulary, added_tokens.json."""
         folder = Path(folder)
         write_json(folder / "vocab.json", self.vocabulary)
         content = {
-            "tokenizer_class": "Wav2Vec2CTCTokenizer",
+            "tokenizer_class": PHONE_CLASSES[0] if self.phones else "Wav2Vec2CTCTokenizer",
             "processor_class": "Wav2Vec2Processor",  # AutoProcessor would give the tokenizer alone
             "do_lower_case": self.do_lower_case,
             "word_delimiter_token": self.word_delimiter,
-            **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+            "replace_word_delimiter_char": self.space,
+            **{"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unk, "pad_token": self.pad},
         }
+        if self.phones:
+            content |= {"do_phonemize": False, "phone_delimiter_token": " "}
         write_json(folder / "tokenizer_config.json", content)
+        if self.added:
+            write_json(folder / "added_tokens.json", self.added)
 
 
-def _words(chars: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    words = []
-    for is_space, run in groupby(chars, key=lambda one: one["char"] == " "):
-        run = list(run)
-        if not is_space:
-            word = "".join(one["char"] for one in run)
-            words.append({"word": word, "start_offset": run[0]["start_offset"], "end_offset": run[-1]["end_offset"]})
-    return words
+def _mapping(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; nothing if there is no such file."""
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}; expected an object")
+    return content
+
+
+def _content(token: Any) -> str | None:
+    """A symbol, which files hold as a text or as an object with its text."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _usual(vocabulary: Mapping[str, int], names: Sequence[str]) -> str:
+    """The one of these names that the vocabulary has, or the first."""
+    return next((one for one in names if one in vocabulary), names[0])
+
+
+def _words(chars: list[dict[str, Any]], space: str) -> list[dict[str, Any]]:
+    runs = [(is_space, list(run)) for is_space, run in groupby(chars, key=lambda one: one["char"] == space)]
+    return [_word(run) for is_space, run in runs if not is_space]
+
+
+def _word(chars: list[dict[str, Any]]) -> dict[str, Any]:
+    """A word from its symbols with their frames."""
+    ends = {"start_offset": chars[0]["start_offset"], "end_offset": chars[-1]["end_offset"]}
+    return {"word": "".join(one["char"] for one in chars), **ends}
 
 
 def _ids(rows: list[list[int]], masks: list[list[int]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def finetune(cfg: DictConfig) -> float | None:
     run = open_run(cfg, run_dir)
     if run.summary is not None:
         log.info("%s is finished already", run_dir)
-        return (run.summary["best"] or {}).get(task.metric)
+        return (run.summary["best"] or {}).get(run.summary["metric"])
     if getattr(task, "vocabulary", None) == "keep":
         task.adopt(start)
     data = build_records(cfg, task, run_dir)
