@@ -1,11 +1,14 @@
-"""Files that say something about other files: transcripts, class names, anything with a column `file_name`.
+"""Files that say something about other files: transcripts, class names, anything with a column of file names.
 
-Four kinds are read: metadata.csv and metadata.jsonl of Hugging Face's folders, LibriSpeech's *.trans.txt, and the .wrd
-or .ltr file beside a manifest of fairseq.
+Four kinds are read: metadata.csv, metadata.tsv and metadata.jsonl of Hugging Face's folders and their likes, such as
+Common Voice's tables; LibriSpeech's *.trans.txt; and the .wrd or .ltr file beside a manifest of fairseq.
 """
 
+import codecs
 import csv
+import io
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,75 +19,162 @@ import numpy as np
 from data2vec_train.data.files import open_file
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+log = logging.getLogger(__name__)
+
+METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 TRANSCRIPTS = ".trans.txt"  # LibriSpeech: "<name without extension> <words>" on each line
-FILE_COLUMN = "file_name"
+FILE_COLUMNS = ("file_name", "path", "file", "audio", "audio_path", "filename", "image")  # the first one there counts
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")  # what transcripts are called
+DELIMITERS = (",", "\t", ";", "|")
 
 
 def find_metadata(root: Path) -> list[Path]:
-    """Files at `root` that describe the others: one metadata file, or LibriSpeech's transcripts at any depth."""
+    """Files at `root` that describe the others: one metadata file, or LibriSpeech's transcripts at any depth.
+
+    Raises:
+        ConfigError: there are several metadata files.
+    """
     found = [root / name for name in METADATA_NAMES if (root / name).is_file()]
-    return found[:1] or sorted(one for one in root.rglob(f"*{TRANSCRIPTS}") if one.is_file())
+    if len(found) > 1:
+        names = " and ".join(one.name for one in found)
+        raise ConfigError(f"{root} has {names}; say which one describes the files: data.metadata={found[0]}")
+    return found or sorted(one for one in root.rglob(f"*{TRANSCRIPTS}") if one.is_file())
+
+
+def other_tables(root: Path) -> list[str]:
+    """Names of tables at `root` that may be meant, such as train.tsv."""
+    return sorted(one.name for one in root.iterdir() if one.suffix in (".csv", ".tsv", ".jsonl") and one.is_file())
 
 
 def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
     """{path of a file relative to `root`, without extension for transcripts: its columns}.
 
     Args:
-        path: the file that describes others; paths in it are relative to its own folder.
+        path: the file that describes others; paths in it are relative to its own folder, or absolute.
         root: folder of the data.
 
     Raises:
-        DataError: the file cannot be read, or has no column `file_name`.
+        DataError: the file cannot be read, has no column of file names, or says two things about one file.
     """
     try:
         with open_file(path) as file:
-            text = file.read().decode("utf-8-sig")
+            content = file.read()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, BadSample, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     place = os.path.relpath(path.parent, root)
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in _rows(path, text):
-        name = row.pop(FILE_COLUMN, None)
+    for number, name, row in _rows(path, text):
         if not isinstance(name, str) or not name:
-            raise DataError(f"{path}, line {number}: no {FILE_COLUMN}; got {', '.join(map(str, row)) or 'nothing'}")
-        rows[os.path.normpath(os.path.join(place, name)).replace(os.sep, "/")] = row
+            raise DataError(f"{path}, line {number}: no file name; got {', '.join(map(str, row)) or 'nothing'}")
+        whole = os.path.relpath(name, root) if os.path.isabs(name) else os.path.join(place, name)
+        key = os.path.normpath(whole).replace(os.sep, "/")
+        if rows.setdefault(key, row) != row:
+            raise DataError(f"{path}, line {number}: {name} is described twice, and not alike")
     if not rows:
         raise DataError(f"{path} is empty; expected a line for every file")
     return rows
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = text.splitlines()
+def _rows(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """Line, file and other columns of each row."""
     if path.name.endswith(TRANSCRIPTS):
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             name, _, words = line.strip().partition(" ")
             if name:
-                yield number, {FILE_COLUMN: name, "text": words}
+                yield number, name, {"text": words}
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not a line of JSON ({error})") from error
-            yield number, row if isinstance(row, dict) else {}
+            row = row if isinstance(row, dict) else {}
+            yield number, row.pop(_file_column(list(row)), None), row
     elif path.suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            for row in reader:
-                yield reader.line_num, {name: value for name, value in row.items() if name is not None}
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not a table ({error})") from error
+        yield from _table(path, text)
     else:
         raise ConfigError(f"{path}: expected a .csv, .tsv or .jsonl file, or *{TRANSCRIPTS}")
+
+
+def _table(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """Rows of a table whose first line names its columns; that line says what stands between them."""
+    first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    usual = "\t" if path.suffix == ".tsv" else ","
+    between = next((one for one in (usual, *DELIMITERS) if _file_column(_cells(first, one))), None)
+    if between is None:
+        raise DataError(
+            f"{path}: its first line is {first[:100]!r}; expected the names of the columns, one of them "
+            f"{', '.join(FILE_COLUMNS[:4])}, with a comma, a tab or ; between them"
+        )
+    names = _cells(first, between)
+    double = next((one for one in names if names.count(one) > 1), None)
+    if double is not None:
+        raise DataError(f"{path} has two columns called {double or 'nothing'!r}")
+    column = _file_column(names)
+    for number, cells in _lines(path, text, between)[1:]:
+        if len(cells) > len(names) and any(cells[len(names) :]):
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} cells, the first line names {len(names)} columns; a text that "
+                f"holds {between!r} has to stand in double quotes"
+            )
+        row = dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=False))
+        yield number, row.pop(column), row
+
+
+def _lines(path: Path, text: str, between: str) -> list[tuple[int, list[str]]]:
+    """Line number and cells of each row."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
+    try:
+        found = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        if between != "\t":
+            raise DataError(f"{path}, line {reader.line_num}: not a table ({error}); a quote is not closed?") from error
+        found = None
+    # Common Voice's tables have tabs and no quoting: a quote is a letter, and must not swallow the lines that follow.
+    if found is None or (between == "\t" and any("\n" in cell for _, cells in found for cell in cells)):
+        lines = (line.rstrip("\r").split("\t") for line in text.split("\n"))
+        found = [(number, cells) for number, cells in enumerate(lines, start=1) if any(cells)]
+    return found
+
+
+def _cells(line: str, between: str) -> list[str]:
+    """Names in the first line of a table."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=between), [])]
+    except csv.Error:
+        return []
+
+
+def _file_column(names: Sequence[str]) -> str | None:
+    """The column with the names of files."""
+    return next((one for one in FILE_COLUMNS if one in names), None)
+
+
+def text_column(wanted: str, known: Iterable[str], where: str) -> str:
+    """The column that is meant: where there is no `text`, the one that usually holds transcripts.
+
+    Raises:
+        ConfigError: there are several of these.
+    """
+    usual = [one for one in TEXT_COLUMNS if one in known]
+    if wanted != "text" or not usual or usual[0] == "text":
+        return wanted
+    if len(usual) > 1:
+        raise ConfigError(f"{where} has no column text, and {' and '.join(usual)}; say which with head.text_column")
+    log.info("%s: the column %s is read as text", where, usual[0])
+    return usual[0]
 
 
 def join_metadata(
     files: Sequence[str], described: Mapping[str, dict[str, Any]], where: str
 ) -> list[dict[str, Any] | None]:
     """The columns of each file, None where nothing is said about it.
+
+    Names may all be relative to one folder below the data, as to Common Voice's clips, and may lack the extension.
 
     Args:
         files: relative paths.
@@ -94,19 +184,33 @@ def join_metadata(
     Raises:
         DataError: names without a file.
     """
-    used: set[str] = set()
-    columns: list[dict[str, Any] | None] = []
-    for file in files:
-        name = file if file in described else os.path.splitext(file)[0]
-        columns.append(described.get(name))
-        used.add(name)
-    absent = [name for name in described if name not in used]
+    known = {*files, *(os.path.splitext(file)[0] for file in files)}
+    absent = [name for name in described if name not in known]
+    if absent:
+        described = _below_a_folder(files, described, known) or _with_slashes(described, known) or described
+        absent = [name for name in described if name not in known]
     if absent:
         raise DataError(
-            f"{where} names {len(absent)} of {len(described)} files that are not there; the first is {absent[0]}. "
+            f"{where} names {len(absent)} of {len(described)} files that are not there; the first is {absent[0]!r}. "
             f"Names are relative to the file that holds them; the data has {files[0]}, for example"
         )
-    return columns
+    return [described.get(file, described.get(os.path.splitext(file)[0])) for file in files]
+
+
+def _below_a_folder(
+    files: Sequence[str], described: Mapping[str, dict[str, Any]], known: set[str]
+) -> dict[str, dict[str, Any]] | None:
+    """The same with paths to a folder in which all the files are."""
+    for folder in sorted({os.path.dirname(file) for file in files} - {""}):
+        if all(f"{folder}/{name}" in known for name in described):
+            return {f"{folder}/{name}": row for name, row in described.items()}
+    return None
+
+
+def _with_slashes(described: Mapping[str, dict[str, Any]], known: set[str]) -> dict[str, dict[str, Any]] | None:
+    """The same with paths that Windows wrote."""
+    found = {name.replace("\\", "/"): row for name, row in described.items()}
+    return found if found.keys() <= known else None
 
 
 def classes_of(values: Iterable[Any]) -> tuple[list[str], np.ndarray]:

@@ -19,7 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data2vec_train.data.metadata import classes_of, find_metadata, join_metadata, read_metadata
+from data2vec_train.data.metadata import (
+    classes_of,
+    find_metadata,
+    join_metadata,
+    other_tables,
+    read_metadata,
+    text_column,
+)
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -267,13 +274,16 @@ class FolderSource(Source):
         for root, files in zip(self._roots, found, strict=True):
             paths = find_metadata(root) if metadata == "auto" else [Path(metadata).expanduser()]
             if not paths:
+                tables = other_tables(root)
+                there = f"; it has {', '.join(tables[:5])}" if tables else ""
                 raise DataError(
-                    f"{root} has no metadata.csv, metadata.jsonl or *.trans.txt that gives {', '.join(wanted)} for its "
-                    "files; add one with a column file_name, or name it with data.metadata"
+                    f"{root} has no metadata.csv, .tsv, .jsonl or *.trans.txt that gives {', '.join(wanted)} for its "
+                    f"files; add one with a column file_name, or name it with data.metadata{there}"
                 )
             described = {name: row for path in paths for name, row in read_metadata(path, root).items()}
             known = dict.fromkeys(column for row in described.values() for column in row)
-            absent = [column for column in wanted if column not in known]
+            meant = {column: text_column(column, known, str(paths[0])) for column in wanted}
+            absent = [column for column in meant.values() if column not in known]
             if absent:
                 raise ConfigError(f"{paths[0]} has no column {', '.join(absent)}; it has {', '.join(known)}")
             columns = join_metadata(files, described, str(paths[0])) if files else []
@@ -283,8 +293,10 @@ class FolderSource(Source):
                 for file, row in zip(files, columns, strict=True)
                 if row is None
             )
+            if len(pairs) < len(files):
+                log.warning("%s says nothing about %d of %d files", paths[0], len(files) - len(pairs), len(files))
             kept.append([file for file, _ in pairs])
-            self._fields += [{column: row.get(column) for column in wanted} for _, row in pairs]
+            self._fields += [{column: row.get(meant[column]) for column in wanted} for _, row in pairs]
         return kept
 
     def __len__(self) -> int:
