@@ -52,6 +52,7 @@ class Segment:
     value: bytes | Path | np.ndarray | str
     start_seconds: float
     seconds: float | None  # None = to the end
+    may_be_silent: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +110,11 @@ def decode_audio(
         waveform = waveform.mean(axis=1, keepdims=True)
         if loudest > 0 and float(waveform.std(dtype=np.float64)) < CANCELLED * loudest:
             raise BadSample("its channels cancel each other out when they are mixed to one")
-    if not (waveform != waveform[0]).any():
+    if segment.may_be_silent and not loudest >= min_level:
+        waveform = np.zeros_like(waveform)
+    elif not (waveform != waveform[0]).any():
         raise BadSample("silence: all samples are equal")
-    if loudest < min_level:
+    elif loudest < min_level:
         raise BadSample(f"silence: a deviation of {loudest:.1g}, below modality.decode.min_level={min_level:g}")
     waveform = np.ascontiguousarray(waveform.T)  # (C, S)
     if rate != sample_rate_hz:
@@ -348,6 +351,72 @@ class AudioSegments(Source):
         """Number of the recording, or of the group it belongs to."""
         groups = self.source.groups()
         return self._records if groups is None else groups[self._records]
+
+
+class AudioWindows(AudioSegments):
+    """Whole recordings, long ones as overlapping windows, of which the middles cover each recording once.
+
+    The windows are those of transformers' pipeline for speech recognition: each begins a window less two strides after
+    the one before, and the last ends with the recording. All windows of a recording have its key.
+
+    Args:
+        source: recordings as bytes, files or arrays.
+        sample_rate_hz: the rate at which samples count.
+        min_seconds: shorter recordings are left out.
+        window_samples: of a window; no longer recording is cut.
+        stride_samples: at either end of a window, heard and not read, but at the ends of the recording.
+        cache_dir: where durations of files are kept; None = nowhere.
+
+    Raises:
+        ConfigError: a window has no middle.
+        DataError: nothing usable is left.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        sample_rate_hz: int,
+        min_seconds: float,
+        window_samples: int,
+        stride_samples: int,
+        cache_dir: Path | None,
+    ) -> None:
+        step = window_samples - 2 * stride_samples
+        if step <= 0:
+            raise ConfigError(
+                f"window_seconds={window_samples / sample_rate_hz:g} and stride_seconds="
+                f"{stride_samples / sample_rate_hz:g}: expected a window of more than two strides"
+            )
+        super().__init__(
+            source,
+            sample_rate_hz=sample_rate_hz,
+            min_seconds=min_seconds,
+            segment_seconds=math.inf,
+            cache_dir=cache_dir,
+        )
+        whole = self.lengths
+        self.parts = np.maximum(-(-(whole - window_samples) // step), 0) + 1  # of each recording
+        self.recordings = np.repeat(np.arange(len(whole)), self.parts)  # of each window
+        self.first = np.cumsum(self.parts) - self.parts  # window of each recording
+        starts = (np.arange(len(self.recordings)) - self.first[self.recordings]) * step
+        ends = np.minimum(starts + window_samples, whole[self.recordings])
+        self.samples = whole  # of each recording
+        self.step_samples, self.stride_samples = step, stride_samples
+        self._records = self._records[self.recordings]
+        self._starts = starts / sample_rate_hz
+        # The last window goes to the end, whatever rounding a sample rate may bring.
+        last = starts + window_samples >= whole[self.recordings]
+        self._seconds = np.where(last, np.inf, window_samples / sample_rate_hz)
+        self.lengths = ends - starts
+
+    def __getitem__(self, index: int) -> RawSample:
+        raw = self.source[int(self._records[index])]
+        seconds = None if np.isinf(self._seconds[index]) else float(self._seconds[index])
+        one_of_many = bool(self.parts[self.recordings[index]] > 1)
+        return RawSample(
+            raw.key, Segment(raw.value, float(self._starts[index]), seconds, one_of_many), None, raw.fields
+        )
 
 
 class StreamedSegments(StreamingSource):

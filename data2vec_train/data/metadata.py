@@ -191,7 +191,7 @@ def join_metadata(
         absent = [name for name in described if name not in known]
     if absent:
         raise DataError(
-            f"{where} names {len(absent)} of {len(described)} files that are not there; the first is {absent[0]!r}. "
+            f"{where} names {len(absent)} of {len(described)} files that are not there; the first is {absent[0]}. "
             f"Names are relative to the file that holds them; the data has {files[0]}, for example"
         )
     return [described.get(file, described.get(os.path.splitext(file)[0])) for file in files]

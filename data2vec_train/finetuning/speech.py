@@ -4,12 +4,13 @@ Letters: B recordings, S samples, T frames, U symbols, D width.
 """
 
 import logging
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -89,6 +90,7 @@ class SpeechTask(HeadTask):
     """
 
     modality = "audio"
+    reads_frames: ClassVar[bool] = False  # what a recording is said to be follows from its frames, one after the other
 
     def __init__(self, *, inputs: Inputs, masks: SpecAugment, max_seconds: float | None) -> None:
         super().__init__(inputs=inputs)
@@ -117,6 +119,17 @@ class SpeechTask(HeadTask):
             rows = [self.masks.channels(self.inputs.dim, rng) for _ in frames]
             inputs["mask_feature_indices"] = padded(rows, False)
         return inputs
+
+    def frames(self, model: PretrainedModel, batch: Examples) -> list[Tensor]:
+        """What `read` needs of each example's frames, (T, ...) on the host; where `reads_frames`."""
+        _, outputs = self.loss(model, batch)
+        return [
+            row[:count] for row, count in zip(self.frame_values(outputs), batch.host["frames"].tolist(), strict=True)
+        ]
+
+    def frame_values(self, outputs: Mapping[str, Any]) -> Tensor:
+        """(B, T, ...) on the host: the likeliest class of each frame."""
+        return outputs["logits"].argmax(dim=-1).cpu()
 
     def model_settings(self) -> dict[str, Any]:
         """Masks come from here, not from the model: its own need the host in every step."""
@@ -150,6 +163,7 @@ class CTC(SpeechTask):
     """
 
     model_class = "Data2VecAudioForCTC"
+    reads_frames = True
     metric = "wer"
     lower_is_better = True
 
@@ -396,16 +410,42 @@ class CTC(SpeechTask):
             )
         return loss / len(rows), outputs
 
+    def frame_values(self, outputs: Mapping[str, Any]) -> Tensor:
+        """The likeliest symbol of each frame, (B, T); all logits (B, T, V) for a beam search."""
+        return super().frame_values(outputs) if self.beam is None else outputs["logits"].float().cpu()
+
+    def read(self, frames: Tensor, samples: int) -> dict[str, Any]:
+        """The transcript of a recording, `text`, and its `words` with their `start` and `end` in seconds.
+
+        Args:
+            frames: (T,) or (T, V), as `frame_values` gives them.
+            samples: of the recording.
+        """
+        if self.beam is None:
+            found = self.tokenizer.decode(frames, output_word_offsets=True)
+            text, words = found["text"], found["word_offsets"]
+        else:
+            text, words = self.beam_decoder.with_times(frames)
+        seconds = math.prod(self.inputs.token_count.strides) / self.inputs.sample_rate_hz
+        times = [
+            {"word": one["word"]} | {end: round(one[f"{end}_offset"] * seconds, 3) for end in ("start", "end")}
+            for one in words
+        ]
+        return {"text": text, "words": times}
+
+    @property
+    def beam_decoder(self) -> BeamDecoder:
+        """Made when it is first asked for."""
+        if self._beam_decoder is None:
+            self._beam_decoder = BeamDecoder(self.tokenizer, **self.beam)
+        return self._beam_decoder
+
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[str]:
         """Transcripts."""
-        logits = outputs["logits"]
-        frames = batch.host["frames"].tolist()
+        values, frames = self.frame_values(outputs), batch.host["frames"].tolist()
         if self.beam is not None:
-            if self._beam_decoder is None:
-                self._beam_decoder = BeamDecoder(self.tokenizer, **self.beam)
-            return self._beam_decoder(logits, frames)
-        best = logits.argmax(dim=-1).cpu()
-        return [self.tokenizer.decode(row[:count]) for row, count in zip(best, frames, strict=True)]
+            return self.beam_decoder(values, frames)
+        return [self.tokenizer.decode(row[:count]) for row, count in zip(values, frames, strict=True)]
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
         """Word and letter error rates, both sides written alike; above 1 when more is inserted than was said."""
@@ -512,6 +552,7 @@ class FrameClassification(SpeechTask):
     """
 
     model_class = "Data2VecAudioForAudioFrameClassification"
+    reads_frames = True
     metric = "accuracy"
 
     def __init__(
@@ -595,16 +636,21 @@ class FrameClassification(SpeechTask):
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[dict[str, Any]]:
         """Segments of frames with the same class, and the class of each frame."""
-        best = outputs["logits"].argmax(dim=-1).cpu().numpy()
+        lengths = zip(batch.host["frames"].tolist(), batch.host["samples"].tolist(), strict=True)
         return [
-            {
-                "segments": self._segments(row[:count], samples / count / self.inputs.sample_rate_hz),
-                "frames": row[:count],
-            }
-            for row, count, samples in zip(
-                best, batch.host["frames"].tolist(), batch.host["samples"].tolist(), strict=True
-            )
+            self.read(row[:count], samples)
+            for row, (count, samples) in zip(self.frame_values(outputs), lengths, strict=True)
         ]
+
+    def read(self, frames: Tensor, samples: int) -> dict[str, Any]:
+        """`segments` of frames with the same class, and the class of each of the `frames`.
+
+        Args:
+            frames: (T,) classes.
+            samples: of the recording.
+        """
+        seconds = samples / len(frames) / self.inputs.sample_rate_hz
+        return {"segments": self._segments(frames.numpy(), seconds), "frames": frames.numpy()}
 
     def _segments(self, classes: np.ndarray, seconds: float) -> list[dict[str, Any]]:
         edges = [0, *(np.flatnonzero(np.diff(classes)) + 1).tolist(), len(classes)]

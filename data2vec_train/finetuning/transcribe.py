@@ -91,6 +91,28 @@ class BeamDecoder:
         found = self._decoder(scores, torch.tensor(list(frames), dtype=torch.int64))
         return [self._text(hypotheses[0]) if hypotheses else "" for hypotheses in found]
 
+    def with_times(self, logits: Tensor) -> tuple[str, list[dict[str, Any]]]:
+        """The transcript of one recording's logits (T, V), and its words with their first and last frames."""
+        import torch
+
+        scores = logits[None].float().log_softmax(dim=-1).contiguous()
+        found = self._decoder(scores, torch.tensor([len(logits)], dtype=torch.int64))[0]
+        if not found:
+            return "", []
+        symbols = [self.tokenizer.symbols.get(one, self.tokenizer.unk) for one in found[0].tokens.tolist()]
+        words: list[dict[str, Any]] = []
+        inside = False
+        for symbol, frame in zip(symbols, found[0].timesteps.tolist(), strict=True):
+            if symbol in (self.tokenizer.word_delimiter, self.tokenizer.pad):
+                inside = False
+                continue
+            if not inside or self.tokenizer.phones:
+                words.append({"word": "", "start_offset": frame})
+            inside = True
+            words[-1]["word"] += symbol.lower() if self.tokenizer.do_lower_case else symbol
+            words[-1]["end_offset"] = frame + 1
+        return self._text(found[0]), words
+
     def _text(self, hypothesis: Any) -> str:
         if self.with_words:
             text = " ".join(word for word in hypothesis.words if word != UNKNOWN_WORD)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import random
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
 from data2vec_train.config import build
+from data2vec_train.data.audio import AudioWindows
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError
@@ -161,9 +163,39 @@ def build_source(
     source = build(node)
     if isinstance(source, StreamingSource):
         raise ConfigError("data=stream cannot be used here: labels are looked at before training; choose data=hf")
-    if cfg.modality.name == "audio":
+    if cfg.modality.name == "audio" and not labelled and getattr(task, "reads_frames", False):
+        source = windows_of(cfg, task, source)
+    elif cfg.modality.name == "audio":
+        if getattr(task, "reads_frames", False) and cfg.modality.segment_seconds < math.inf:
+            raise ConfigError(
+                f"modality.segment_seconds={cfg.modality.segment_seconds:g}: what this head learns is said of whole "
+                "recordings, not of their parts; leave it out"
+            )
         source = build(cfg.modality.prepare)(source)
     return task.prepare(source) if labelled else source
+
+
+def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
+    """Recordings for a head that reads frames, in windows that begin where a frame does."""
+    hop = math.prod(task.inputs.token_count.strides)
+
+    def samples(seconds: float) -> int:
+        return round(seconds * task.inputs.sample_rate_hz / hop) * hop
+
+    window, stride = samples(cfg.window_seconds), samples(cfg.stride_seconds)
+    if task.inputs.token_count(window) * hop < window - stride:
+        raise ConfigError(
+            f"stride_seconds={cfg.stride_seconds:g}: less than the encoder hears at once; expected at least "
+            f"{(window / hop - task.inputs.token_count(window)) * hop / task.inputs.sample_rate_hz:.2g}"
+        )
+    return AudioWindows(
+        source,
+        sample_rate_hz=task.inputs.sample_rate_hz,
+        min_seconds=cfg.modality.min_seconds,
+        window_samples=window,
+        stride_samples=stride,
+        cache_dir=None if cfg.cache_dir is None else Path(cfg.cache_dir).expanduser(),
+    )
 
 
 def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneData:

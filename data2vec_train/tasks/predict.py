@@ -3,19 +3,25 @@
 import itertools
 import json
 import logging
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from data2vec_train.config import build
+from data2vec_train.data.audio import AudioWindows
 from data2vec_train.data.datamodule import available_workers
 from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.finetuning.base import Examples
 from data2vec_train.finetuning.data import ExampleTestDataset, test_loader
+from data2vec_train.finetuning.speech import SpeechTask
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import load_pretrained
 from data2vec_train.hf.files import read_json
@@ -36,7 +42,9 @@ def predict(cfg: DictConfig) -> int:
     """Write `cfg.out` and return how many records it speaks of.
 
     One line of JSON for each record, {"key": ..., "prediction": ...}; records that could not be used have "error"
-    instead. Class maps become .png files in the folder `cfg.out`, with their names in `predictions.jsonl` there.
+    instead. Transcripts come with "words", their times in seconds. Recordings longer than `window_seconds` are read in
+    overlapping windows, whose middles make one prediction. Class maps become .png files in the folder `cfg.out`, with
+    their names in `predictions.jsonl` there.
 
     Raises:
         ConfigError: the weights have no head, or `out` exists.
@@ -66,6 +74,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
     dataset = ExampleTestDataset(task=task, source=source, indices=np.arange(len(source)))
     workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers
     maps = task.model_class.endswith("SemanticSegmentation")
+    joined = Joined(task, source) if isinstance(source, AudioWindows) else None
     good, bad = 0, len(source.rejected) + len(source.left_out)
     lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
     reported = time.monotonic()
@@ -75,6 +84,11 @@ def _predict(cfg: DictConfig, out: Path) -> int:
         for rows, batch in zip(loader.batch_sampler, loader, strict=True):
             if lines and rows[0] // WINDOW != next(iter(lines)) // WINDOW:
                 _write(file, [lines.pop(row) for row in sorted(lines)])
+            if joined is not None:
+                for row, line in joined.add(model, rows, batch, device):
+                    lines[row] = line
+                    good, bad = good + ("prediction" in line), bad + ("error" in line)
+                continue
             found = task.predict(model, batch.to(device)) if len(batch) else []
             for row, key, one in zip(batch.places, batch.keys, found, strict=True):
                 lines[row] = {"key": key, "prediction": _map_file(unfinished, key, one, cfg) if maps else _plain(one)}
@@ -101,6 +115,68 @@ def _listing(out: Path, maps: bool) -> Path:
         return out
     out.mkdir()
     return out / LISTING
+
+
+class Joined:
+    """Predictions for recordings that come in windows; of each no more is kept than what is read of its frames.
+
+    Args:
+        task: of a head that reads frames.
+        source: the windows.
+    """
+
+    def __init__(self, task: SpeechTask, source: AudioWindows) -> None:
+        self.task = task
+        self.source = source
+        hop = math.prod(task.inputs.token_count.strides)
+        self.edge = source.stride_samples // hop
+        self.step = source.step_samples // hop
+        # Recording -> its windows so far: their frames, or why there are none; and whether there is a sound.
+        self.parts: dict[int, dict[int, tuple[Tensor | str, bool]]] = {}
+
+    def add(
+        self, model: PretrainedModel, rows: Sequence[int], batch: Examples, device: str
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Last window and line of every recording that is complete with this batch.
+
+        Args:
+            model: on the device.
+            rows: windows that the batch was to hold.
+            batch: those that could be read.
+            device: see `predict`.
+        """
+        frames = self.task.frames(model, batch.to(device)) if len(batch) else []
+        sounds = [bool(one.any()) for one in batch.inputs.get("input_values", ())]
+        found: dict[int, tuple[Tensor | str, bool]] = {
+            row: pair for row, *pair in zip(batch.places, frames, sounds, strict=True)
+        }
+        broken = [row for row in rows if row not in batch.places]
+        found |= {row: (why, True) for row, (_, why) in zip(broken, batch.rejected, strict=True)}
+        lines = []
+        for row in rows:
+            recording = int(self.source.recordings[row])
+            parts = self.parts.setdefault(recording, {})
+            parts[row] = found[row]
+            if len(parts) == self.source.parts[recording]:
+                lines.append((max(parts), self._line(recording, self.parts.pop(recording))))
+        return lines
+
+    def _line(self, recording: int, parts: dict[int, tuple[Tensor | str, bool]]) -> dict[str, Any]:
+        first, last = min(parts), max(parts)
+        key = self.source[first].key
+        why = next((value for _, (value, _) in sorted(parts.items()) if isinstance(value, str)), None)
+        if why is None and not any(sound for _, sound in parts.values()):
+            why = "silence: all samples are equal"
+        if why is not None:
+            return {"key": key, "error": why}
+        middles = [
+            value[self.edge if row > first else 0 : None if row == last else self.edge + self.step]
+            for row, (value, _) in sorted(parts.items())
+        ]
+        said = self.task.read(torch.cat(middles), int(self.source.samples[recording]))
+        if "text" in said:
+            return {"key": key, "prediction": said["text"], "words": said["words"]}
+        return {"key": key, "prediction": _plain(said)}
 
 
 def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:

@@ -336,6 +336,7 @@ def test_doubled_letters_survive_without_special_symbols():
     assert CTCTokenizer(hf_compat=True).decode(frames, skip_special_tokens=True) == "ET"
 
 
-def test_a_vocabulary_without_its_special_symbols_is_refused():
-    with pytest.raises(ConfigError, match=r"lacks <unk>, \|"):
-        CTCTokenizer({"<pad>": 0, "A": 1})
+def test_a_vocabulary_without_a_blank_is_refused():
+    with pytest.raises(ConfigError, match=r"lacks <pad>, which is CTC's blank"):
+        CTCTokenizer({"<unk>": 0, "A": 1})
+    assert CTCTokenizer({"<pad>": 0, "A": 1})("A B")["input_ids"][0] == 1, "others get numbers beyond the vocabulary"
