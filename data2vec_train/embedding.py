@@ -192,7 +192,7 @@ def embed_inputs(
         fit=how.fit,
         **plain,
     )
-    options = {"channels": channels, "max_pixels": 89_478_485}
+    options = {"channels": channels, "max_pixels": 89_478_485, **how.notes}
     tensors = [transform.evaluate(_decoded(decode_image, one, number, options)) for number, one in enumerate(inputs)]
     return Embedder(encoder, numbers, pooling)(tensors)
 

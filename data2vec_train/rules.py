@@ -126,6 +126,7 @@ _RANGES = [
         lambda value: value > 0 and value < math.inf,
         """
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
+        modality.max_value
         attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
         encoder.audio_seconds window_seconds stride_seconds startup.timeout_s peak.stated_tflops
         hardware.memory_gib hardware.bandwidth_gb_s hardware.tflops.bf16 hardware.tflops.fp16 hardware.tflops.tf32
@@ -193,6 +194,7 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "format": lambda: ("hf", "safetensors", "onnx", "torch_export"),
     "pooling": lambda: ("mean", "mean_std", "none"),
     "dtype": lambda: ("float32", "float16"),
+    "modality.pages": lambda: ("first", "channels"),
     "compile": lambda: ("true", "false", "auto", "graphs"),
     "probes": lambda: keys_of("data2vec_train.tasks.probe", "NAMES"),
     "precision.trainer": lambda: _PRECISIONS,
@@ -324,22 +326,20 @@ def _patches_tile_the_image(cfg: DictConfig) -> str | None:
     )
 
 
-def _image_has_a_known_number_of_channels(cfg: DictConfig) -> str | None:
-    channels = _get(cfg, "modality.channels")
-    if channels is None or _get(cfg, "modality.name", str) != "vision" or channels in (1, 3, 4) or channels < 1:
-        return None
-    return f"modality.channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}"
-
-
 def _a_visible_block_fits_the_image(cfg: DictConfig) -> str | None:
     if OmegaConf.select(cfg, "objective") is None:  # only pretraining hides patches
         return None
-    block, image, patch = (_get(cfg, f"modality.{name}") for name in ("visible_block_patches", "image_px", "patch_px"))
-    if not block or not image or not patch or patch < 1 or image < patch or block < image // patch:
+    block, patch = _get(cfg, "modality.visible_block_patches"), _get(cfg, "modality.patch_px")
+    image = _get(cfg, "modality.image_px", (int, list))
+    sides = image if isinstance(image, list) else [image, image]
+    if not block or not patch or patch < 1 or not all(isinstance(side, int) and side >= patch for side in sides):
+        return None
+    rows, columns = (side // patch for side in sides)
+    if block < max(rows, columns):
         return None
     return (
         f"modality.visible_block_patches: a square of {block} patches covers the whole image, which has "
-        f"{image // patch} x {image // patch}; choose at most {max(1, image // patch - 1)}"
+        f"{rows} x {columns}; choose at most {max(1, min(rows, columns) - 1)}"
     )
 
 
@@ -723,7 +723,6 @@ RULES: list[Rule] = [
     *_RANGES,
     _heads_divide_the_width,
     _patches_tile_the_image,
-    _image_has_a_known_number_of_channels,
     _normalisation_fits_the_channels,
     _crops_are_shares,
     _a_visible_block_fits_the_image,

@@ -133,6 +133,10 @@ class StreamingSource(ABC):
     ) -> Iterator[RawSample]:
         """Records of one worker of one rank, shuffled by (seed, epoch); over all workers and ranks each comes once."""
 
+    def first(self) -> Iterator[RawSample]:
+        """Records from the beginning, to look at."""
+        yield from self.stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
+
 
 class ArraySource(Source):
     """Arrays in an .npz file: `x` (n, ...) and `y` (n,), labels 0, 1, ...; the value of a record is a row of `x`.

@@ -4,10 +4,13 @@
 """
 
 import glob
+import itertools
 import logging
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +42,16 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "audio": ("wav", "flac", "mp3", "ogg", "opus"),
     "text": ("txt", "text", "transcript"),
 }
-LABEL_NAMES = ("label", "labels", "cls")
+# What the column with the samples is usually called, likeliest first; other columns of its type are no less likely to
+# hold something else.
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values", "photo", "picture", "rgb"),
+    "audio": ("audio", "wav", "flac", "mp3", "speech", "recording", "sound"),
+    "text": ("text", "content", "document", "sentence", "article", "transcript", "transcription", "sentences"),
+}
+NOT_SAMPLES = re.compile(r"mask|seg|label|annot|depth|target|truth|(^|_)(map|gt)s?$", re.IGNORECASE)
+LABEL_NAMES = ("label", "labels", "cls", "class", "class_id")
+LOOKED_AT = 256  # members of a tar that are looked at to find out what its samples are called
 
 STREAM_BATCH = 16  # records fetched at once while streaming; larger only costs memory
 # A streamed image folder has one shard per file: beyond this many, shards are read in groups.
@@ -57,9 +69,10 @@ class HFSource(Source):
         path: See above.
         name: Configuration of a hub dataset that has several.
         split: "train", "test", ..., also slices ("train[:10%]"); None: the only one.
-        column: Where the samples are; None: the first column of that kind (in tars: the member with a known extension).
-        label_column: Where the labels are; None: the first ClassLabel column, else an integer column called label,
-            labels or cls; False: no labels.
+        column: Where the samples are; None: the column of that kind, by its usual name where there are several (in
+            tars: the member with a known extension), see `_sample_column`.
+        label_column: Where the labels are; None: a ClassLabel or integer column with one of `LABEL_NAMES`, else the
+            only ClassLabel column; False: no labels.
         data_files: Files of a builder or a hub dataset: a pattern, a list, or a mapping from split to either.
         revision: Commit, tag or branch of a hub dataset.
         cache_dir: Where the arrow cache is written; None: the library's own place.
@@ -90,10 +103,12 @@ class HFSource(Source):
         if len(dataset) == 0:
             raise DataError(f"{path}: split {split!r} has no rows")
         columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
-        if all(dataset.data.column(name).null_count == len(dataset) for name in columns):
+        filled = [name for name in columns if dataset.data.column(name).null_count < len(dataset)]
+        if not filled:
             raise DataError(
                 f"{path}: no row has anything under {', '.join(columns)}; say where the {kind}s are with column"
             )
+        columns = filled
         self.class_names, self._labels = _column_classes(dataset, path, label)
         self._columns = columns
         self._name = _record_name(path, data_files, split)
@@ -106,7 +121,7 @@ class HFSource(Source):
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
         self._array_types = _array_types(self._dataset.features, columns)
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        log.info("%s: %d records%s", path, len(self), classes)
+        log.info("%s: %d records, %s%s", path, len(self), _taken(kind, columns, label), classes)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -175,7 +190,7 @@ class HFStreamingSource(StreamingSource):
         self._shuffle_buffer = shuffle_buffer
         self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
         self._array_types = _array_types(self._dataset.features, self._columns)
-        log.info("%s: streaming %d shards", path, dataset.num_shards)
+        log.info("%s: streaming %d shards, %s", path, dataset.num_shards, _taken(kind, self._columns, label))
 
     def stream(
         self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
@@ -195,6 +210,10 @@ class HFStreamingSource(StreamingSource):
             for record in self._read(int(group), groups, part, parts)
         )
         yield from _shuffled(records, self._shuffle_buffer, np.random.default_rng([seed, epoch, consumer]))
+
+    def first(self) -> Iterator[RawSample]:
+        """See `StreamingSource.first`."""
+        yield from self._read(0, min(self._dataset.num_shards, MAX_SHARD_GROUPS), 0, 1)
 
     def _read(self, group: int, groups: int, part: int, parts: int) -> Iterator[RawSample]:
         """Rows `part`, `part` + `parts`, ... of a group of shards."""
@@ -315,7 +334,8 @@ def _builder(
     if builder.name == "webdataset":
         # Left to itself the library takes the columns from the first five members: a tar that mixes jpg and png is
         # an error, or loses the images of the other kind without a word.
-        builder = datasets.load_dataset_builder(path, features=_tar_features(kind, column), **options)
+        names = [column] if column is not None else _members(builder.config.data_files or {}, path, kind)
+        builder = datasets.load_dataset_builder(path, features=_tar_features(kind, names), **options)
     return builder
 
 
@@ -388,11 +408,49 @@ def _record_name(path: str, data_files: object, split: str | None) -> str:
     return name if _format_of(name) or split is None else f"{name}/{split}"
 
 
-def _tar_features(kind: Kind, column: str | None) -> "datasets.Features":
+def _members(data_files: Mapping[str, Sequence[str]], path: str, kind: Kind) -> list[str]:
+    """What the samples of WebDataset tars are called, from the beginning of those that lie on this machine.
+
+    A member belongs to the record that its name says up to the first dot; the rest says what it is.
+
+    Raises:
+        ConfigError: it is not clear which members are the samples.
+    """
+    local = [file for files in data_files.values() for file in files if Path(file).is_file()]
+    records: dict[str, list[str]] = {}
+    for file in local[:4]:
+        # What is wrong with it is said where it is read.
+        with suppress(OSError, EOFError, zlib.error, tarfile.TarError), tarfile.open(file, "r:*") as archive:
+            for member in itertools.islice(archive, LOOKED_AT):
+                folder, slash, name = member.name.rpartition("/")
+                base, _, rest = name.partition(".")
+                if member.isfile() and base and rest:
+                    records.setdefault(f"{file}:{folder}{slash}{base}", []).append(rest)
+    known = MEMBERS[kind]
+    usual = [case for name in known for case in (name, name.upper())]
+    found = list(dict.fromkeys(name for names in records.values() for name in names if _ending(name) in known))
+    if not found:
+        return usual
+    plain = [name for name in found if "." not in name]
+    named = [name for name in found if name.partition(".")[0].lower() in USUAL_NAMES[kind]]
+    chosen = plain or named or [name for name in found if not NOT_SAMPLES.search(name)]
+    several = next((names for names in records.values() if len(set(names) & set(chosen)) > 1), None)
+    if several is None and (plain or len({name.rpartition(".")[0] for name in chosen}) == 1):
+        return [*usual, *chosen] if plain else chosen
+    raise ConfigError(
+        f"{path}: it is not clear which members are the {kind}s: {', '.join((several or found)[:8])} (what follows the "
+        f"first dot of a name); choose one with data.column={(chosen or found)[0]}, for example"
+    )
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _tar_features(kind: Kind, names: Sequence[str]) -> "datasets.Features":
     """The members of a WebDataset sample that are read; `datasets` leaves out all others."""
     import datasets
 
-    names = [case for name in MEMBERS[kind] for case in (name, name.upper())] if column is None else [column]
     # Plain bytes: of a picture the library would take the file of that name in the working directory.
     member = datasets.Value("string" if kind == "text" else "binary")
     return datasets.Features(
@@ -429,18 +487,59 @@ def _pick_columns(
     if column is not None:
         columns = [column]
     elif "__url__" in features and "__key__" in features:
-        columns = [name for name in features if name.lower() in MEMBERS[kind]]
+        columns = [name for name in features if _ending(name) in MEMBERS[kind]]
     else:
-        surely = [name for name, feature in features.items() if _is_kind(feature, kind)]
-        maybe = [name for name, feature in features.items() if _is_bytes(feature) and kind != "text"]
-        columns = (surely or maybe)[:1]
-    if not columns:
+        columns = [_sample_column(features, path, kind)]
+    if columns in ([], [None]):
         raise ConfigError(f"{path} has no {kind} column; name it with data.column=... Its columns: {listing}")
     if label_column is not None:
         return columns, label_column or None
+    return columns, _label_column(features, path)
+
+
+def _sample_column(features: "datasets.Features", path: str, kind: Kind) -> str | None:
+    """The column with the samples: of those whose type is surest the one with a usual name, or the only one.
+
+    Raises:
+        ConfigError: there are several, none with a usual name; or the only one is called as masks and the like are.
+    """
+    named = {name.lower(): name for name in reversed(features)}
+    of_type = [name for name, feature in features.items() if _is_kind(feature, kind)]
+    bytes_ = [name for name, feature in features.items() if _is_bytes(feature) and kind != "text"]
+    arrays = [name for name, feature in features.items() if kind == "image" and _is_picture(feature)]
+    for group in (of_type, bytes_, arrays):
+        likely = [name for name in group if not NOT_SAMPLES.search(name)]
+        usual = [named[name] for name in USUAL_NAMES[kind] if named.get(name) in likely]
+        if usual or len(likely) == 1:
+            return (usual or likely)[0]
+        if likely:
+            raise ConfigError(
+                f"{path}: several columns could be the {kind}s: {', '.join(likely)}; choose one with "
+                f"data.column={likely[0]}, for example"
+            )
+    unlikely = of_type + bytes_ + arrays
+    if unlikely:
+        raise ConfigError(
+            f"{path}: the {kind}s could only be {', '.join(unlikely)}, named as masks and labels are; if it is them, "
+            f"write data.column={unlikely[0]}"
+        )
+    return None
+
+
+def _label_column(features: "datasets.Features", path: str) -> str | None:
+    """The column with the labels; None without, and where it is not clear which one it is."""
     classes = [name for name, feature in features.items() if _is_class_label(feature)]
-    numbers = [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
-    return columns, next(iter(classes + numbers), None)
+    usual = [name for name in LABEL_NAMES if name in classes or (name in features and _is_integer(features[name]))]
+    if not usual and len(classes) > 1:
+        log.warning("%s: no labels: they may be %s; choose with data.label_column=", path, " or ".join(classes))
+        return None
+    return next(iter(usual + classes), None)
+
+
+def _taken(kind: Kind, columns: Sequence[str], label: str | None) -> str:
+    """What is read, for the log."""
+    names = "/".join(columns[:4]) + ("/..." if len(columns) > 4 else "")
+    return f"{kind}s from {names}, {f'labels from {label}' if label else 'no labels'}"
 
 
 def _is_kind(feature: object, kind: Kind) -> bool:
@@ -487,6 +586,18 @@ def _array_type(feature: object) -> str | None:
     if isinstance(inner, datasets.Value):
         return inner.dtype if re.fullmatch(r"u?int\d+|float\d+|bool", inner.dtype) else None
     return _array_type(inner)
+
+
+def _is_picture(feature: object) -> bool:
+    """Whether a column holds arrays with two or three axes of numbers."""
+    import datasets
+
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return True
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    return depth in (2, 3) and re.fullmatch(r"u?int\d+|float\d+", str(getattr(feature, "dtype", ""))) is not None
 
 
 def _array_types(features: "datasets.Features", columns: Sequence[str]) -> dict[str, str]:
@@ -564,8 +675,11 @@ def _raw_sample(
     """
     if record.get("__url__") and record.get("__key__"):
         key = f"{Path(record['__url__']).name}:{record['__key__']}"
-    column = next((column for column in columns if record[column] is not None), None)
+    present = [column for column in columns if record[column] is not None]
+    column = next(iter(present), None)
     value = b"" if column is None else record[column]
+    if len(present) > 1:
+        value = BadSample(f"has several members: {', '.join(present)}; choose one with data.column={present[0]}")
     if column in array_types:
         try:
             value = np.array(value, dtype=array_types[column])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from data2vec_train.data import tiff
 from data2vec_train.data.files import read_file
 from data2vec_train.errors import BadSample, ConfigError
 
@@ -44,8 +45,9 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
-# No image of so many pixels needs a larger file: 16 bits in 4 channels, uncompressed, and what is known about it.
+# No image of so many pixels needs a larger file: 64 bits in each channel, uncompressed, and what is known about it.
 BYTES_PER_PIXEL, METADATA_BYTES = 8, 2**24
+MAX_BANDS = 1024  # of a TIFF; hyperspectral cameras have some hundred
 # A progressive JPEG has about ten scans, and each may cost as much time as decoding the whole image.
 MAX_JPEG_SCANS = 100
 JPEG_RESTART, JPEG_END, JPEG_SCAN = range(0xD0, 0xD8), 0xD9, 0xDA
@@ -56,22 +58,34 @@ PIL_MODULES = re.compile(r"PIL(\..*)?$")
 
 
 def decode_image(
-    value: bytes | str | Path | np.ndarray | BadSample, *, channels: int, max_pixels: int
+    value: bytes | str | Path | np.ndarray | BadSample,
+    *,
+    channels: int,
+    max_pixels: int,
+    max_value: float | None = None,
+    pages: Literal["first", "channels"] | None = None,
 ) -> "Image.Image | np.ndarray":
-    """An upright image with `channels` channels: "L" (1), "RGB" (3) or "RGBA" (4).
+    """An upright image with `channels` channels, 8 bits each: "L" (1), "RGB" (3), "RGBA" (4), or an array.
 
-    Arrays that have the channels already come back as they are, uint8 (h, w) or (h, w, C); other than 1, 3 or 4
-    channels come from arrays only. Greyscale, palette, CMYK and 16-bit images and arrays are converted; transparency
-    is dropped where the model has no fourth channel, as torchvision's ImageFolder does; of an animation it is the
-    first frame.
+    One rule for files and arrays: bands and values are those that are stored, or the image is refused. An image that
+    has the channels comes as it is, whatever its bands mean. Otherwise grey becomes RGB and the other way round, and
+    opacity is added, or dropped where the model has no fourth channel, as torchvision's ImageFolder does. Palettes,
+    CMYK and YCbCr become RGB first. Bands that nothing is known about (a fourth band of an array, unspecified ones of
+    a TIFF) are never dropped. Of an animation it is the first frame.
 
-    Known limit: formats without checksums decode to noise where a few of their bytes are wrong. In a JPEG a wrong byte
-    shows only when it reads as a marker that does not belong there, or puts the decoder off for good.
+    Values of more than 8 bits become 8 bits: those of 12 or 16 by the range of their bits, others must lie within 0 to
+    255, or need `max_value`.
+
+    Known limits: formats without checksums decode to noise where a few of their bytes are wrong. In a JPEG a wrong byte
+    shows only when it reads as a marker that does not belong there, or puts the decoder off for good. Of PNG, PPM and
+    JPEG 2000 with several bands of 16 bits PIL gives the upper 8.
 
     Args:
-        value: File content, a file, or an array (h, w) or (h, w, C): uint8, uint16, or other integers from 0 to 255.
+        value: File content, a file, or an array (h, w) or (h, w, C).
         channels: Channels the model takes.
         max_pixels: Largest accepted h * w, checked before anything is decoded.
+        max_value: The stored value that becomes 255; larger ones do too. None: what the bits allow.
+        pages: Of a TIFF with several images: the "first", or each as "channels"; None: such files are refused.
 
     Raises:
         BadSample: not a usable image; the text is a short reason.
@@ -79,14 +93,12 @@ def decode_image(
     if isinstance(value, BadSample):
         raise value
     if isinstance(value, np.ndarray):
-        return convert_array(value, channels, max_pixels)
+        return convert_array(value, channels, max_pixels, max_value)
     if isinstance(value, Path):
         limit = f"modality.decode.max_pixels={max_pixels}"
-        value = read_file(value, max_bytes=BYTES_PER_PIXEL * max_pixels + METADATA_BYTES, limit=limit)
+        value = read_file(value, max_bytes=BYTES_PER_PIXEL * channels * max_pixels + METADATA_BYTES, limit=limit)
     if isinstance(value, str):
         raise BadSample("a text, not an image")
-    if channels not in MODES:
-        raise BadSample(f"an image file cannot give {channels} channels, only 1, 3 or 4")
     if not value:
         raise BadSample("empty file")
 
@@ -96,12 +108,15 @@ def decode_image(
     # PIL has a limit of its own, about the same for everybody, and its message leaves out the size.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        image = Image.open(BytesIO(value), formats=known_formats())
-        check_size(*image.size, max_pixels)
+        if value.startswith(tiff.MAGIC):
+            return decode_tiff(value, channels, max_pixels, max_value, pages)
+        image = opened(value, max_pixels)
         if image.format in ("JPEG", "MPO"):
             check_jpeg(value)
+        if max_value is not None and not keeps_values(image, value):
+            raise BadSample(f"a {image.format} file whose values PIL scales to 8 bits; leave modality.max_value out")
         image.load()
-        return convert(upright(image), MODES[channels])
+        return convert(upright(image), channels, max_value, f"a {image.format} file of mode {image.mode}")
     except BadSample:
         raise
     except UnidentifiedImageError as error:
@@ -111,6 +126,75 @@ def decode_image(
         raise BadSample(f"{'truncated' if 'truncated' in text.lower() else 'broken image file'}: {text}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def opened(data: bytes, max_pixels: int) -> "Image.Image":
+    """An image whose size and format are known, and nothing more."""
+    from PIL import Image
+
+    image = Image.open(BytesIO(data), formats=known_formats())
+    check_size(*image.size, max_pixels)
+    return image
+
+
+def keeps_values(image: "Image.Image", data: bytes) -> bool:
+    """Whether what PIL gives are the values that are stored, of 8 or of 16 bits."""
+    if image.format == "PNG":
+        depth, is_grey = data[24], data[25] == 0  # of its header
+        return depth == 8 or (depth == 16 and is_grey)
+    return image.format in ("JPEG", "MPO", "BMP", "GIF", "WEBP")
+
+
+def decode_tiff(
+    data: bytes, channels: int, max_pixels: int, max_value: float | None, pages: Literal["first", "channels"] | None
+) -> "Image.Image | np.ndarray":
+    """See `decode_image`."""
+    found = tiff.read_pages(data)
+    for page in found:
+        check_size(page.width, page.height, max_pixels)
+    if len(found) == 1 or pages == "first":
+        return _tiff_page(data, found[0], channels, max_pixels, max_value)
+    if pages is None:
+        raise BadSample(
+            f"a TIFF of {len(found)} pages, the first of {found[0]}; set modality.pages=first to use that one alone, "
+            f"or modality.pages=channels and modality.channels={len(found)} to use each as a channel"
+        )
+    if len(found) != channels or any(page.bands > 1 for page in found):
+        raise BadSample(f"a TIFF of {len(found)} pages, the first of {found[0]}; expected {channels} of one band")
+    layers = [to_array(_tiff_page(data, page, 1, max_pixels, max_value)) for page in found]
+    if len({layer.shape for layer in layers}) > 1:
+        raise BadSample(f"a TIFF of {len(found)} pages of different sizes, which cannot be channels")
+    return np.stack([layer.reshape(layer.shape[:2]) for layer in layers], axis=2)
+
+
+def _tiff_page(
+    data: bytes, page: tiff.Page, channels: int, max_pixels: int, max_value: float | None
+) -> "Image.Image | np.ndarray":
+    from PIL import Image
+
+    what = f"a TIFF of {page}"
+    if max_value is not None and page.bits < 8:
+        raise BadSample(f"{what}, which PIL scales to 8 bits; leave modality.max_value out")
+    if page.is_picture(scaled=max_value is not None):
+        image = opened(data, max_pixels)
+        if page.index:
+            image.seek(page.index)
+        image.load()  # PIL turns a TIFF by itself
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = to_bytes(tiff.numbers_of(image, page), what, max_value, bits=page.bits)
+            return convert(Image.fromarray(values), channels, None, what)
+        return convert(image, channels, max_value, what)
+    has_alpha = page.bands != channels and page.extra in ((tiff.ASSOCIATED,), (tiff.UNASSOCIATED,))
+    check_channels(page.bands - has_alpha, channels, what)
+    values = tiff.stored(data, page)
+    if has_alpha:
+        if page.extra == (tiff.ASSOCIATED,) and (values[..., -1] < 2**page.bits - 1).any():
+            raise BadSample(
+                f"{what}: its colours are multiplied by its opacity; set modality.channels={page.bands} to use them as "
+                "they are stored, or save them without alpha"
+            )
+        values = values[..., :-1] if page.bands > 2 else values[..., 0]
+    return with_channels(to_bytes(values, what, max_value, bits=page.bits), channels, what)
 
 
 def read(path: Path) -> bytes:
@@ -177,49 +261,138 @@ def upright(image: "Image.Image") -> "Image.Image":
     return image.transpose(methods[orientation]) if orientation in methods else image
 
 
-def convert(image: "Image.Image", mode: str) -> "Image.Image":
-    """The image in mode L, RGB or RGBA, its values scaled to 8 bits."""
+def convert(image: "Image.Image", channels: int, max_value: float | None, what: str) -> "Image.Image | np.ndarray":
+    """A picture with the wanted channels, 8 bits each; `what` it is, for messages."""
     from PIL import Image
 
     if image.mode == "F":
-        raise BadSample("floating-point image")
+        raise BadSample(f"{what}, floating-point numbers; save it as TIFF, and set modality.max_value")
     if image.mode.startswith("I"):
-        values = np.asarray(image)  # (h, w)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadSample("integer image with values outside 0..65535")
-        # PIL's own conversion clips at 255, and leaves a white page.
-        image = Image.fromarray(to_8_bits(values))
-    if image.mode not in ("L", "LA", "1", "P", "RGB", "RGBA") and mode != "RGB":
+        # PIL's own conversion clips at 255, and leaves a white page. Mode I is how it holds the 16 bits of a PPM.
+        image, max_value = Image.fromarray(to_bytes(np.asarray(image).astype(np.uint16), what, max_value)), None
+    if image.mode == "LAB":
+        raise BadSample(f"{what}, which is not read; save it as RGB")
+    if image.mode == "LA" and channels == 2:
+        return to_bytes(np.asarray(image), what, max_value)
+    if channels not in MODES:
+        check_channels(len(image.getbands()), channels, what)
+    mode = MODES[channels]
+    if image.mode not in ("L", "LA", "1", "P", "PA", "RGB", "RGBA") and mode != "RGB":
         image = image.convert("RGB")  # CMYK and the like convert to RGB only
-    return image if image.mode == mode else image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
+    return image if max_value is None else to_bytes(np.asarray(image), what, max_value)
 
 
-def to_8_bits(values: np.ndarray) -> np.ndarray:
-    """0..65535 -> 0..255, rounded."""
-    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+def to_bytes(values: np.ndarray, what: str, max_value: float | None, *, bits: int | None = None) -> np.ndarray:
+    """The stored values as uint8, rounded; `max_value` becomes 255, or what their `bits` allow.
+
+    Raises:
+        BadSample: they have no such range.
+    """
+    if values.dtype == bool:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise BadSample(f"{what}; expected numbers")
+    top = max_value
+    if top is None and values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        top = 2 ** (bits or 8 * values.dtype.itemsize) - 1
+    if top == 255 and values.dtype == np.uint8:
+        return values
+    if top is None and values.dtype.kind == "f":
+        raise BadSample(f"{what}; set modality.max_value to the value that is white, 1 for values from 0 to 1")
+    lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
+    if not lowest >= 0 or not highest < np.inf:  # also of nan
+        raise BadSample(f"{what} with values from {lowest} to {highest}; expected none below 0, and finite ones")
+    if top is None and highest > 255:
+        raise BadSample(f"{what} with values up to {highest}; set modality.max_value to the value that is white")
+    if top is None:
+        return values.astype(np.uint8)
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:  # a table takes less memory than floats of all pixels
+        return _scaled(np.arange(2 ** (8 * values.dtype.itemsize)), top)[values]
+    return _scaled(values, top)
 
 
-def convert_array(array: np.ndarray, channels: int, max_pixels: int) -> "Image.Image | np.ndarray":
-    """A decoded image with the wanted channels; the array itself if it has them."""
+def _scaled(values: np.ndarray, top: float) -> np.ndarray:
+    return np.floor(np.minimum(values, top) * (255 / top) + 0.5).astype(np.uint8)
+
+
+def convert_array(
+    array: np.ndarray, channels: int, max_pixels: int, max_value: float | None
+) -> "Image.Image | np.ndarray":
+    """A decoded image with the wanted channels; the array itself if it has them and is uint8."""
     if array.ndim not in (2, 3):
         raise BadSample(f"array of shape {array.shape}; expected (height, width) or (height, width, channels)")
     check_size(array.shape[1], array.shape[0], max_pixels)
-    if array.dtype == np.uint16:
-        array = to_8_bits(array)
-    elif array.dtype != np.uint8:
-        if array.dtype.kind not in "iu":
-            raise BadSample(f"{array.dtype} array; expected uint8 or uint16")
-        if array.size and not 0 <= array.min() <= array.max() <= 255:
-            raise BadSample(f"{array.dtype} array with values outside 0..255; expected uint8 or uint16")
-        array = array.astype(np.uint8)
+    what = f"{array.dtype} array of shape {array.shape}"
+    return with_channels(to_bytes(array, what, max_value), channels, what)
+
+
+def with_channels(array: np.ndarray, channels: int, what: str) -> "Image.Image | np.ndarray":
+    """A uint8 array with the wanted channels; grey and RGB are converted, other bands have no known meaning."""
     got = 1 if array.ndim == 2 else array.shape[2]
+    check_channels(got, channels, what)
     if got == channels:
         return array
-    if got not in MODES or channels not in MODES:
-        raise BadSample(f"array of shape {array.shape}, which is {got} channels; expected {channels}")
     from PIL import Image
 
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and got == 1 else array).convert(MODES[channels])
+
+
+def check_channels(got: int, channels: int, what: str) -> None:
+    """Refuse an image whose bands cannot become the wanted channels without a guess at what they mean."""
+    if got == channels or (got in (1, 3) and channels in MODES):
+        return
+    instead = f"; set modality.channels={got}, or store others" if 0 < got <= MAX_BANDS else ""
+    raise BadSample(f"{what}, which is {got} channels; expected {channels}{instead}")
+
+
+def to_array(image: "Image.Image | np.ndarray") -> np.ndarray:
+    """(h, w) or (h, w, C) uint8 that may be written to."""
+    # torch warns about memory that it may not write to, as PIL's is.
+    return image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
+
+
+def remarks_on(values: Sequence[object], decode: Callable[[object], "Image.Image | np.ndarray"]) -> list[str]:
+    """What somebody who trains on these images may not know of them: sentences, none if all is usual.
+
+    Args:
+        values: encoded images, a few of the data; broken ones are passed over.
+        decode: see `decode_image`.
+    """
+    lowest, highest, animated = None, None, 0
+    for value in values:
+        try:
+            pixels = to_array(decode(value))
+            animated += is_animation(value)
+        except BadSample:
+            continue
+        flat = pixels.reshape(-1, 1 if pixels.ndim == 2 else pixels.shape[2])  # (h w, C)
+        lowest = flat.min(axis=0) if lowest is None else np.minimum(lowest, flat.min(axis=0))
+        highest = flat.max(axis=0) if highest is None else np.maximum(highest, flat.max(axis=0))
+    if lowest is None:
+        return []
+    found = []
+    if int(highest.max()) - int(lowest.min()) < 26:  # a tenth of 255
+        found.append(
+            f"their values are {lowest.min()} to {highest.max()} of 0 to 255, less than a tenth of the range; if they "
+            "have fewer bits than their type, set modality.max_value to the stored value that is white"
+        )
+    constant = [str(channel) for channel in np.flatnonzero(lowest == highest)]
+    if constant and len(lowest) > 1:
+        found.append(f"channel {', '.join(constant)} of 0 to {len(lowest) - 1} has the same value everywhere")
+    if animated:
+        found.append(f"{animated} are animations, of which the first frame is used")
+    return found
+
+
+def is_animation(value: object) -> bool:
+    """Whether a file that can be decoded has several frames, one after the other."""
+    from PIL import Image
+
+    if not isinstance(value, (bytes, Path)):
+        return False
+    with Image.open(BytesIO(value) if isinstance(value, bytes) else value, formats=known_formats()) as image:
+        return image.format in ("GIF", "WEBP", "PNG", "AVIF") and getattr(image, "n_frames", 1) > 1
 
 
 @functools.cache
@@ -413,8 +586,7 @@ class ImageTransform:
 
 def to_tensor(image: "Image.Image | np.ndarray") -> torch.Tensor:
     """(C, h, w) uint8, possibly a view of the image."""
-    # torch warns about memory that it may not write to, as PIL's is.
-    array = image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
+    array = to_array(image)
     if array.ndim == 2:
         return torch.from_numpy(array)[None]
     return torch.from_numpy(array).permute(2, 0, 1)

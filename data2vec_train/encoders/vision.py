@@ -223,8 +223,8 @@ class VisionEncoder(ModalityEncoder):
             tap: as there.
             last: as there.
             extras: see `Extras`.
-            grid: rows and columns of the patches, when they are not the encoder's own: positions and biases are
-                resized, bicubically and bilinearly.
+            grid: rows and columns of the patches, when they are not the encoder's own: fixed positions are those of
+                that grid, learned ones and biases are resized, bicubically and bilinearly.
         """
         prefix, positions = self._positions(grid)
         # A dropped token leaves with its position; a replaced one keeps the position, or nobody knew where it was.
@@ -260,14 +260,24 @@ class VisionEncoder(ModalityEncoder):
         """What is added to the class token (1, E, D) and to the patches (1, T, D)."""
         if self.learned_positions is None and self.positions is None:
             return None, None
+        is_other = grid is not None and grid != self.grid
         if self.learned_positions is None:
-            prefix, patches = None, self.positions
-        else:
-            prefix, patches = self.learned_positions.split([self.num_prefix_tokens, self.token_count.num_tokens], dim=1)
-        if grid is not None and grid != self.grid:
+            return None, sincos_grid(grid, self.dim)[None].to(self.positions) if is_other else self.positions
+        prefix, patches = self.learned_positions.split([self.num_prefix_tokens, self.token_count.num_tokens], dim=1)
+        if is_other:
             resized = F.interpolate(patches.mT.unflatten(2, self.grid), size=grid, mode="bicubic", align_corners=False)
             patches = resized.flatten(2).mT
         return prefix, patches
+
+    @torch.no_grad()
+    def state_for(self, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """`state_dict` of the encoder with the same weights for another grid of patches, see `contextualize`."""
+        state = dict(self.state_dict())
+        if self.learned_positions is not None:
+            state["learned_positions"] = torch.cat(self._positions(grid), dim=1)
+        for number, bias in enumerate(self.relative_biases):
+            state[f"relative_biases.{number}.table"] = bias(grid).table
+        return state
 
     def _attention_biases(self, visible: Tensor | None, grid: tuple[int, int] | None) -> list[Bias | None]:
         """One for each block."""

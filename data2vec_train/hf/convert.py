@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data2vec_train import checkpoints
 from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf import audio, fairseq, plugin, text, vision
 from data2vec_train.hf.base import PretrainedModel
@@ -285,9 +286,67 @@ def describe(
         arguments["positions"] = "learned"
         tensors = tensors | {"learned_positions": _fixed_as_learned(arguments)}
     config = family.config(arguments)
-    if _essence(family.arguments(config)) != _essence(arguments):
+    if _essence(family.arguments(config)) != _essence(arguments) or _needs_a_square(arguments):
         config.encoder = arguments
     return config, tensors
+
+
+def _needs_a_square(arguments: dict[str, Any]) -> bool:
+    """Whether transformers would take its positions for those of a square, or its biases the wrong way round (contract,
+    bug 4).
+    """
+    size = arguments.get("image_px", 0)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height != width and (arguments["relative_bias"] != "none" or arguments["positions"] == "learned")
+
+
+def refusal_of_transformers(model: PretrainedModel) -> str | None:
+    """Why transformers cannot compute what a model does; None if it can."""
+    encoder = model.get_encoder()
+    if isinstance(encoder, VisionEncoder) and _needs_a_square(FAMILIES["vision"].arguments(model.config)):
+        height, width = encoder.image_size
+        return f"images of {height}x{width} pixels: transformers has positions and relative biases of squares only"
+    if model.config.encoder is not None:
+        return (
+            "transformers has data2vec 1.0 only (and text 2.0, which has the same architecture), and cannot build this "
+            "encoder"
+        )
+    return None
+
+
+@torch.no_grad()
+def with_image_size(model: PretrainedModel, image_px: int | list[int]) -> PretrainedModel:
+    """An image model with the same weights for images of another size.
+
+    Fixed positions are those of the new grid of patches; learned ones are resized bicubically and biases bilinearly, as
+    transformers and BEiT do it.
+
+    Args:
+        model: of images.
+        image_px: side of the square input, or [height, width]; patches tile it.
+    """
+    family, encoder = FAMILIES["vision"], model.get_encoder()
+    config = copy.deepcopy(model.config)
+    before = family.arguments(config)
+    after = before | {"image_px": image_px}
+    config.image_size = image_px
+    if config.encoder is not None or _needs_a_square(after):
+        config.encoder = {name: value for name, value in after.items() if name != "attention"}
+    height, width = (image_px, image_px) if isinstance(image_px, int) else image_px
+    state = encoder.state_for((height // encoder.patch_px, width // encoder.patch_px))
+    if encoder.learned_positions is not None and _are_fixed(encoder.learned_positions, before):
+        state["learned_positions"] = _fixed_as_learned(after).to(encoder.learned_positions)
+    has_pooler = getattr(model, "pooler", None) is not None
+    made = type(model)(config, add_pooling_layer=True) if has_pooler else type(model)(config)
+    inside = "encoder." if model.base_model is model else f"{model.base_model_prefix}.encoder."
+    made.load_state_dict(model.state_dict() | {inside + name: one for name, one in state.items()})
+    made.source, made.preparation = model.source, model.preparation
+    return made.to(device=encoder.embedder.project.weight.device, dtype=model.dtype).train(model.training)
+
+
+def _are_fixed(learned: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether learned positions were fixed ones before `describe` had to call them learned."""
+    return torch.equal(learned.float(), _fixed_as_learned(arguments))
 
 
 def _fixed_as_learned(arguments: dict[str, Any]) -> Tensor:
@@ -453,8 +512,7 @@ def encoder_description(model: PretrainedModel) -> tuple[str, dict[str, Any], di
         arguments["num_token_types"] = 0
         tensors["embedder.positions.weight"] = tensors["embedder.positions.weight"] + types[0]
     learned = tensors.get("learned_positions")
-    if learned is not None and torch.equal(learned.float(), _fixed_as_learned(arguments)):
-        # They were fixed before `describe` had to call them learned.
+    if learned is not None and _are_fixed(learned, arguments):
         arguments["positions"] = "sincos"
         del tensors["learned_positions"]
     return modality, arguments, {name: one.float() for name, one in tensors.items()}

@@ -165,6 +165,10 @@ class ImageProcessor:
         fit: "stretch" resizes both sides to `size`; "cover", which transformers does not have, says that a model was
             trained on `data.vision.ImageTransform`, which keeps the aspect and cuts the middle out. It is a note for
             our programs: `__call__` stretches.
+        channels: of the images; a mean or deviation of one number is that of all of them. None = as many as the mean
+            has.
+        max_value: the stored value that `data.vision.decode_image` makes 255, a note as `fit` is.
+        pages: which pages of a TIFF it takes, likewise.
     """
 
     def __init__(
@@ -179,18 +183,22 @@ class ImageProcessor:
         do_reduce_labels: bool = False,
         hf_compat: bool = False,
         fit: Literal["stretch", "cover"] = "stretch",
+        channels: int | None = None,
+        max_value: float | None = None,
+        pages: Literal["first", "channels"] | None = None,
     ) -> None:
         if (image_mean is None) != (image_std is None):
             raise ConfigError("image_mean and image_std go together")
         if fit not in ("stretch", "cover"):
             raise ConfigError(f"fit is stretch or cover, got {fit!r}")
         self.fit = fit
+        self.notes = {"max_value": max_value, "pages": pages}
         self.size = (size, size) if isinstance(size, int) else size
         self.resample = resample
         self.crop_size = crop_size
         self.rescale_factor = rescale_factor
-        self.image_mean = image_mean
-        self.image_std = image_std
+        self.image_mean = _for_all(image_mean, channels)
+        self.image_std = _for_all(image_std, channels)
         self.do_reduce_labels = do_reduce_labels
         self.hf_compat = hf_compat
 
@@ -299,6 +307,8 @@ class ImageProcessor:
             do_reduce_labels=content.get("do_reduce_labels", content.get("reduce_labels", False)),
             hf_compat=hf_compat,
             fit=content.get("fit", "stretch"),
+            max_value=content.get("max_value"),
+            pages=content.get("pages"),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -319,12 +329,17 @@ class ImageProcessor:
             "image_std": list(self.image_std or [0.5] * 3),
             "do_reduce_labels": self.do_reduce_labels,
             "fit": self.fit,
+            **{name: value for name, value in self.notes.items() if value is not None},
         }
         write_json(Path(folder) / PREPROCESSOR_NAME, content)
 
 
 def _multiple(length: int, of: int | None) -> int:
     return length if of is None else math.ceil(length / of) * of
+
+
+def _for_all(values: Sequence[float] | None, channels: int | None) -> Sequence[float] | None:
+    return values if values is None or channels is None or len(values) > 1 else [values[0]] * channels
 
 
 def _several(images: Any, dimensions: int) -> list[Any]:

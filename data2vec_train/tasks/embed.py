@@ -30,7 +30,7 @@ from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.hf.convert import load_pretrained
 from data2vec_train.outputs import output_path, refuse_existing, remove, replace_file, sole_writer, sweep, writing
-from data2vec_train.tasks.inputs import inherit
+from data2vec_train.tasks.inputs import inherit, look_at_images
 from data2vec_train.tasks.pretrain import quiet_libraries
 from data2vec_train.tasks.run_directory import leaves
 
@@ -60,7 +60,7 @@ def embed(cfg: DictConfig) -> int:
 def _embed(cfg: DictConfig, out: Path) -> int:
     started = time.monotonic()
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights)
-    inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
+    model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     source, rows = _records(cfg)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     multiply_convolutions(model)
@@ -95,6 +95,7 @@ def _records(cfg: DictConfig) -> tuple[Source, np.ndarray]:
     source = build(cfg.data.source)
     if isinstance(source, StreamingSource):
         raise ConfigError("data=stream has no order to resume in; choose data=hf")
+    look_at_images(cfg, source)
     prepare = build(cfg.modality.prepare)
     source = source if prepare is None else prepare(source)
     return source, np.arange(len(source))

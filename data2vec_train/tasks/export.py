@@ -18,7 +18,13 @@ from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.base import PretrainedModel
-from data2vec_train.hf.convert import PREPROCESSING, load_pretrained, save_pretrained, write_preprocessing
+from data2vec_train.hf.convert import (
+    PREPROCESSING,
+    load_pretrained,
+    refusal_of_transformers,
+    save_pretrained,
+    write_preprocessing,
+)
 from data2vec_train.hf.files import read_json
 from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME
 from data2vec_train.outputs import output_path, sole_writer, writing
@@ -70,11 +76,9 @@ def export(cfg: DictConfig) -> dict[str, float]:
 def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights, num_heads=cfg.num_heads)
     log.info("%s, %.2f M parameters, from %s", type(model).__name__, model.num_parameters() / 1e6, cfg.checkpoint)
-    if cfg.format == "hf" and model.config.encoder is not None:
-        raise ConfigError(
-            "transformers has data2vec 1.0 only (and text 2.0, which has the same architecture), and cannot build this "
-            "encoder; choose format=safetensors, onnx or torch_export"
-        )
+    refusal = refusal_of_transformers(model) if cfg.format == "hf" else None
+    if refusal is not None:
+        raise ConfigError(f"{refusal}; choose format=safetensors, onnx or torch_export")
     with writing(out) as unfinished:
         unfinished.mkdir()
         write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)

@@ -30,7 +30,7 @@ from data2vec_train.monitor import Monitor
 from data2vec_train.outputs import writing
 from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
-from data2vec_train.tasks.inputs import inherit, inputs_of
+from data2vec_train.tasks.inputs import inherit, inputs_of, look_at_images
 from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
 from data2vec_train.tasks.run_directory import QUARANTINE, SUMMARY, change, open_run, write_summary
 
@@ -62,7 +62,7 @@ def finetune(cfg: DictConfig) -> float | None:
     torch.manual_seed(cfg.seed)
 
     start = load_pretrained(cfg.init_from, weights=cfg.weights)
-    inherit(cfg, start, f"init_from={cfg.init_from}")
+    start = inherit(cfg, start, f"init_from={cfg.init_from}")
     inputs = inputs_of(cfg, start)
     task: HeadTask = build(cfg.head)(inputs=inputs)
     if task.modality != cfg.modality.name:
@@ -163,6 +163,7 @@ def build_source(
     source = build(node)
     if isinstance(source, StreamingSource):
         raise ConfigError("data=stream cannot be used here: labels are looked at before training; choose data=hf")
+    look_at_images(cfg, source)
     if cfg.modality.name == "audio" and not labelled and getattr(task, "reads_frames", False):
         source = windows_of(cfg, task, source)
     elif cfg.modality.name == "audio":

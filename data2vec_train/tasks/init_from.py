@@ -1,14 +1,18 @@
 """Continued pretraining: an encoder that is in a file, with what the file lacks made anew."""
 
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import LOOSE, Start, encoder_description, load_start
+from data2vec_train.tasks.inputs import block_tokens, for_images_of, refuse_other
 
 log = logging.getLogger(__name__)
 
@@ -17,19 +21,30 @@ _SIZES = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
 _INPUTS = ("image_px", "patch_px", "channels")
 
 
-def adopt(cfg: DictConfig) -> Start:
+def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
     """Read `cfg.init_from` and make `cfg` describe its encoder; how the encoder is trained stays as configured.
 
+    Args:
+        cfg: the config.
+        given: settings that the command line or a recipe makes; sizes among them have to be those of the weights, but
+            for the size of images, which weights are fitted to.
+
     Raises:
-        ConfigError: the weights are of another modality, or do not fit the tokenizer.
+        ConfigError: the weights are of another modality or other sizes, or do not fit the tokenizer.
     """
-    start = load_start(cfg.init_from)
+    start, where = load_start(cfg.init_from), f"init_from={cfg.init_from}"
     modality, arguments, _ = encoder_description(start.model)
     if modality != cfg.modality.name:
-        raise ConfigError(f"init_from={cfg.init_from} is a model for {modality}; choose modality={modality}")
+        raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
+    _refuse_others(cfg, arguments, given, where)
+    if "modality.image_px" in given:
+        size = cfg.modality.image_px
+        teacher = None if start.teacher is None else for_images_of(start.teacher, size, where)
+        start = replace(start, model=for_images_of(start.model, size, where), teacher=teacher)
+        _, arguments, _ = encoder_description(start.model)
     with open_dict(cfg):
         if modality == "text":
-            _adopt_tokenizer(cfg, arguments)
+            _adopt_tokenizer(cfg, arguments, given)
         for name in _SIZES:
             if name in arguments:
                 cfg.size[name] = arguments[name]
@@ -45,7 +60,24 @@ def adopt(cfg: DictConfig) -> Start:
     return start
 
 
-def _adopt_tokenizer(cfg: DictConfig, arguments: dict) -> None:
+def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection[str], where: str) -> None:
+    """See `adopt`."""
+    for name in _SIZES:
+        if name in arguments and not {"size", f"size.{name}"}.isdisjoint(given):
+            fact = arguments[name]  # of the front end a width for each layer, or one for all
+            alike = isinstance(fact, (list, tuple)) and len(set(fact)) == 1
+            refuse_other(f"size.{name}", cfg.size[name], fact[0] if alike else fact, where)
+    for name in ("patch_px", "channels"):
+        if name in arguments and f"modality.{name}" in given:
+            refuse_other(f"modality.{name}", cfg.modality[name], arguments[name], where)
+    for name, value in arguments.items():
+        if f"modality.encoder.{name}" in given and name not in (*LOOSE, "mask_token"):
+            asked = cfg.modality.encoder[name]
+            asked = OmegaConf.to_container(asked) if OmegaConf.is_config(asked) else asked
+            refuse_other(f"modality.encoder.{name}", asked, value, where)
+
+
+def _adopt_tokenizer(cfg: DictConfig, arguments: dict, given: Collection[str]) -> None:
     folder = Path(cfg.init_from).expanduser()
     places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
     if cfg.modality.tokenizer.path is None:
@@ -63,7 +95,7 @@ def _adopt_tokenizer(cfg: DictConfig, arguments: dict) -> None:
             f"init_from={cfg.init_from} has a vocabulary of {arguments['vocab_size']} tokens, the tokenizer has "
             f"{cfg.modality.vocab_size}; set modality.tokenizer.path to the one it was trained with"
         )
-    cfg.modality.block_tokens = min(cfg.modality.block_tokens, arguments["max_tokens"])
+    cfg.modality.block_tokens = block_tokens(cfg, arguments["max_tokens"], given, f"init_from={cfg.init_from}")
 
 
 @torch.no_grad()

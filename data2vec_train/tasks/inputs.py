@@ -1,53 +1,105 @@
 """How inputs have to be prepared for weights that are in files: what the files say goes before the config."""
 
+import itertools
 import logging
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data2vec_train.config import build
+from data2vec_train.data.sources import Source, StreamingSource
+from data2vec_train.data.vision import remarks_on
 from data2vec_train.encoders.audio import AudioEncoder
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.errors import ConfigError
+from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.finetuning.base import Inputs
 from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.convert import with_image_size
 from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME, AudioFeatureExtractor, ImageProcessor
 from data2vec_train.hf.tokenizers import TextTokenizer
 
 log = logging.getLogger(__name__)
 
+LOOKED_AT = 16  # images, before anything is done with them
 MODALITIES = {"audio": AudioEncoder, "text": TextEncoder, "vision": VisionEncoder}
 
 
-def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> None:
+def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedModel:
     """Make `cfg.modality` prepare inputs as the weights want them, but for what the command line or a recipe sets.
 
+    Returns:
+        The model for these inputs: where images are to have another size, with positions and biases of that size.
+
     Raises:
-        ConfigError: the weights are of another modality.
+        ConfigError: the weights are of another modality, or cannot take what the command line or a recipe sets.
     """
     encoder = model.get_encoder()
     modality = next((name for name, kind in MODALITIES.items() if isinstance(encoder, kind)), None)
     if modality is not None and modality != cfg.modality.name:
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
-    given = _given()
+    given = given_settings()
     facts = {"audio": _audio, "text": _text, "vision": _vision}[cfg.modality.name](model)
     for name in ("patch_px", "channels"):
-        asked = cfg.modality.get(name)
-        if name in facts and f"modality.{name}" in given and asked != facts[name]:
-            raise ConfigError(f"modality.{name}={asked}: {where} was made for {facts[name]}; leave it out")
+        if name in facts and f"modality.{name}" in given:
+            refuse_other(f"modality.{name}", cfg.modality.get(name), facts[name], where)
     with open_dict(cfg):
         for name, value in facts.items():
             if f"modality.{name}" not in given:
                 OmegaConf.update(cfg.modality, name, value)
         if modality == "text":
-            longest = min(encoder.max_tokens, cfg.modality.block_tokens)
-            cfg.modality.block_tokens = longest
+            cfg.modality.block_tokens = block_tokens(cfg, encoder.max_tokens, given, where)
+    return for_images_of(model, cfg.modality.image_px, where) if modality == "vision" else model
 
 
-def _given() -> set[str]:
+def refuse_other(name: str, asked: Any, fact: Any, where: str) -> None:
+    """Refuse a size that weights decide, and of which the command line or a recipe sets another."""
+    if asked != fact:
+        raise ConfigError(f"{name}={asked}: {where} was made for {fact}; leave it out")
+
+
+def block_tokens(cfg: DictConfig, longest: int, given: Collection[str], where: str) -> int:
+    """Tokens of a text block, of an encoder that has positions for `longest`.
+
+    Raises:
+        ConfigError: the command line or a recipe sets more.
+    """
+    asked = cfg.modality.block_tokens
+    if "modality.block_tokens" in given and asked > longest:
+        raise ConfigError(f"modality.block_tokens={asked}: {where} has positions for {longest}; choose at most those")
+    return min(asked, longest)
+
+
+def for_images_of(model: PretrainedModel, image_px: int | Sequence[int], where: str) -> PretrainedModel:
+    """A model for images of this size, the same one if it is of them.
+
+    Raises:
+        ConfigError: its patches do not tile them.
+    """
+    encoder = model.get_encoder()
+    size = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
+    if size == encoder.image_size:
+        return model
+    patch = encoder.patch_px
+    if any(side < patch or side % patch for side in size):
+        raise ConfigError(
+            f"modality.image_px={image_px}: {where} has patches of {patch} pixels, which do not tile such images"
+        )
+    log.info(
+        "images of %dx%d pixels, %s was made for %dx%d: its positions and biases are resized",
+        *size,
+        where,
+        *encoder.image_size,
+    )
+    return with_image_size(model, size[0] if size[0] == size[1] else list(size))
+
+
+def given_settings() -> set[str]:
     """Settings that the command line makes, itself or by a recipe."""
     given = {one.partition("=")[0].lstrip("+~") for one in HydraConfig.get().overrides.task}
     recipe = HydraConfig.get().runtime.choices.get("recipes")
@@ -91,12 +143,13 @@ def _vision(model: PretrainedModel) -> dict[str, Any]:
     found = _described(model, ImageProcessor, PREPROCESSOR_NAME)
     if found is None:
         return facts
-    if found.size is not None:  # fine-tuning may have been at another size than pretraining
-        height, width = found.size
+    size = found.crop_size or found.size
+    if size is not None:  # fine-tuning may have been at another size than pretraining
+        height, width = size
         facts["image_px"] = height if height == width else [height, width]
     known = found.image_mean is not None
     facts |= {"mean": list(found.image_mean), "std": list(found.image_std)} if known else {"mean": [0.0], "std": [1.0]}
-    return facts | {"fit": found.fit}
+    return facts | {"fit": found.fit} | found.notes
 
 
 def _text(model: PretrainedModel) -> dict[str, Any]:
@@ -126,7 +179,23 @@ def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
             "modality.tokenizer.path to the one it was trained with"
         )
     how = {"blocks": build(cfg.modality.prepare), "encodings": list(cfg.modality.encodings)}
-    return Inputs(tokenizer=tokenizer, max_tokens=encoder.max_tokens, **how, **common)
+    longest = cfg.modality.block_tokens if "modality.block_tokens" in given_settings() else encoder.max_tokens
+    return Inputs(tokenizer=tokenizer, max_tokens=longest, **how, **common)
+
+
+def look_at_images(cfg: DictConfig, source: Source | StreamingSource) -> None:
+    """Say in the log what is unusual about the first images of a composed config's data."""
+    if cfg.modality.name != "vision":
+        return
+    if isinstance(source, Source):
+        samples = []
+        for row in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
+            with suppress(BadSample):  # the quarantine's to list
+                samples.append(source[int(row)])
+    else:
+        samples = list(itertools.islice(source.first(), LOOKED_AT))
+    for remark in remarks_on([one.value for one in samples], build(cfg.modality.decode)):
+        log.warning("of %d images: %s", len(samples), remark)
 
 
 def text_tokenizer(cfg: DictConfig) -> TextTokenizer:

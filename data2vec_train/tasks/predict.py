@@ -65,7 +65,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
             f"checkpoint={cfg.checkpoint} is a {type(model).__name__}, an encoder without a head: fine-tune it first "
             "(python -m data2vec_train.finetune), or ask for features (python -m data2vec_train.embed)"
         )
-    inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
+    model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
     source = build_source(cfg, task, labelled=False)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device

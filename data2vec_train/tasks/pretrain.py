@@ -36,6 +36,7 @@ from data2vec_train.runtime import (
 )
 from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
 from data2vec_train.tasks.init_from import adopt, initialise
+from data2vec_train.tasks.inputs import given_settings, look_at_images
 from data2vec_train.tasks.run_directory import (
     METRICS,
     NONFINITE,
@@ -77,6 +78,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
     data, modality = cfg.data, cfg.modality
     source = build(data.source)
     test_source = build(OmegaConf.merge(data.source, data.test_source)) if data.test_source else None
+    look_at_images(cfg, source)
     prepare = build(modality.prepare)
     if prepare is not None:
         source = prepare(source)
@@ -128,7 +130,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     start = None
     if cfg.init_from is not None:
-        start = adopt(cfg)
+        start = adopt(cfg, given_settings())
     run = open_run(cfg, run_dir)
     if run.summary is not None:
         log.info("%s is finished already", run_dir)

@@ -29,7 +29,7 @@ from data2vec_train.probes.callback import raw_input
 from data2vec_train.probes.layers import attentive_probes, layer_features, simple_probes
 from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
 from data2vec_train.report import Section, image_tag, table, write_report
-from data2vec_train.tasks.inputs import inherit
+from data2vec_train.tasks.inputs import inherit, look_at_images
 from data2vec_train.tasks.pretrain import quiet_libraries
 from data2vec_train.tasks.run_report import command_line
 
@@ -51,7 +51,7 @@ def probe(cfg: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     lock_directory(run_dir)
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights)
-    inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
+    model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     multiply_convolutions(model)
@@ -100,6 +100,7 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
     data, prepare = cfg.data, build(cfg.modality.prepare)
     source = build(data.source)
     test_source = build(OmegaConf.merge(data.source, data.test_source)) if data.test_source else None
+    look_at_images(cfg, source)
     if prepare is not None:
         source = prepare(source)
         test_source = None if test_source is None else prepare(test_source)

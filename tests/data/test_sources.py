@@ -348,6 +348,110 @@ def test_columns_are_found_named_or_listed(tmp_path, hf):
         hf(tmp_path / "t.csv")
 
 
+def columns_of(path: Path, **columns) -> Path:
+    """A table of these columns; "bytes" stands for an image, and so do pixels typed Image by "typed"."""
+    import datasets
+
+    given = {"bytes": {"bytes": ENCODED[0], "path": None}, "typed": {"bytes": ENCODED[0], "path": None}}
+    given |= {"array": [[1, 2], [3, 4]], "text": "words", "number": 3}
+    table = datasets.Dataset.from_dict({name: [given[kind]] * 4 for name, kind in columns.items()})
+    for name, kind in columns.items():
+        if kind == "typed":
+            table = table.cast_column(name, datasets.Image(decode=False))
+    table.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "taken"),
+    [
+        ({"segmentation_mask": "bytes", "image": "bytes"}, "image", "image"),
+        ({"segmentation_mask": "typed", "image": "typed"}, "image", "image"),
+        ({"thumbnail": "bytes", "img": "bytes"}, "image", "img"),
+        ({"image": "bytes", "shot": "typed"}, "image", "shot"),
+        ({"mask": "typed", "image": "bytes"}, "image", "image"),
+        ({"label_map": "typed", "shot": "typed"}, "image", "shot"),
+        ({"Image": "bytes", "other": "bytes"}, "image", "Image"),
+        ({"number": "number", "pixel_values": "array", "more": "array"}, "image", "pixel_values"),
+        ({"title": "text", "text": "text"}, "text", "text"),
+        ({"label": "text", "review": "text"}, "text", "review"),
+    ],
+)
+def test_of_several_columns_the_likely_one_is_taken_and_said(tmp_path, hf, caplog, columns, kind, taken):
+    caplog.set_level("INFO")
+    source = hf(columns_of(tmp_path / "a.parquet", **columns), kind=kind)
+    assert source._columns == [taken]
+    assert f"{kind}s from {taken}, " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "message"),
+    [
+        ({"left": "bytes", "right": "bytes"}, "image", "several columns could be the images: left, right; choose one"),
+        ({"left": "typed", "right": "typed"}, "image", "several columns could be the images: left, right; choose one"),
+        (
+            {"mask": "typed", "number": "number"},
+            "image",
+            "images could only be mask, .*; if it is them, write data.col",
+        ),
+        (
+            {"question": "text", "answer": "text"},
+            "text",
+            "several columns could be the texts: question, answer; choose",
+        ),
+    ],
+)
+def test_columns_that_may_be_anything_are_named_and_refused(tmp_path, hf, streaming, columns, kind, message):
+    path = columns_of(tmp_path / "a.parquet", **columns)
+    for make in (hf, streaming):
+        with pytest.raises(ConfigError, match=message):
+            make(path, kind=kind)
+    assert len(hf(path, kind=kind, column=next(iter(columns)))) == 4
+
+
+def test_of_several_class_columns_the_usual_name_is_taken_or_none(tmp_path, hf, caplog):
+    import datasets
+
+    rows = {"image": [{"bytes": ENCODED[0], "path": None}] * 4}
+    for names, taken in ((("source", "label"), "label"), (("fine", "coarse"), None), (("kind",), "kind")):
+        classes = {name: [0, 1, 0, 1] for name in names}
+        features = {name: datasets.ClassLabel(names=[f"{name}0", f"{name}1"]) for name in names}
+        table = datasets.Dataset.from_dict(rows | classes)
+        for name, feature in features.items():
+            table = table.cast_column(name, feature)
+        path = tmp_path / f"{'_'.join(names)}.parquet"
+        table.to_parquet(path)
+        assert hf(path).class_names == (None if taken is None else [f"{taken}0", f"{taken}1"])
+    assert "no labels: they may be fine or coarse; choose with data.label_column=" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "taken"),
+    [
+        (["seg.png", "jpg"], "jpg"),
+        (["seg.png", "png"], "png"),
+        (["mask.png", "image.png"], "image.png"),
+        (["v2.jpg"], "v2.jpg"),
+        (["seg.jpg", "rgb.jpg"], "rgb.jpg"),
+    ],
+)
+def test_of_the_members_of_a_tar_the_likely_one_is_taken(tmp_path, hf, streaming, members, taken):
+    contents = {f"a.b/{n}.{name}": b"image%d" % n if name == taken else b"mask" for n in range(3) for name in members}
+    path = tar(tmp_path / "a.tar", contents)
+    assert [hf(path)[n].value for n in range(3)] == [b"image0", b"image1", b"image2"]
+    records = streaming(path).stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
+    assert sorted(one.value for one in records) == [b"image0", b"image1", b"image2"]
+
+
+@pytest.mark.parametrize("members", [["jpg", "png"], ["left.png", "right.png"], ["001.jpg", "002.jpg"], ["seg.png"]])
+def test_members_that_may_be_anything_are_named_and_refused(tmp_path, hf, streaming, members):
+    path = tar(tmp_path / "a.tar", {f"{n}.{name}": name.encode() for n in range(3) for name in members})
+    for make in (hf, streaming):
+        with pytest.raises(ConfigError, match=f"not clear which members are the images: {', '.join(members)} "):
+            make(path)
+    assert hf(path, column=members[-1])[0].value == members[-1].encode()
+
+
 def test_missing_labels_and_missing_images_stay_visible(tmp_path, hf):
     import pyarrow as pa
     import pyarrow.parquet as pq

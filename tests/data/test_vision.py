@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data2vec_train.data.vision import ImageTransform, decode_image
+from data2vec_train.data.vision import ImageTransform, decode_image, remarks_on
 from data2vec_train.errors import BadSample, ConfigError
+from tests.tiffs import tiff
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
 PLAIN = {
@@ -42,8 +43,12 @@ def smooth(width: int, height: int) -> Image.Image:
     return Image.fromarray(PIXELS[:5, :5]).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def decode(value, channels=3, max_pixels=10**6):
-    return decode_image(value, channels=channels, max_pixels=max_pixels)
+def decode(value, channels=3, max_pixels=10**6, **more):
+    return decode_image(value, channels=channels, max_pixels=max_pixels, **more)
+
+
+def pixels_of(*given, **more) -> np.ndarray:
+    return np.asarray(decode(*given, **more))
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -73,8 +78,10 @@ def test_lossless_colours_come_back_exactly():
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     values = np.array([[0, 257, 128 * 257, 65535, 300]], dtype=np.uint16)
     assert np.asarray(decode(encode(Image.fromarray(values)), 1)).tolist() == [[0, 1, 128, 255, 1]]
-    wide = Image.fromarray(values.astype(np.int32))  # mode I
-    assert np.asarray(decode(encode(wide, "TIFF"), 1)).tolist() == [[0, 1, 128, 255, 1]]
+    wide = Image.fromarray(values.astype(np.int32))  # mode I: nothing says that they have 16 bits
+    with pytest.raises(BadSample, match="1 band .grey. of int32 with values up to 65535; set modality.max_value"):
+        decode(encode(wide, "TIFF"), 1)
+    assert pixels_of(encode(wide, "TIFF"), 1, max_value=65535).tolist() == [[0, 1, 128, 255, 1]]
 
 
 def test_adobe_inverted_cmyk_keeps_its_colour():
@@ -144,11 +151,17 @@ def broken_crc() -> bytes:
             bomb(10000, 10000),
             "10000x10000 pixels, more than modality.decode.max_pixels=1000000",
         ),  # PIL itself only warns here
-        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point image"),
-        (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), r"integer image with values outside .*"),
-        (np.ones((4, 4), np.float32), "float32 array; expected uint8 or uint16"),
-        (np.full((4, 4), 256, np.int32), r"int32 array with values outside 0\.\.255; expected uint8 or uint16"),
-        (np.ones((4, 4, 5), np.uint8), r"array of shape \(4, 4, 5\), which is 5 channels; expected 3"),
+        (
+            encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+            "a TIFF of .* of float32; set modality.max_value .*",
+        ),
+        (
+            encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"),
+            r"a TIFF of 4x4 pixels, 1 band \(grey\) of int32 with values up to 70000; set modality.max_value .*",
+        ),
+        (np.ones((4, 4), np.float32), r"float32 array of shape \(4, 4\); set modality.max_value to the value .*"),
+        (np.full((4, 4), 256, np.int32), r"int32 array of shape \(4, 4\) with values up to 256; set .*"),
+        (np.ones((4, 4, 5), np.uint8), r".*array of shape \(4, 4, 5\), which is 5 channels; expected 3; set .*=5.*"),
         (np.ones((0, 4), np.uint8), "4x0 pixels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -203,6 +216,145 @@ def test_arrays_with_the_right_channels_are_not_copied():
     for array, channels in ((PIXELS, 3), (PIXELS[..., 0], 1), (np.zeros((4, 4, 7), np.uint8), 7)):
         assert decode(array, channels) is array
     assert np.array_equal(np.asarray(decode(PIXELS[..., :1]))[..., 2], PIXELS[..., 0])
+
+
+# ---------------------------------------------------------------------------------------------------- bands and values
+
+BANDS = np.random.default_rng(7).integers(0, 256, (12, 17, 6), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("bands", [2, 4, 5, 6])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_gives_all_its_bands_as_they_are_stored(bands, dtype):
+    pytest.importorskip("tifffile")
+    factor = 257 if dtype == np.uint16 else 1
+    stored = BANDS[..., :bands].astype(dtype) * factor
+    data = tiff(stored, extra=(0,) * (bands - (3 if bands > 2 else 1)))
+    assert np.array_equal(decode(data, bands), BANDS[..., :bands])
+    assert np.array_equal(decode(stored, bands), BANDS[..., :bands])
+
+
+def test_a_tiff_without_the_tag_of_extra_samples_has_bands_too():
+    pytest.importorskip("tifffile")
+    assert np.array_equal(decode(tiff(BANDS[..., :4]), 4), BANDS[..., :4])
+
+
+@pytest.mark.parametrize("bands", [2, 4, 5, 6])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "array"])
+def test_bands_without_a_meaning_are_not_left_out(bands, channels, as_file):
+    value = BANDS[..., :bands]
+    if as_file:
+        value = tiff(value, extra=(0,) * (bands - (3 if bands > 2 else 1)))
+    with pytest.raises(BadSample, match=f"{bands} channels; expected {channels}; set modality.channels={bands}"):
+        decode(value, channels)
+
+
+def test_associated_alpha_neither_divides_nor_darkens():
+    pytest.importorskip("tifffile")
+    stored = BANDS[..., :4]
+    data = tiff(stored, extra=(1,))
+    assert np.array_equal(decode(data, 4), stored)
+    with pytest.raises(BadSample, match=r"RGB, associated alpha.*multiplied by its opacity; set modality.channels=4"):
+        decode(data)
+    opaque = stored.copy()
+    opaque[..., 3] = 255
+    assert np.array_equal(decode(tiff(opaque, extra=(1,))), stored[..., :3])
+
+
+def test_alpha_that_colours_are_not_multiplied_by_is_dropped_or_kept():
+    data = tiff(BANDS[..., :4], extra=(2,))
+    assert np.array_equal(decode(data, 4), BANDS[..., :4])
+    assert np.array_equal(decode(data, 3), BANDS[..., :3])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint32, np.int64])
+def test_wide_integers_from_0_to_255_are_what_they_are(dtype):
+    values = BANDS[..., 0].astype(dtype)
+    assert np.array_equal(decode(values, 1), BANDS[..., 0])
+    if dtype != np.int64:
+        assert np.array_equal(decode(tiff(values), 1), BANDS[..., 0])
+
+
+@pytest.mark.parametrize("form", [tiff, lambda array: array], ids=["file", "array"])
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint32, np.float32])
+def test_values_of_no_known_range_need_one(form, dtype):
+    values = np.array([[0, 1000, 4000, 9000]], dtype)
+    with pytest.raises(BadSample, match="set modality.max_value"):
+        decode(form(values), 1)
+    assert pixels_of(form(values), 1, max_value=4000).tolist() == [[0, 64, 255, 255]]
+
+
+@pytest.mark.parametrize("form", [tiff, lambda array: array], ids=["file", "array"])
+@pytest.mark.parametrize(("values", "reason"), [([-1, 5], "none below 0"), ([float("nan"), 0.5], "finite")])
+def test_values_that_no_pixel_can_have(form, values, reason):
+    values = np.array([values], np.int16 if reason == "none below 0" else np.float32)
+    with pytest.raises(BadSample, match=reason):
+        decode(form(values), 1, max_value=1)
+
+
+def test_twelve_bits_in_sixteen_by_tag_or_by_setting():
+    values = np.array([[0, 2048, 4095]], np.uint16)
+    assert pixels_of(values, 1, max_value=4095).tolist() == [[0, 128, 255]]
+    assert pixels_of(tiff(values), 1, max_value=4095).tolist() == [[0, 128, 255]]
+    packed = np.array([[0x80, 0x0F, 0xFF]], np.uint8)  # 0x800 and 0xFFF
+    data = tiff(packed, bits=12, tags={256: 2})
+    assert pixels_of(data, 1).tolist() == [[128, 255]]
+
+
+def test_grey_whose_0_is_white_is_turned_in_all_depths():
+    eight, sixteen = BANDS[..., 0], BANDS[..., 0].astype(np.uint16) * 257
+    assert np.array_equal(decode(tiff(eight, photometric=0), 1), 255 - eight)
+    assert np.array_equal(decode(tiff(sixteen, photometric=0), 1), 255 - eight)
+
+
+def test_signed_bytes_are_not_taken_for_unsigned_ones():
+    pytest.importorskip("tifffile")
+    with pytest.raises(BadSample, match=r"of int8 with values from -100"):
+        decode(tiff(np.array([[-100, 5]], np.int8)), 1)
+    assert pixels_of(tiff(np.array([[100, 5]], np.int8)), 1).tolist() == [[100, 5]]
+
+
+def test_a_stack_is_refused_or_read_as_told():
+    pages = [BANDS[..., number] for number in range(6)]
+    data = tiff(*pages)
+    with pytest.raises(BadSample, match=r"a TIFF of 6 pages.*modality.pages=first.*modality.channels=6"):
+        decode(data, 1)
+    assert np.array_equal(decode(data, 1, pages="first"), pages[0])
+    assert np.array_equal(decode(data, 6, pages="channels"), BANDS)
+    with pytest.raises(BadSample, match="6 pages.*expected 3 of one band"):
+        decode(data, 3, pages="channels")
+
+
+def test_overviews_and_masks_are_no_pages():
+    small = np.ascontiguousarray(BANDS[::2, ::2, 0])
+    data = tiff(BANDS[..., 0], small, small, page_tags=({}, {254: 1}, {254: 4}))
+    assert np.array_equal(decode(data, 1), BANDS[..., 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extra", [(), (0,)], ids=["by PIL", "as stored"])
+def test_tiffs_are_turned_upright(orientation, extra):
+    if extra:
+        pytest.importorskip("tifffile")
+    pixels = BANDS[..., : 3 + len(extra)]
+    stored = np.ascontiguousarray(STORED[orientation](pixels))
+    decoded = decode(tiff(stored, extra=extra, tags={274: orientation}), 3 + len(extra))
+    assert np.array_equal(decoded, pixels)
+
+
+def test_what_is_unusual_about_images_is_said():
+    narrow = [np.full((4, 4, 3), value, np.uint8) for value in (0, 1)]
+    said = remarks_on(narrow, decode)
+    assert "0 to 1 of 0 to 255" in said[0]
+    fourth = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
+    assert remarks_on([fourth, fourth], lambda one: decode(one, 4)) == [
+        "channel 3 of 0 to 3 has the same value everywhere"
+    ]
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 9, 255))
+    data = encode(first, "GIF", save_all=True, append_images=[second])
+    assert "1 are animations, of which the first frame is used" in remarks_on([data, PIXELS], decode)
+    assert remarks_on([PIXELS, b"broken"], decode) == []
 
 
 # --------------------------------------------------------------------------------------------------------- transform
