@@ -93,6 +93,8 @@ def read_pages(data: bytes) -> list[Page]:
         file.seek(place)
         tags = ImageFileDirectory_v2(header)
         tags.load(file)
+        if 256 not in tags or 257 not in tags:
+            raise BadSample("broken image file: a TIFF that does not say its size")
         if not int(tags.get(254, 0)) & (SMALLER | MASK):
             found.append(_page(tags, len(seen) - 1))
         place = tags.next
