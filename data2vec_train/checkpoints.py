@@ -154,9 +154,9 @@ def pointed(pointer: Path) -> Path | None:
     """The folder that `last` or `best` names; None when there is none."""
     if not pointer.is_file():
         return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    folder = pointer.parent / name
-    return folder if _NAME.fullmatch(name) and folder.is_dir() else None
+    with pointer.open("rb") as file:
+        name = file.read(100).decode("utf-8", "replace").strip()
+    return pointer.parent / name if _NAME.fullmatch(name) and (pointer.parent / name).is_dir() else None
 
 
 def check(folder: Path) -> Path:
@@ -171,7 +171,7 @@ def check(folder: Path) -> Path:
     try:
         expected = json.loads(manifest.read_bytes())[STATE]
         size, digest = expected["bytes"], expected["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{manifest} cannot be read ({type(error).__name__})") from None
     if state.stat().st_size != size:
         raise DamagedCheckpoint(f"{state} has {state.stat().st_size} bytes, {size} were written")

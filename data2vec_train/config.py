@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from data2vec_train import launch
 from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
 from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError, disk_fault
-from data2vec_train.places import COMMAND, config_directory, stay_off_the_network
+from data2vec_train.places import COMMAND, HEAL, config_directory, read_yaml, stay_off_the_network
 from data2vec_train.preflight import find_faults, preflight
 
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
@@ -171,7 +171,7 @@ def _resume(args: argparse.Namespace) -> None:
     runs, sweep = (directory / COMMAND, directory / ".hydra" / "overrides.yaml"), directory / "multirun.yaml"
     run = next((one for one in runs if one.is_file()), None)
     if run is not None:
-        saved, place = OmegaConf.to_container(OmegaConf.load(run)), "hydra.run.dir"
+        saved, place = _saved_overrides(run, read_yaml(run)), "hydra.run.dir"
     elif sweep.is_file():
         saved, place = _overrides_of_sweep(sweep), "hydra.sweep.dir"
         args.multirun = True
@@ -182,9 +182,19 @@ def _resume(args: argparse.Namespace) -> None:
 
 
 def _overrides_of_sweep(file: Path) -> list[str]:
-    overrides = OmegaConf.to_container(OmegaConf.load(file).hydra.overrides, resolve=False)
     own = ("hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
-    return [*overrides["task"], *(one for one in overrides["hydra"] if not one.startswith(own))]
+    try:
+        overrides = read_yaml(file)["hydra"]["overrides"]
+        task, hydra = (_saved_overrides(file, overrides[name]) for name in ("task", "hydra"))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged: it has no hydra.overrides; give the sweep's own command") from error
+    return [*task, *(one for one in hydra if not one.startswith(own))]
+
+
+def _saved_overrides(file: Path, found: object) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ConfigError(f"{file} is damaged: expected a list of settings; {HEAL}")
+    return found
 
 
 def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
@@ -197,7 +207,8 @@ def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
     for folder in folders:
         for name, pattern in (("config.json", r'"model_type": "data2vec(?:_train)?-(\w+)"'), ("config.yaml", _NAMED)):
             file = folder / name
-            found = re.search(pattern, file.read_text(encoding="utf-8")) if file.is_file() else None
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            found = re.search(pattern, text)
             if found:
                 return [f"modality={found[1]}"]
     return []
@@ -248,6 +259,10 @@ def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callabl
                 # A sweep may be longer than what was checked before it started.
                 if faults := preflight(cfg):
                     raise ConfigError("; ".join(faults))
+                from data2vec_train.tasks.sweep import isolated
+
+                with isolated():
+                    return task(cfg)
             return task(cfg)
         except (ConfigError, DataError, SaveError, CollapseError) as error:
             sys.stderr.write(f"error{who}: {error}\n")

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -24,6 +25,8 @@ from data2vec_train.saving import measuring_callback
 
 log = logging.getLogger(__name__)
 
+LONGEST_ROW = 100_000  # characters of metrics.csv; longer rows are damage
+
 
 class CSVLog(Logger):
     """`metrics.csv`: a column `step`, then one per metric in the order they first appeared; one row per call.
@@ -39,19 +42,27 @@ class CSVLog(Logger):
         self.path = Path(path)
         self.columns = ["step", "train/loss"]
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.columns = next(csv.reader(file), self.columns)
+            with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
+                found = next(csv.reader([file.readline(LONGEST_ROW)]), [])
+            if found[:1] == ["step"] and len(set(found)) == len(found):
+                self.columns = found
+            else:
+                kept = self.path.with_name(f"{self.path.name}.damaged")
+                log.warning("%s is damaged: it begins anew, and what there was is in %s", self.path, kept)
+                self.path.replace(kept)
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: a run that goes on there will log it again."""
         if not self.path.exists():
             return
-        content = self.path.read_text()
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        content = self.path.read_text(encoding="utf-8", errors="replace")
+        rows = list(csv.DictReader(line for line in content.splitlines() if len(line) < LONGEST_ROW))
         if not content.endswith("\n"):  # killed while writing it
             rows = rows[:-1]
-        self._rewrite([row for row in rows if int(row["step"]) <= step])
+        whole = [row for row in rows if _is_row(row)]
+        if len(whole) < len(rows):
+            log.warning("%s: %d damaged rows are left out", self.path, len(rows) - len(whole))
+        self._rewrite([row for row in whole if int(row["step"]) <= step])
 
     @rank_zero_only
     def save(self) -> None:
@@ -95,6 +106,17 @@ class CSVLog(Logger):
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.path, text.getvalue().encode())
+
+
+def _is_row(row: dict) -> bool:
+    """Whether each cell is a number or empty, and there is one for each column."""
+    try:
+        int(row["step"])
+        for cell in row.values():
+            float(cell or 0)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 class Monitor(L.Callback):
@@ -171,7 +193,8 @@ class Monitor(L.Callback):
             return  # not a logged step, or in the middle of an accumulation
         row = {name: float(value) for name, value in pl_module.measured.items()}
         pl_module.measured.clear()
-        self.train_seconds = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
+        spent = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
+        self.train_seconds = max(self.train_seconds, spent)  # a clock may run backward
         row |= self._throughput(trainer.datamodule)
         self._watch_loader(trainer)
         if just_measured:
@@ -184,11 +207,11 @@ class Monitor(L.Callback):
         self.waited_seconds = data.loader.waited_seconds - self._waited_before
         seconds, samples, waits = self._since_log
         self._since_log = (self.train_seconds, self.samples, self.waited_seconds)
-        elapsed = max(self.train_seconds - seconds, 1e-9)
-        row = {
-            "train/samples_per_second": (self.samples - samples) / elapsed,
-            "train/data_wait": (self.waited_seconds - waits) / elapsed,
-        }
+        elapsed = self.train_seconds - seconds
+        row = {}
+        if elapsed > 0:
+            row["train/samples_per_second"] = (self.samples - samples) / elapsed
+            row["train/data_wait"] = max(0.0, self.waited_seconds - waits) / elapsed
         if data.num_samples:
             row["train/epoch"] = self.samples / data.num_samples
         return row
@@ -286,9 +309,12 @@ def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     note = Path(save_dir) / "wandb_id"
-    if rank_zero_only.rank == 0 and (not step or not note.is_file()):
-        note.write_text(secrets.token_hex(4))
-    identity = note.read_text() if rank_zero_only.rank == 0 else None  # only the first process logs
+    identity = None  # only the first process logs
+    if rank_zero_only.rank == 0:
+        identity = note.read_bytes()[:100].decode("utf-8", "replace").strip() if step and note.is_file() else ""
+        if not re.fullmatch(r"[0-9a-f]{8}", identity):
+            identity = secrets.token_hex(4)
+            replace_file(note, identity.encode())
     offline = "WANDB_API_KEY" not in os.environ
     return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=identity, resume="allow")
 

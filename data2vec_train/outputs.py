@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -121,7 +122,7 @@ def _owner(handle: int) -> str:
     try:
         note = json.loads(os.read(handle, 4096))
         return f"process {note['pid']} on {note['host']}, since {note['since']}"
-    except (ValueError, TypeError, KeyError):  # it has not signed yet
+    except (ValueError, TypeError, KeyError, RecursionError):  # it has not signed yet
         return "it does not say which"
 
 
@@ -257,6 +258,23 @@ def _is_whole(folder: Path) -> bool:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with a line of JSON for each; damaged lines are left out, and counted in the log."""
+    rows, damaged = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged lines are left out", path, damaged)
+    return rows
 
 
 def replace_file(path: Path, content: bytes) -> None:

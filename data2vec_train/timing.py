@@ -49,8 +49,8 @@ class Timing:
     def _charge(self) -> None:
         now = (time.perf_counter(), time.process_time())
         spent = self.seconds[self._open[-1]]
-        spent[0] += now[0] - self._since[0]
-        spent[1] += now[1] - self._since[1]
+        spent[0] += max(0.0, now[0] - self._since[0])
+        spent[1] += max(0.0, now[1] - self._since[1])
         self._since = now
 
     def switch(self, part: str) -> None:
@@ -128,7 +128,7 @@ class Timing:
         """One per part, then the sum and what is outside `TRAINING`: seconds and shares of wall and CPU time."""
         self._charge()
         sums = {part: tuple(spent) for part, spent in self.seconds.items()}
-        total = [sum(column) for column in zip(*sums.values(), strict=True)]
+        total = [sum(column) or 1.0 for column in zip(*sums.values(), strict=True)]
         inside = [sum(sums[part][one] for part in TRAINING) for one in (0, 1)]
         sums["all"] = tuple(total)
         sums["outside forward, backward, optimizer, EMA"] = tuple(a - b for a, b in zip(total, inside, strict=True))

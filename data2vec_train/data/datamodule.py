@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
 from data2vec_train.data.quarantine import Quarantine
@@ -47,7 +48,7 @@ class TimedLoader:
                 batch = next(batches)
             except StopIteration:  # training loaders are endless
                 raise DataError("data.source gave no samples") from None
-            self.waited_seconds += time.perf_counter() - start
+            self.waited_seconds += seconds_since(start)
             yield batch
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from data2vec_train.errors import DataError
+from data2vec_train.outputs import read_rows
 
 
 class Quarantine:
@@ -33,7 +34,8 @@ class Quarantine:
         self.reasons: dict[str, str] = {}
         self.written: set[str] = set()
         if path.is_file():  # of the run that goes on here
-            self.written = {key for key, _ in _listed(path)}
+            _cut_unfinished_line(path)
+            self.written = {str(row.get("key")) for row in read_rows(path)}
         self.drawn = 0  # samples of all processes, as far as this one knows
         self.drawn_here = 0  # since the last `share`
 
@@ -88,12 +90,9 @@ class Quarantine:
         return len(self.reasons) > max(self.max_bad_fraction * total, self.tolerated)
 
 
-def _listed(path: Path) -> Iterator[tuple[str, str]]:
-    """What is in a list; a last line that a killed process left unfinished is cut off the file."""
+def _cut_unfinished_line(path: Path) -> None:
+    """A last line that a killed process left unfinished goes, so that the next one does not continue it."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content and rank_zero_only.rank == 0:  # who may be writing already where others still read
-        os.truncate(path, len(whole))
-    for line in whole.splitlines():
-        row = json.loads(line)
-        yield row["key"], row["reason"]
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content) and rank_zero_only.rank == 0:  # who may be writing already where others still read
+        os.truncate(path, whole)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.errors import CollapseError
 from data2vec_train.finetuning.base import Examples, HeadTask, Meter
 from data2vec_train.finetuning.data import FinetuneData
@@ -138,7 +139,7 @@ class Evaluation(L.Callback):
         task = pl_module.task
         if not self.best or _rank(task, scores) > _rank(task, self.best):
             self.best = scores | {"step": step}
-        self.seconds += time.perf_counter() - started
+        self.seconds += seconds_since(started)
         # For the checkpoint callback; the loggers get their row from the monitor.
         pl_module.log_dict(self.metrics, logger=False)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.embedding import pool
 from data2vec_train.encoders.base import Batch, ModalityEncoder
@@ -96,7 +97,7 @@ class ProbeCallback(L.Callback):
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
         self._explain(trainer, pl_module, "untrained")
-        self.seconds += time.perf_counter() - start
+        self.seconds += seconds_since(start)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Measure when it is time."""
@@ -114,7 +115,7 @@ class ProbeCallback(L.Callback):
                 teacher = pl_module.objective.teacher
                 embedder = pl_module.objective.student if teacher.share_embeddings else None
                 self._measure(trainer, teacher.encoder, "teacher", embedder=embedder)
-            self.seconds += time.perf_counter() - start
+            self.seconds += seconds_since(start)
             # For the checkpoint callback; the loggers get their row from the monitor.
             pl_module.log_dict(self.metrics, logger=False)
 

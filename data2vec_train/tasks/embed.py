@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.datamodule import available_workers, ignore_interrupts
 from data2vec_train.data.dataset import EvaluationDataset, Sample
@@ -58,7 +59,7 @@ def embed(cfg: DictConfig) -> int:
 
 
 def _embed(cfg: DictConfig, out: Path) -> int:
-    started = time.monotonic()
+    started = time.perf_counter()
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights)
     model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     source, rows = _records(cfg)
@@ -76,18 +77,18 @@ def _embed(cfg: DictConfig, out: Path) -> int:
     missing = [number for number in range(count) if number not in done]
     log.info("%d records, %d of %d parts are there already", len(rows), count - len(missing), count)
     loader = _loader(cfg, source, rows, missing, size)
-    reported = time.monotonic()
+    reported = time.perf_counter()
     for place, (number, packed) in enumerate(zip(missing, loader, strict=True)):
         done[number] = _write_part(parts, number, _unpacked(packed), embedder, cfg.dtype)
-        if time.monotonic() - reported > 10:
-            reported = time.monotonic()
-            rate = (place + 1) * size / (reported - started)
+        if seconds_since(reported) > 10:
+            reported = time.perf_counter()
+            rate = (place + 1) * size / max(seconds_since(started), 1.0)
             log.info("part %d of %d, %.0f records a second", place + 1, len(missing), rate)
     written, rejected = _merge([done[number] for number in range(count)], out, [*source.rejected, *source.left_out])
     shutil.rmtree(parts)
     if rejected:
         log.info("%d records cannot be used; see %s", rejected, out.with_name(out.name + ".rejected.jsonl"))
-    log.info("%d rows: %s (%.0f s)", written, out, time.monotonic() - started)
+    log.info("%d rows: %s (%.0f s)", written, out, seconds_since(started))
     return written
 
 

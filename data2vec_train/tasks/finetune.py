@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
+from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.audio import AudioWindows
 from data2vec_train.data.sources import Source, StreamingSource
@@ -70,7 +71,7 @@ def finetune(cfg: DictConfig) -> float | None:
     run = open_run(cfg, run_dir)
     if run.summary is not None:
         log.info("%s is finished already", run_dir)
-        return (run.summary["best"] or {}).get(run.summary["metric"])
+        return (run.summary.get("best") or {}).get(run.summary.get("metric"))
     if getattr(task, "vocabulary", None) == "keep":
         task.adopt(start)
     data = build_records(cfg, task, run_dir)
@@ -109,7 +110,7 @@ def finetune(cfg: DictConfig) -> float | None:
     collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:
         raise collapse
-    summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=time.perf_counter() - started)
+    summary = _summary(cfg, task, trainer, monitor, evaluation, data, seconds=seconds_since(started))
     if trainer.is_global_zero:
         model = _best(run_dir, model, evaluation, trainer.global_step)
         with writing(run_dir / MODEL_FOLDER) as folder:
@@ -253,7 +254,8 @@ def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> Hea
 def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation, step: int) -> PretrainedModel:
     """The model of the best evaluation, from the one of `step`."""
     if evaluation.best_step not in (None, step):
-        content = checkpoints.read(checkpoints.resolve(run_dir / checkpoints.FOLDER / "best"))
+        best = run_dir / checkpoints.FOLDER / checkpoints.name_of(evaluation.best_step)
+        content = checkpoints.read(checkpoints.check(best))
         state = {name.removeprefix("model."): one for name, one in content["state_dict"].items()}
         model.load_state_dict(state)
     return model.eval()

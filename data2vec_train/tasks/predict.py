@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.audio import AudioWindows
 from data2vec_train.data.datamodule import available_workers
@@ -58,7 +59,7 @@ def predict(cfg: DictConfig) -> int:
 
 
 def _predict(cfg: DictConfig, out: Path) -> int:
-    started = time.monotonic()
+    started = time.perf_counter()
     model = load_pretrained(cfg.checkpoint)
     if model.base_model is model:
         raise ConfigError(
@@ -77,7 +78,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
     joined = Joined(task, source) if isinstance(source, AudioWindows) else None
     good, bad = 0, len(source.rejected) + len(source.left_out)
     lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
-    reported = time.monotonic()
+    reported = time.perf_counter()
     with writing(out) as unfinished, _listing(unfinished, maps).open("w", encoding="utf-8") as file, torch.no_grad():
         _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
         loader = test_loader(dataset, task, build(cfg.modality.batching), workers, window=WINDOW)
@@ -96,8 +97,8 @@ def _predict(cfg: DictConfig, out: Path) -> int:
             for row, (key, why) in zip(broken, batch.rejected, strict=True):
                 lines[row] = {"key": key, "error": why}
             good, bad = good + len(batch), bad + len(broken)
-            if time.monotonic() - reported > 10:
-                reported = time.monotonic()
+            if seconds_since(reported) > 10:
+                reported = time.perf_counter()
                 log.info("%d of %d records", good + bad, len(source))
         _write(file, [lines[row] for row in sorted(lines)])
     path = out / LISTING if maps else out
@@ -105,7 +106,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
         raise DataError(f"none of {bad} records can be used; see {path}")
     _show(path)
     failed = f", {bad} cannot be used" if bad else ""
-    log.info("%d predictions%s: %s (%.0f s)", good, failed, path, time.monotonic() - started)
+    log.info("%d predictions%s: %s (%.0f s)", good, failed, path, seconds_since(started))
     return good
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
+from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
@@ -168,7 +169,7 @@ def pretrain(cfg: DictConfig) -> float | None:
 
     if timing is not None:
         timing.switch(REPORT)
-    summary = _summary(cfg, trainer, monitor, probe, data, seconds=time.perf_counter() - started)
+    summary = _summary(cfg, trainer, monitor, probe, data, seconds=seconds_since(started))
     summary["precision"] = precision
     summary["status"] = "finished" if collapse is None else "collapsed"
     if trainer.is_global_zero:
@@ -198,7 +199,7 @@ def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
 
 
 def _score(summary: dict) -> float | None:
-    return summary["probe"]["knn"]["trained"] if summary["probe"] else summary["rankme"]
+    return summary["probe"]["knn"]["trained"] if summary.get("probe") else summary.get("rankme")
 
 
 def build_trainer(

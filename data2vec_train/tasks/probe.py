@@ -14,6 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
@@ -84,7 +85,7 @@ def probe(cfg: DictConfig) -> float:
         "test_records": len(data.test_set),
         "pooling": cfg.modality.probe.pooling,
         "seed": cfg.seed,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(seconds_since(started), 1),
     }
     replace_file(run_dir / "probe.json", json.dumps(facts | results, indent=2).encode() + b"\n")
     lines = _table(results, layers, measures)

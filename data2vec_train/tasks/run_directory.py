@@ -16,8 +16,8 @@ from data2vec_train import checkpoints
 from data2vec_train.errors import ConfigError
 from data2vec_train.module import TrainingModule
 from data2vec_train.monitor import CSVLog
-from data2vec_train.outputs import lock_directory, replace_file
-from data2vec_train.places import COMMAND
+from data2vec_train.outputs import lock_directory, read_rows, replace_file
+from data2vec_train.places import COMMAND, HEAL, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
     used = (path / METRICS).exists() or (path / checkpoints.FOLDER).exists()
     if used and cfg.resume == "never":
         raise ConfigError(f"{path} already holds a run; choose another hydra.run.dir, or resume=auto to go on with it")
-    before = _config_of(path)
-    if used and before is not None and cfg.resume != "changed":
+    before = _config_of(path) if used and cfg.resume != "changed" else None
+    if before is not None:
         _check_same(before, config, path)
     checkpoint = checkpoints.newest(path / checkpoints.FOLDER)
     summary = _read_summary(path / SUMMARY)
@@ -139,7 +139,12 @@ def _keep_settings(cfg: DictConfig, path: Path) -> None:
 
 def _config_of(path: Path) -> dict[str, Any] | None:
     file = path / CONFIG
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    config = read_yaml(file)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} is damaged: it holds no settings; {HEAL}")
+    return config
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -173,10 +178,17 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:  # cut short when the process was killed
+    """What a run reached; None if it has not finished, or the file is damaged: then the last steps say it again."""
+    if not file.is_file():
         return None
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        log.warning("%s is damaged, and is written again", file)
+        return None
+    return found
 
 
 def _forget(path: Path, run: RunDirectory) -> None:
@@ -189,9 +201,8 @@ def _forget(path: Path, run: RunDirectory) -> None:
     CSVLog(path=path / METRICS).cut(run.step)
     nonfinite = path / NONFINITE
     if nonfinite.exists():
-        lines = [line for line in nonfinite.read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.step]
-        replace_file(nonfinite, "".join(kept).encode())
+        rows = [row for row in read_rows(nonfinite) if isinstance(row.get("step"), int) and row["step"] <= run.step]
+        replace_file(nonfinite, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_summary(file: Path, summary: dict[str, Any]) -> None:

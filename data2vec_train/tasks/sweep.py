@@ -1,14 +1,25 @@
-"""The table at the end of a sweep: one line per member, printed and written to `sweep.csv`."""
+"""What the members of a sweep share: one process, and the table at the end, also written to `sweep.csv`."""
 
 import csv
+import io
 import json
+import logging
+import os
+import random
 import re
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from data2vec_train.outputs import replace_file
 
 _COLUMNS = {
     "steps": "steps",
@@ -18,6 +29,115 @@ _COLUMNS = {
     "probe.knn.trained": "knn",
     "probe.linear.trained": "linear",
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Members
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Inside, one member runs. What it changes for the whole process is set back, and its W&B run is finished.
+
+    So each member ends in the bits of a run of its own.
+    """
+    restore = [_environment(), _random_numbers(), _logging(), _signals(), _torch()]
+    with warnings.catch_warnings():
+        status = 1
+        try:
+            yield
+            status = 0
+        finally:
+            wandb = sys.modules.get("wandb")
+            if wandb is not None and wandb.run is not None:
+                wandb.finish(exit_code=status)  # else Lightning logs the next member into the same run
+            for undo in restore:
+                undo()
+
+
+def _environment() -> Callable[[], None]:
+    before = dict(os.environ)
+
+    def undo() -> None:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+    return undo
+
+
+def _random_numbers() -> Callable[[], None]:
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def undo() -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+    return undo
+
+
+def _logging() -> Callable[[], None]:
+    raises = logging.raiseExceptions
+    levels = {name: one.level for name, one in _loggers()}
+
+    def undo() -> None:
+        logging.raiseExceptions = raises
+        for name, one in _loggers():
+            one.setLevel(levels.get(name, logging.NOTSET))
+
+    return undo
+
+
+def _loggers() -> list[tuple[str, logging.Logger]]:
+    return [(name, one) for name, one in logging.root.manager.loggerDict.items() if isinstance(one, logging.Logger)]
+
+
+def _signals() -> Callable[[], None]:
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def undo() -> None:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that was not set from Python cannot be set again
+                signal.signal(number, handler)
+
+    return undo
+
+
+def _torch() -> Callable[[], None]:
+    """What the trainer and the precision set for the whole process."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    flags = {name: getattr(cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic", "enabled")}
+    matmul, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    anomaly, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+        torch.set_anomaly_enabled(anomaly, check_nan)
+        for name, value in flags.items():
+            setattr(cudnn, name, value)
+
+    return undo
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
 
 class SweepTable(Callback):
@@ -61,19 +181,19 @@ def _order(member: Path) -> tuple[int, str]:
 
 
 def _overrides(directory: Path) -> dict[str, str]:
-    file = directory / ".hydra" / "overrides.yaml"
-    lines = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return dict(line.partition("=")[::2] for line in lines or [])
+    try:
+        lines = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # not there, or damaged
+        return {}
+    return dict(str(line).partition("=")[::2] for line in lines) if isinstance(lines, list) else {}
 
 
 def _summary(directory: Path) -> dict[str, object]:
-    file = directory / "summary.json"
-    if not file.is_file():
-        return {}
     try:
-        return _flat(json.loads(file.read_text(encoding="utf-8")))
-    except json.JSONDecodeError:  # cut short when the member was killed
+        found = json.loads((directory / "summary.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # not there, or damaged
         return {}
+    return _flat(found) if isinstance(found, dict) else {}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -88,10 +208,11 @@ def _columns(members: list[dict[str, object]]) -> list[str]:
 
 
 def _write_csv(members: list[dict[str, object]], file: Path) -> None:
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, _columns(members), restval="")
-        writer.writeheader()
-        writer.writerows(members)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _columns(members), restval="")
+    writer.writeheader()
+    writer.writerows(members)
+    replace_file(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _cells(members: list[dict[str, object]]) -> list[list[str]]:
