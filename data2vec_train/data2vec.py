@@ -8,8 +8,8 @@
     teacher    theta_teacher <- tau theta_teacher + (1 - tau) theta_student              teacher.py, after each step
 
 with e(d) = d^2 when beta = 0, else smooth L1 of width beta; s = 1/sqrt(D), 1/D or 1; P hidden positions.
-The class-token term compares the student's class token, through no head, with the mean of y over all positions:
-mean over rows of s * sum_c e(.).
+The class-token term compares the student's class token, through no head, with the mean of y over all positions that
+are not padding: mean over rows of s * sum_c e(.).
 
 What makes it 1.0 or 2.0 is only this:
             hiding                                  masks per sample   decoder          class-token term
@@ -125,7 +125,8 @@ class Data2Vec(nn.Module):
         terms = {"regression": self.scale * self._error(predictions, targets).sum() / hidden.numel()}
         if self.class_token_weight:
             class_token = student.prefix[:, -1].float()  # (N, D)
-            summary = y.mean(dim=1).repeat_interleave(self.views, dim=0)  # (N, D)
+            real = None if self.targets.reference_padding else embedded[1]
+            summary = mean_over_time(y, real).repeat_interleave(self.views, dim=0)  # (N, D)
             per_row = self.scale * self._error(class_token, summary).sum(dim=1)
             terms["class_token"] = self.class_token_weight * per_row.mean()
         return Data2VecOutput(sum(terms.values()), terms, predictions, targets)
@@ -177,6 +178,38 @@ class Data2Vec(nn.Module):
         if self.loss_beta == 0:
             return (predictions - targets).square()
         return F.smooth_l1_loss(predictions, targets, reduction="none", beta=self.loss_beta)
+
+
+def mean_over_time(x: Tensor, real: Tensor | None) -> Tensor:
+    """Mean of x (B, T, D) over its real positions, those where `real` (B, T) is True; None = all. -> (B, D)."""
+    if real is None:
+        return x.mean(dim=1)
+    return (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
+
+
+def relative_std(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """How far samples differ at the same position, relative to the size of the features: x (B, T, D) -> ().
+
+    The root mean square of the deviations from the mean over samples, divided by that of the features themselves.
+    0 = every sample looks the same. Norms over time or channels bring any deviation back to 1, this one they cannot.
+    NaN when there is one sample.
+
+    Args:
+        x: features before any normalisation.
+        real: (B, T) bool, False = padding, which is left out; None = there is none.
+    """
+    x = x.float()
+    if len(x) < 2:
+        return torch.full((), float("nan"), device=x.device)
+    weight = x.new_ones(x.shape[:2]) if real is None else real.to(x.dtype)
+    weight = weight[..., None]  # (B, T, 1)
+    count = weight.sum(dim=0)  # (T, 1)
+    mean = (x * weight).sum(dim=0) / count.clamp(min=1)  # (T, D)
+    variance = ((x - mean) * weight).square().sum(dim=0).mean(dim=1) / (count[:, 0] - 1).clamp(min=1)  # (T,)
+    several = count[:, 0] > 1
+    spread = (variance * several).sum() / several.sum().clamp(min=1)
+    power = (x * weight).square().sum() / (weight.sum() * x.shape[-1])
+    return (spread / power.clamp(min=1e-30)).sqrt()
 
 
 def std_over_rows(x: Tensor, *, everywhere: bool = False) -> Tensor:

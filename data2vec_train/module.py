@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data2vec_train.data.seeding import torch_seed
-from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
-from data2vec_train.encoders.base import Batch
+from data2vec_train.data2vec import Data2Vec, Data2VecOutput, relative_std, std_over_rows
+from data2vec_train.encoders.base import Batch, EncoderOutput
 from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.weights import check_tensors
 from data2vec_train.optim import Schedule, set_lr
 from data2vec_train.parallel import shard
 
@@ -61,6 +63,22 @@ class TrainingModule(L.LightningModule):
     def weights_may_rest(self) -> bool:
         """Whether there are steps in which some weights get no gradient."""
         return True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a state that training cannot go on from.
+
+        Raises:
+            ConfigError: weights or moments of the optimizer that are no finite floating-point numbers.
+        """
+        state, where = checkpoint["state_dict"], str(self.trainer.ckpt_path)
+        own = {name: one.dtype for name, one in self.state_dict().items()}
+        check_tensors({name: one for name, one in state.items() if name in own}, own, where)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for number, moments in optimizer["state"].items():
+                tensors = {
+                    f"{name} of parameter {number}": one for name, one in moments.items() if torch.is_tensor(one)
+                }
+                check_tensors(tensors, {name: one.dtype for name, one in tensors.items()}, f"{where}, optimizer")
 
     def weighted(self, loss: Tensor, count: int, samples: Tensor | tuple[str, ...]) -> Tensor:
         """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`.
@@ -195,6 +213,8 @@ class Data2VecModule(TrainingModule):
         super().__init__(schedule=schedule, seed=seed, log_every_n_steps=log_every_n_steps)
         self.objective = objective
         self.make_optimizer = optimizer
+        self._feature_std: Tensor | None = None  # () of the logged step that is under way
+        objective.teacher.register_forward_hook(self._watch_features)
 
     def configure_model(self) -> None:
         """With `strategy=fsdp` keep only a share of the weights here."""
@@ -209,6 +229,7 @@ class Data2VecModule(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
         self.seed_step()
+        self._feature_std = None
         output: Data2VecOutput = self.objective(batch)
         loss = self.weighted(output.loss, batch.masks.hidden.numel(), batch.ids)
         if self.logs_after(self.trainer.global_step + 1):
@@ -216,10 +237,17 @@ class Data2VecModule(TrainingModule):
             if len(output.terms) > 1:
                 values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
             everywhere = self.trainer.world_size > 1
+            values["train/feature_std"] = self._feature_std
             values["train/target_std"] = std_over_rows(output.targets, everywhere=everywhere)
             values["train/prediction_std"] = std_over_rows(output.predictions.detach(), everywhere=everywhere)
             self.measure(values)
         return loss
+
+    def _watch_features(self, teacher: nn.Module, inputs: object, outputs: tuple[EncoderOutput, Tensor | None]) -> None:
+        """In logged steps, measure the teacher's last layer before targets are made of it."""
+        if self._trainer is not None and self.training and self.logs_after(self.trainer.global_step + 1):
+            encoded, token_mask = outputs
+            self._feature_std = relative_std(encoded.layers[-1], token_mask)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         """One optimizer step, and directly after it one step of the teacher.

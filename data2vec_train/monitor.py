@@ -26,6 +26,9 @@ from data2vec_train.saving import measuring_callback
 log = logging.getLogger(__name__)
 
 LONGEST_ROW = 100_000  # characters of metrics.csv; longer rows are damage
+_ADVICE = (
+    "Try a lower optimizer.lr, a longer warm-up or a higher objective.tau_start; callbacks.monitor holds the thresholds"
+)
 
 
 class CSVLog(Logger):
@@ -127,10 +130,13 @@ class Monitor(L.Callback):
     Args:
         min_target_std: a lower `train/target_std` is a collapse; None = it is not judged.
         min_prediction_std: likewise for `train/prediction_std`.
-        grace_steps: before this step nothing is judged.
+        grace_steps: before this step nothing is judged, but for the last step of a run.
         max_data_wait: a larger share of the time spent waiting for data is said once, with what to change.
         data_wait_rows: logged steps over which the share is measured; the first, when workers start, is left out.
         progress: "bar", "lines" (one line per logged step), "none", or "auto": a bar on a terminal, lines elsewhere.
+        min_feature_ratio: `train/feature_std` below this share of what it was at the first step is a collapse that the
+            norms of the targets hide from the two above; None = it is not judged.
+        min_rank_ratio: likewise for what `probe/rankme` exceeds 1 by, against the untrained encoder.
     """
 
     def __init__(
@@ -142,9 +148,13 @@ class Monitor(L.Callback):
         max_data_wait: float,
         data_wait_rows: int,
         progress: str = "auto",
+        min_feature_ratio: float | None = None,
+        min_rank_ratio: float | None = None,
     ) -> None:
         limits = {"train/target_std": min_target_std, "train/prediction_std": min_prediction_std}
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self.min_feature_ratio = min_feature_ratio
+        self.min_rank_ratio = min_rank_ratio
         self.grace_steps = grace_steps
         self.max_data_wait = max_data_wait
         self.data_wait_rows = data_wait_rows
@@ -190,9 +200,12 @@ class Monitor(L.Callback):
             if just_measured:  # between two logged steps
                 self._probed_at = step
                 self._log_row(trainer, probe.metrics)
+                self._check_rank(trainer)
             return  # not a logged step, or in the middle of an accumulation
         row = {name: float(value) for name, value in pl_module.measured.items()}
         pl_module.measured.clear()
+        if math.isnan(row.get("train/feature_std", 0.0)):
+            del row["train/feature_std"]  # of a batch of one sample
         spent = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
         self.train_seconds = max(self.train_seconds, spent)  # a clock may run backward
         row |= self._throughput(trainer.datamodule)
@@ -201,7 +214,9 @@ class Monitor(L.Callback):
             self._probed_at = step
             row |= probe.metrics
         self._log_row(trainer, row)
-        self._check_collapse(step, row)
+        self._check_collapse(trainer, row)
+        if just_measured:
+            self._check_rank(trainer)
 
     def _throughput(self, data: L.LightningDataModule) -> dict[str, float]:
         self.waited_seconds = data.loader.waited_seconds - self._waited_before
@@ -253,21 +268,58 @@ class Monitor(L.Callback):
             eta = f"  ETA {_clock_time(remaining)}" if "train/loss" in row else ""
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, eta)
 
-    def _check_collapse(self, step: int, row: dict[str, float]) -> None:
+    def _check_collapse(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        """Judge what every logged step measures.
+
+        Raises:
+            CollapseError: training diverged, or different inputs look alike to the network.
+        """
         if not math.isfinite(row["train/loss"]):
             return  # the step was passed over; `FiniteSteps` counts these
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         for name, limit in self.limits.items():
             if not math.isfinite(row[name]):
                 raise CollapseError(
                     f"at step {step} {name} is {row[name]}, not a number: training diverged. Try a lower optimizer.lr "
                     "or a longer warm-up"
                 )
-            if step >= self.grace_steps and row[name] < limit:
+            # Untrained predictions are small and shrink before they grow: where the grace period outlasts the run, only
+            # what has fallen to a tenth is a collapse.
+            fallen = last and row[name] < self.first.get(name, 0.0) / 10
+            if (step >= self.grace_steps or fallen) and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "
-                    "network gives (nearly) the same answer everywhere. Try a lower optimizer.lr, a longer warm-up "
-                    "or a higher objective.tau_start; callbacks.monitor holds the thresholds"
+                    f"network gives (nearly) the same answer everywhere. {_ADVICE}"
                 )
+        name = "train/feature_std"
+        if self.min_feature_ratio is None or name not in row or name not in self.first:
+            return
+        limit = self.min_feature_ratio * self.first[name]
+        if (step >= self.grace_steps or last) and row[name] < limit:
+            raise CollapseError(
+                f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:.4g} "
+                f"({self.min_feature_ratio:g} of the {self.first[name]:.4g} at the first step): the teacher's last "
+                f"layer is (nearly) the same for different inputs, though normalised targets still vary. {_ADVICE}"
+            )
+
+    def _check_rank(self, trainer: L.Trainer) -> None:
+        """Judge what the probe measured at this step; needs no labels.
+
+        Raises:
+            CollapseError: the features of all samples lie in one direction.
+        """
+        step, probe = trainer.global_step, measuring_callback(trainer)
+        ranks = getattr(probe, "ranks", {})  # not of an evaluation of fine-tuning
+        early = step < self.grace_steps and step != trainer.max_steps
+        if self.min_rank_ratio is None or early or not {"untrained", "trained"} <= set(ranks):
+            return
+        limit = 1 + self.min_rank_ratio * (ranks["untrained"] - 1)
+        if ranks["trained"] < limit:
+            raise CollapseError(
+                f"collapse at step {step}: probe/rankme is {ranks['trained']:.4f}, below the threshold of {limit:.4f} "
+                f"(the untrained encoder has {ranks['untrained']:.4f}, and 1 says that all samples have the same "
+                f"features up to their size). {_ADVICE}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the summary is made of."""

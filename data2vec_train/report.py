@@ -29,6 +29,7 @@ HIDDEN_COLOUR = np.array([79, 91, 213], np.float32)  # neither black nor white n
 PANELS = {  # title: {label: column of metrics.csv}
     "Loss": {"": "train/loss"},
     "Spread (std) of the features": {"targets": "train/target_std", "predictions": "train/prediction_std"},
+    "Difference between samples before normalisation (std)": {"": "train/feature_std"},
     "Target variance explained, held out": {"": "heldout/explained"},
     "k-NN probe accuracy": {"pretrained": "probe/knn"},
     "Linear probe accuracy": {"pretrained": "probe/linear"},
@@ -56,9 +57,12 @@ class Section:
 def read_metrics(path: Path) -> Metrics:
     """Logged series by column name: (steps int64, values float64), sorted by step, without the empty cells.
 
-    A resumed run logs some steps a second time; the later row counts.
+    A resumed run logs some steps a second time; the later row counts. A run that ended before its first row has no
+    file, and no series.
     """
     series: dict[str, dict[int, float]] = {}
+    if not Path(path).is_file():
+        return {}
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         for row in rows:

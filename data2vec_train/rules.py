@@ -145,7 +145,8 @@ _RANGES = [
         optimizer.weight_decay trainer.gradient_clip_val modality.min_seconds objective.loss_beta attentive.weight_decay
         l2 callbacks.probe.l2 head.mixup head.cutmix head.init_scale modality.encoder.embed_gradient scheduler.min_lr
         scheduler.end_lr scheduler.start_lr min_seconds callbacks.monitor.min_target_std reserve.fragmentation
-        callbacks.monitor.min_prediction_std reserve.workspace_gib reserve.context_gib
+        callbacks.monitor.min_prediction_std callbacks.monitor.min_feature_ratio callbacks.monitor.min_rank_ratio
+        reserve.workspace_gib reserve.context_gib
         """,
     ),
     *_range(

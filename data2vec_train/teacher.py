@@ -33,7 +33,8 @@ class EMATeacher(nn.Module):
 
     Args:
         student: the encoder to copy.
-        share_embeddings: the teacher has no embedding of its own and takes the student's tokens (speech, text).
+        share_embeddings: the teacher has no embedding of its own and takes the student's tokens (speech, text). These
+            are those of training: what drops out of the embedding is missing for the teacher too, as in the originals.
         copied: names or prefixes of parameters that are copied from the student at each update, not averaged.
 
     Raises:

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data2vec_train.data2vec import Data2Vec
+from data2vec_train.data2vec import Data2Vec, relative_std, std_over_rows
 from data2vec_train.decoders import Conv2dDecoder, Decoder, LinearDecoder
 from data2vec_train.encoders.base import Batch, EncoderOutput, Masks, ModalityEncoder, hide
+from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.masking import BlockMasker, InverseBlockMasker
 from data2vec_train.optim import adamw
-from data2vec_train.targets import TargetBuilder
+from data2vec_train.targets import TargetBuilder, normalise
 
 RECORDED = json.loads((Path(__file__).parent / "statistics.json").read_text())["target_ops"]
 X = torch.sin(0.7 * torch.arange(24)).view(2, 4, 3)  # (B, T, D), as recorded
@@ -144,6 +145,67 @@ def test_class_token_term_by_hand(beta):
     assert output.loss.item() == pytest.approx(sum(term.item() for term in output.terms.values()), rel=1e-6)
     output.terms["class_token"].backward()
     assert model.student.row_prefix.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("reference_padding", [False, True])
+def test_the_class_token_is_compared_with_the_mean_over_real_positions(reference_padding):
+    inputs = torch.randn(2, 4, 3)
+    real = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    masked = torch.zeros(2, 1, 4, dtype=torch.bool)
+    masked[:, :, 0] = True
+    model = objective(
+        GivenLayers(3),
+        GivenPredictions(torch.zeros(2, 4, 3)),
+        class_token_weight=1.0,
+        targets={"reference_padding": reference_padding},
+    )
+    batch = Batch(inputs=inputs, attention_mask=real, masks=Masks.from_masked(masked, real))
+    last = inputs[1] if reference_padding else inputs[1, :2]
+    means = torch.stack([inputs[0].mean(dim=0), last.mean(dim=0)])
+    rows = torch.arange(2.0)[:, None].expand(2, 3)
+    expected = (rows - means).square().sum(dim=1).mean() / math.sqrt(3)
+    torch.testing.assert_close(model(batch).terms["class_token"], expected)
+
+
+def test_relative_std_by_hand():
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[3.0, 2.0], [3.0, 0.0]]])  # two samples of two positions
+    torch.testing.assert_close(relative_std(x), (x.var(dim=0).mean() / x.square().mean()).sqrt())
+    assert relative_std(x[:1].expand(3, -1, -1)) == 0
+    assert relative_std(x[:1]).isnan()
+    assert relative_std(torch.zeros(2, 2, 2)) == 0
+
+
+def test_relative_std_leaves_padding_out():
+    x = torch.randn(3, 5, 4)
+    real = torch.arange(5) < torch.tensor([5, 3, 3])[:, None]
+    garbage = torch.where(real[..., None], x, 1e3)
+    torch.testing.assert_close(relative_std(garbage, real), relative_std(x, real))
+    torch.testing.assert_close(relative_std(x, torch.ones(3, 5, dtype=torch.bool)), relative_std(x))
+
+
+def test_the_norms_of_targets_hide_what_relative_std_shows():
+    alike = torch.randn(1, 6, 8) * 0.01 + 1 + 1e-4 * torch.randn(4, 6, 8)
+    assert relative_std(alike) < 1e-3
+    assert std_over_rows(normalise(alike, ["instance"]).flatten(0, 1)) > 0.9
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_shared_embeddings_reach_the_teacher_as_the_student_has_them_dropout_included(training):
+    text = {"vocab_size": 20, "max_tokens": 8, "pad_id": 1, "num_token_types": 0, "dim": 16, "depth": 1}
+    text |= {"prenet_depth": 0, "num_heads": 2, "ffn_dim": 32, "norm_eps": 1e-5, "activation": "gelu", "dropout": 0.5}
+    text |= dict.fromkeys(["attention_dropout", "activation_dropout", "drop_path", "layer_drop"], 0.0)
+    encoder = TextEncoder(**text, activation_checkpointing=False, attention="eager")
+    model = objective(encoder, LinearDecoder(dim=16, init_std=None), share_embeddings=True).train(training)
+    ids = torch.randint(2, 20, (2, 6))
+    masked = torch.zeros(2, 1, 6, dtype=torch.bool)
+    masked[:, :, 1:3] = True
+    embedded = model.student.embed(ids, None)
+    dropped = float((embedded[0] == 0).float().mean())
+    assert (0.3 < dropped < 0.7) if training else dropped == 0
+    y = model.teach(Batch(inputs=ids, masks=Masks.from_masked(masked)), embedded)
+    with torch.no_grad():
+        teacher = model.teacher.encoder.contextualize(*embedded, tap="ffn", last=1)
+    torch.testing.assert_close(y, teacher.layers[0])  # nothing else drops out in the teacher
 
 
 def test_the_last_prefix_token_is_the_class_token():

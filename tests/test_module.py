@@ -322,6 +322,7 @@ def test_what_is_measured_on_logged_steps(tmp_path):
         "train/loss",
         "train/loss_regression",
         "train/loss_class_token",
+        "train/feature_std",
         "train/target_std",
         "train/prediction_std",
         "train/grad_norm",

@@ -10,6 +10,7 @@ import torch
 from data2vec_train.data.datamodule import TimedLoader
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.monitor import CSVLog, Monitor, describe, loader_advice, wandb_logger
+from data2vec_train.probes.callback import ProbeCallback
 
 
 def rows(path) -> list[dict]:
@@ -121,6 +122,104 @@ def test_nan_is_an_alarm_too(name):
     run = Run(monitor())
     with pytest.raises(CollapseError):
         run.step(60, **{name: float("nan")})
+
+
+def measured_run(monitor: Monitor, *, untrained: float, trained: float) -> Run:
+    """A run whose probe has measured RankMe at whatever step it is."""
+    run = Run(monitor)
+    probe = ProbeCallback(every_n_steps=1, neighbours=1, l2=1.0, rank_samples=1, **PLAIN_PROBE)
+    probe.ranks, probe.metrics = {"untrained": untrained, "trained": trained}, {"probe/rankme": trained}
+    run.trainer.callbacks.append(probe)
+    run.probe = probe
+    return run
+
+
+PLAIN_PROBE = {"pooling": "mean", "raw": None, "raw_name": "raw", "note": None}
+BEFORE_NORMS = {"min_feature_ratio": 0.01, "min_rank_ratio": 0.02}
+
+
+def features(run: Run, step: int, feature_std: float) -> None:
+    run.batch(step, loss=2.0, tau=0.9, lr=0.1, target_std=0.95, prediction_std=0.3, feature_std=feature_std)
+
+
+def test_features_that_no_longer_differ_are_a_collapse_though_normalised_targets_vary():
+    run = Run(monitor(**BEFORE_NORMS))
+    features(run, 1, 0.5)
+    features(run, 49, 1e-6)  # still in the grace period
+    with pytest.raises(
+        CollapseError, match=r"step 50: train/feature_std is 1e-06, below the threshold of 0\.005 .*lower optimizer\.lr"
+    ):
+        features(run, 50, 1e-6)
+
+
+def test_the_last_step_of_a_run_shorter_than_the_grace_period_is_judged():
+    run = Run(monitor(grace_steps=500, **BEFORE_NORMS))
+    features(run, 1, 0.5)
+    features(run, 99, 1e-6)
+    with pytest.raises(CollapseError, match="collapse at step 100: train/feature_std"):
+        features(run, 100, 1e-6)
+
+
+@pytest.mark.parametrize("low", [{"target_std": 0.009}, {"prediction_std": 0.0027}])
+def test_both_deviations_are_judged_at_the_end_of_a_short_run(low):
+    run = Run(monitor(grace_steps=500))
+    run.step(1, target_std=0.32, prediction_std=0.0475)
+    with pytest.raises(CollapseError, match="collapse at step 100"):
+        run.step(100, **{"target_std": 0.32, "prediction_std": 0.05} | low)
+
+
+@pytest.mark.parametrize("prediction_std", [0.004, 0.0081])
+def test_small_predictions_of_a_short_healthy_run_are_no_collapse(prediction_std):
+    run = Run(monitor(grace_steps=500))
+    run.step(1, prediction_std=0.0081)  # a new decoder says little, and less before it says more
+    run.step(100, prediction_std=prediction_std)
+
+
+@pytest.mark.parametrize("first", [0.5, 0.0067, 1e-4])
+def test_features_that_differ_little_from_the_start_are_judged_by_that(first):
+    run = Run(monitor(**BEFORE_NORMS))
+    for step in (1, 50, 100):
+        features(run, step, first if step == 1 else first / 20)
+
+
+def test_features_of_data_that_are_all_alike_are_no_collapse():
+    run = Run(monitor(**BEFORE_NORMS))
+    for step in (1, 50, 100):
+        features(run, step, 0.0)
+
+
+def test_a_batch_of_one_sample_says_nothing_about_other_samples():
+    run = Run(monitor(**BEFORE_NORMS))
+    features(run, 1, float("nan"))
+    features(run, 100, float("nan"))
+    assert all("train/feature_std" not in row for _, row in run.log.rows)
+
+
+@pytest.mark.parametrize(
+    ("untrained", "trained", "fails"), [(3.0, 1.0, True), (70.5, 1.2, True), (1.249, 1.067, False), (1.0001, 1.0, True)]
+)
+def test_rankme_is_judged_against_the_untrained_encoder(untrained, trained, fails):
+    run = measured_run(monitor(**BEFORE_NORMS), untrained=untrained, trained=trained)
+    run.probe.measured_at = 100
+    if fails:
+        with pytest.raises(CollapseError, match=r"step 100: probe/rankme is 1\.\d+, below the threshold of"):
+            run.step(100)
+    else:
+        run.step(100)
+
+
+def test_rankme_is_judged_between_two_logged_steps_too():
+    run = measured_run(monitor(**BEFORE_NORMS), untrained=3.0, trained=1.0)
+    run.probe.measured_at = 75
+    with pytest.raises(CollapseError, match="probe/rankme"):
+        run.batch(75)
+
+
+def test_null_switches_the_judgement_before_the_norms_off():
+    run = measured_run(monitor(min_feature_ratio=None, min_rank_ratio=None), untrained=3.0, trained=1.0)
+    run.probe.measured_at = 100
+    features(run, 1, 0.5)
+    features(run, 100, 0.0)
 
 
 def test_healthy_values_pass():

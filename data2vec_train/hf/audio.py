@@ -21,6 +21,7 @@ from data2vec_train.heads.losses import (
 )
 from data2vec_train.heads.speech import CTCHead, LayerSum, UtteranceHead, XVectorHead
 from data2vec_train.hf.base import Layers, PretrainedModel, attentions_of, choose_layers, hidden_states_of
+from data2vec_train.hf.checks import build_encoder
 from data2vec_train.hf.configs import Data2VecAudioConfig
 from data2vec_train.hf.names import hf_audio
 from data2vec_train.hf.outputs import ModelOutput
@@ -223,7 +224,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__(config)
-        self.encoder = AudioEncoder(**encoder_arguments(config))
+        self.encoder = build_encoder(AudioEncoder, encoder_arguments(config))
         self.adapter = Adapter(config) if config.add_adapter else None
         if config.encoder is None:
             self.init_weights()

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.encoders.transformer import Extras, Transformer
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.checks import check_size
 from data2vec_train.hf.configs import Data2VecConfig
 from data2vec_train.hf.names import to_theirs
 from data2vec_train.hf.outputs import ModelOutput
-from data2vec_train.hf.weights import SAFETENSORS_NAME, LoadReport, put_into, read_tensors
+from data2vec_train.hf.weights import SAFETENSORS_NAME, LoadReport, put_into, read_tensors, weights_file
 from data2vec_train.layers.backends import NAMES
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class PretrainedModel(nn.Module):
             raise ConfigError(
                 f"{type(self).__name__} needs a {self.config_class.__name__}, got {type(config).__name__}"
             )
+        config.check()
         _check_backend(config.attn_implementation)
         self.config = config
         self.source: Path | None = None  # folder with files that say how inputs are prepared
@@ -223,10 +225,11 @@ class PretrainedModel(nn.Module):
         config.attn_implementation = attn_implementation or config.attn_implementation
         cls._adapt(config, {name.removeprefix(f"{cls.base_model_prefix}.") for name in tensors})
         model, report = cls.from_tensors(
-            config, tensors, where=str(path), ignore_mismatched_sizes=ignore_mismatched_sizes
+            config, tensors, where=str(weights_file(path)), ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model.source = Path(path)
-        chosen = next(one.dtype for one in tensors.values() if one.is_floating_point()) if dtype == "auto" else dtype
+        chosen = next((one.dtype for one in tensors.values() if one.is_floating_point()), None)
+        chosen = chosen if dtype == "auto" else dtype
         model = model.placed(dtype=chosen, device_map=device_map).eval()
         if report.fresh or report.left_out:
             log.warning("%s from %s: %s", cls.__name__, path, report)
@@ -249,7 +252,11 @@ class PretrainedModel(nn.Module):
             raise ConfigError("hf_compat is for folders: save the model with save_pretrained, and load that")
         if attn_implementation is not None:
             self.set_attn_implementation(attn_implementation)
-        return self.to(device=_device_of(device_map), dtype=None if dtype in (None, "auto") else _dtype_of(dtype))
+        placed = self.to(device=_device_of(device_map), dtype=None if dtype in (None, "auto") else _dtype_of(dtype))
+        beyond = next((name for name, one in placed.named_parameters() if not one.isfinite().all()), None)
+        if beyond is not None:
+            raise ConfigError(f"dtype={dtype}: {beyond} holds numbers that are too large for it; choose float32")
+        return placed
 
     @classmethod
     def from_tensors(
@@ -261,6 +268,7 @@ class PretrainedModel(nn.Module):
         ignore_mismatched_sizes: bool = False,
     ) -> tuple[Self, LoadReport]:
         """A model of this class with these tensors, by the names they have in files."""
+        check_size(lambda: cls._build(config, tensors), tensors, where)
         model = cls._build(config, tensors)
         names = model.names()
         prefix = f"{cls.base_model_prefix}."

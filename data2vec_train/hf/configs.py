@@ -7,11 +7,13 @@ back. Three fields are ours:
     attn_implementation, hf_compat, keep_mask_token      how to run the model; never written
 """
 
+import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.checks import check_values
 from data2vec_train.hf.files import read_json, write_json
 
 CONFIG_NAME = "config.json"
@@ -45,13 +47,23 @@ class Data2VecConfig:
     unknown: dict[str, Any] = field(default_factory=dict)  # what a file holds beyond these fields
 
     def __post_init__(self) -> None:
+        self.check()
         if self.id2label is not None:
-            self.id2label = {int(number): name for number, name in self.id2label.items()}
+            self.id2label = _numbered(self.id2label)
             self.num_labels = len(self.id2label)
         else:
             self.id2label = {number: f"LABEL_{number}" for number in range(self.num_labels)}
         if self.label2id is None or len(self.label2id) != self.num_labels:
             self.label2id = {name: number for number, name in self.id2label.items()}
+
+    def check(self) -> None:
+        """Look at every field, before anything is built from them.
+
+        Raises:
+            ConfigError: a value of another type, or one that no model can have.
+        """
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        check_values(values, _hints(type(self)), type(self).__name__)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Data2VecConfig":
@@ -92,7 +104,10 @@ class Data2VecConfig:
         run_time = {name: changes.pop(name) for name in _RUN_TIME & set(changes)}
         if "num_labels" in changes and "id2label" not in changes:
             content = {name: value for name, value in content.items() if name not in ("id2label", "label2id")}
-        config = cls.from_dict(content | changes)
+        try:
+            config = cls.from_dict(content | changes)
+        except ConfigError as error:
+            raise ConfigError(f"{Path(folder) / CONFIG_NAME}: {error}") from error
         for name, value in run_time.items():
             setattr(config, name, value)
         return config
@@ -109,6 +124,23 @@ class Data2VecConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json."""
         write_json(Path(folder) / CONFIG_NAME, dict(sorted(self.to_dict().items())))
+
+
+@functools.cache
+def _hints(kind: type[Data2VecConfig]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _numbered(names: dict[Any, Any]) -> dict[int, str]:
+    """Class names by number, from a JSON object, whose keys are texts.
+
+    Raises:
+        ConfigError: the numbers are not 0 to n - 1, or a name is none.
+    """
+    numbers = {str(number): number for number in range(len(names))}
+    if {str(key) for key in names} != set(numbers) or not all(isinstance(one, (str, int)) for one in names.values()):
+        raise ConfigError(f"id2label names the classes 0 to n - 1, each by a text; got {str(names)[:60]}")
+    return {numbers[str(key)]: name for key, name in names.items()}
 
 
 _RUN_TIME = {"attn_implementation", "hf_compat", "keep_mask_token", "unknown"}
@@ -171,8 +203,8 @@ class Data2VecAudioConfig(Data2VecConfig):
     tdnn_dilation: list[int] = field(default_factory=lambda: [1, 2, 3, 1, 1])
     xvector_output_dim: int = 512
     pad_token_id: int = 0
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
     add_adapter: bool = False
     adapter_kernel_size: int = 3
     adapter_stride: int = 2
@@ -219,8 +251,8 @@ class Data2VecTextConfig(Data2VecConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
-    bos_token_id: int = 0
-    eos_token_id: int = 2
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 2
     use_cache: bool = True
     classifier_dropout: float | None = None
     is_decoder: bool = False

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf import audio, fairseq, plugin, text, vision
 from data2vec_train.hf.base import PretrainedModel
+from data2vec_train.hf.checks import build_encoder, check_size
 from data2vec_train.hf.configs import (
     CONFIG_NAME,
     CONFIGS,
@@ -29,7 +31,7 @@ from data2vec_train.hf.configs import (
 from data2vec_train.hf.pickles import read_checkpoint
 from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
 from data2vec_train.hf.tokenizers import CTCTokenizer
-from data2vec_train.hf.weights import SAFETENSORS_NAME, put_into
+from data2vec_train.hf.weights import PICKLE_NAME, SAFETENSORS_NAME, put_into
 from data2vec_train.layers.positions import sincos_grid
 
 Weights = Literal["student", "teacher"]
@@ -185,7 +187,12 @@ CLASSES: dict[str, type[PretrainedModel]] = {
 
 
 def load_pretrained(
-    path: str | Path, *, weights: Weights = "student", num_heads: int | None = None, **options: Any
+    path: str | Path,
+    *,
+    weights: Weights = "student",
+    num_heads: int | None = None,
+    dtype: torch.dtype | str | None = "float32",
+    **options: Any,
 ) -> PretrainedModel:
     """The model in a file or folder, in evaluation mode, as the class of transformers' that it is.
 
@@ -198,18 +205,22 @@ def load_pretrained(
         path: the file or folder; a run directory stands for its newest checkpoint, after fine-tuning for model/.
         weights: of a checkpoint, the student's or the teacher's.
         num_heads: attention heads, for a file that does not say and whose width is none of the published ones.
-        **options: see `PretrainedModel.from_pretrained`, such as `dtype`, `device_map`, `attn_implementation`.
+        dtype: of the weights, which are float32 whatever the file has, unless this says otherwise; "auto" = as in the
+            file. `torch_dtype` is the same, as in transformers 4.
+        **options: see `PretrainedModel.from_pretrained`, such as `device_map`, `attn_implementation`.
 
     Raises:
-        ConfigError: there is nothing of the kind at `path`, it is broken, or it asks for code to be run.
+        ConfigError: there is nothing of the kind at `path`, it is broken, it asks for code to be run, or its weights
+            are no finite floating-point numbers.
         WeightMismatch: tensors are missing, in excess, or of another shape.
     """
     path = Path(path).expanduser()
+    dtype = options.pop("torch_dtype", dtype)
     if weights not in ("student", "teacher"):
         raise ConfigError(f"weights={weights!r}: expected student or teacher")
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
-    if path.name in (SAFETENSORS_NAME, "pytorch_model.bin") and (path.parent / CONFIG_NAME).is_file():
+    if path.name in (SAFETENSORS_NAME, PICKLE_NAME) and (path.parent / CONFIG_NAME).is_file():
         path = path.parent
     if path.is_dir() and (path / MODEL_FOLDER / CONFIG_NAME).is_file():
         path = path / MODEL_FOLDER
@@ -218,10 +229,7 @@ def load_pretrained(
     if path.is_dir():
         if weights == "teacher":
             raise ConfigError(f"{path} holds one set of weights; weights=teacher is for checkpoints of pretraining")
-        content = read_config(path)
-        name = (content.get("architectures") or [None])[0]
-        kind = CLASSES.get(name) or base_class_of(config_class_of(content, (*CONFIGS, plugin.PluginConfig)))
-        return kind.from_pretrained(path, **options)
+        return _class_for(read_config(path), path).from_pretrained(path, dtype=dtype, **options)
     content = read_checkpoint(path)
     if "state_dict" in content and "model" in content:
         model = _from_finetuning(content, str(path), weights)
@@ -229,7 +237,15 @@ def load_pretrained(
         model = _from_run(content, str(path), weights)
     else:
         model = _from_original(content, str(path), weights, num_heads)
-    return model.placed(**options).eval()
+    return model.placed(dtype=dtype, **options).eval()
+
+
+def _class_for(content: dict[str, Any], folder: Path) -> type[PretrainedModel]:
+    """The class that a config.json names, else the one without a head for its model type."""
+    names = content.get("architectures") or [None]
+    if not isinstance(names, list) or not isinstance(names[0], (str, NoneType)):
+        raise ConfigError(f"{folder / CONFIG_NAME}: architectures={str(names)[:60]}, expected a list of class names")
+    return CLASSES.get(names[0]) or base_class_of(config_class_of(content, (*CONFIGS, plugin.PluginConfig)))
 
 
 def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
@@ -254,7 +270,8 @@ def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, 
     if modality is None:
         kind, config = plugin.Data2VecPluginModel, plugin.PluginConfig(encoder={"_target_": target, **arguments})
     else:
-        kind = FAMILIES[modality].base
+        kind, encoder = FAMILIES[modality].base, plugin.encoder_class(target)
+        check_size(lambda: build_encoder(encoder, arguments), tensors, where)
         config, tensors = describe(modality, arguments, tensors)
     try:
         model = _without_pooler(kind, config)
@@ -529,8 +546,6 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     student = _below(state, "objective.student.")
     if weights == "teacher":
         student |= _below(state, "objective.teacher.encoder.")
-    # Half precision of training is no property of the model.
-    student = {name: one.float() if one.is_floating_point() else one for name, one in student.items()}
     model = wrap(target, node, student, where=where)
     beside = checkpoints.run_of(Path(where)) / PREPROCESSING_FOLDER
     model.source = beside if beside.is_dir() else None
@@ -546,8 +561,11 @@ def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> P
         state = _below(content["state_dict"], "model.")
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{where} does not say which model it holds") from error
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{where} does not say which model it holds")
     config = kind.config_class.from_dict(facts)
     config.keep_mask_token = any(name.endswith("encoder.mask_token") for name in state)
+    check_size(lambda: kind(config), state, where)
     model = kind(config)
     put_into(model, {name: name for name in model.state_dict()}, state, where=where)
     model.tie_weights()
@@ -587,6 +605,7 @@ def _from_original(content: dict[str, Any], where: str, weights: Weights, num_he
         if "num_labels" in changes:
             config.id2label = config.label2id = None
             config.__post_init__()
+    check_size(lambda: _without_pooler(kind, config), tensors, where)
     model = _without_pooler(kind, config)
     inside = "encoder." if model.base_model is model else f"{model.base_model_prefix}.encoder."
     names = {theirs: inside + ours for theirs, ours in names.items()}

@@ -16,6 +16,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.heads.losses import classification_loss, infer_problem_type, question_answering_loss
 from data2vec_train.heads.text import LanguageHead, Pooler, SentenceHead
 from data2vec_train.hf.base import Layers, PretrainedModel, attentions_of, hidden_states_of
+from data2vec_train.hf.checks import build_encoder
 from data2vec_train.hf.configs import Data2VecTextConfig
 from data2vec_train.hf.generation import generate
 from data2vec_train.hf.names import hf_text
@@ -99,7 +100,7 @@ class Data2VecTextModel(TextPretrainedModel):
         if config.add_cross_attention and not config.is_decoder:
             raise ConfigError("add_cross_attention needs a decoder; set is_decoder=True")
         super().__init__(config)
-        self.encoder = TextEncoder(**encoder_arguments(config))
+        self.encoder = build_encoder(TextEncoder, encoder_arguments(config))
         self.pooler = Pooler(dim=self.encoder.dim) if add_pooling_layer else None
         if config.encoder is None:
             self.init_weights()

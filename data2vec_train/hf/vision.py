@@ -14,6 +14,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.heads.losses import classification_loss, infer_problem_type
 from data2vec_train.heads.vision import ImagePooler, SegmentationHead, segmentation_loss
 from data2vec_train.hf.base import PretrainedModel, attentions_of, hidden_states_of
+from data2vec_train.hf.checks import build_encoder
 from data2vec_train.hf.configs import Data2VecVisionConfig
 from data2vec_train.hf.names import hf_vision
 from data2vec_train.hf.outputs import ModelOutput
@@ -94,7 +95,7 @@ class Data2VecVisionModel(VisionPretrainedModel):
 
     def __init__(self, config: Data2VecVisionConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
-        self.encoder = VisionEncoder(**encoder_arguments(config))
+        self.encoder = build_encoder(VisionEncoder, encoder_arguments(config))
         # transformers resizes tables of biases for grids that are not square the wrong way round (contract, bug 4).
         for bias in self.encoder.relative_biases:
             bias.transposed = config.hf_compat

@@ -1,8 +1,7 @@
 """Files of tensors, and putting tensors into a model without losing any."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.errors import ConfigError, WeightMismatch
+from data2vec_train.hf.files import read_json
 from data2vec_train.hf.names import to_ours
 
-SAFETENSORS_NAME = "model.safetensors"
+SAFETENSORS_NAME, PICKLE_NAME = "model.safetensors", "pytorch_model.bin"
+_INDEX = ".index.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass
@@ -31,24 +33,56 @@ class LoadReport:
         return "; ".join(parts) or "everything fits"
 
 
+def weights_file(folder: str | Path) -> Path:
+    """model.safetensors, pytorch_model.bin, or the index of either's parts.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(folder)
+    for name in (SAFETENSORS_NAME, PICKLE_NAME):
+        found = next((one for one in (folder / name, folder / f"{name}{_INDEX}") if one.is_file()), None)
+        if found is not None:
+            return found
+    raise ConfigError(f"{folder} has no weights: expected {SAFETENSORS_NAME} or {PICKLE_NAME}")
+
+
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """All tensors in a folder: model.safetensors, its shards, or pytorch_model.bin; on the CPU.
 
     Raises:
         ConfigError: there are none, or a file is broken or holds more than tensors.
     """
-    folder = Path(folder)
-    for name, read in ((SAFETENSORS_NAME, read_safetensors), ("pytorch_model.bin", read_pickle)):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return read(folder / name)
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            absent = [shard for shard in shards if not (folder / shard).is_file()]
-            if absent:
-                raise ConfigError(f"{index} speaks of files that are not there: {', '.join(absent)}")
-            return {key: tensor for shard in shards for key, tensor in read(folder / shard).items()}
-    raise ConfigError(f"{folder} has no weights: expected {SAFETENSORS_NAME} or pytorch_model.bin")
+    path = weights_file(folder)
+    read = read_safetensors if path.name.startswith(SAFETENSORS_NAME) else read_pickle
+    return _read_shards(path, read) if path.name.endswith(_INDEX) else read(path)
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several files, each from the one that the index names for it.
+
+    Raises:
+        ConfigError: the index is broken, or names files or tensors that are not there.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(one, str) for one in places.values()):
+        raise ConfigError(f"{index}: expected weight_map, an object of names of tensors and of the files beside it")
+    shards = sorted(set(places.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
+    if outside:
+        raise ConfigError(f"{index} names {outside[0]!r}, which is no file beside it")
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise ConfigError(f"{index} speaks of files that are not there: {', '.join(absent[:5])}")
+    found: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors = read(index.parent / shard)
+        named = [name for name, place in places.items() if place == shard]
+        lacking = [name for name in named if name not in tensors]
+        if lacking:
+            raise ConfigError(f"{index.parent / shard} has no tensor {lacking[0]}, which {index.name} says it holds")
+        found |= {name: tensors[name] for name in named}
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -84,6 +118,42 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], where: str) -> None:
+    """Refuse weights that no training leaves: whole numbers, complex ones, NaN and infinities.
+
+    Args:
+        tensors: of a file, by name.
+        dtypes: of what they are to be copied into; where that is no floating-point type, neither may the tensor be.
+        where: the file, for the message.
+
+    Raises:
+        ConfigError: with the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        wanted = dtypes[name]
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ConfigError(f"{where}: {name} is no plain tensor of numbers (sparse, quantized or empty of content)")
+        if not wanted.is_floating_point:
+            if tensor.is_floating_point() or tensor.is_complex():
+                raise ConfigError(f"{where}: {name} is of type {_type(tensor)}, expected {_type(wanted)}")
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ConfigError(
+                f"{where}: {name} is of type {_type(tensor)}, expected floating-point numbers of 16, 32 or 64 bits"
+            )
+        finite = torch.isfinite(tensor.to(wanted))
+        if not finite.all():
+            count = int((~finite).sum())
+            raise ConfigError(
+                f"{where}: {name} holds {count:,} of {tensor.numel():,} numbers that are not finite (NaN or infinite): "
+                "the weights are of a training that diverged, or damaged; take an earlier checkpoint or another copy"
+            )
+
+
+def _type(of: Tensor | torch.dtype) -> str:
+    return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")
+
+
 def put_into(
     model: nn.Module,
     names: dict[str, str],
@@ -108,6 +178,7 @@ def put_into(
     Raises:
         WeightMismatch: anything is missing, in excess or of another shape; all of it is listed, and the model is as it
             was.
+        ConfigError: a tensor is not of floating-point numbers where the model's is, or holds some that are not finite.
     """
     own = model.state_dict()
     shapes = {}
@@ -136,6 +207,7 @@ def put_into(
     if faults:
         raise WeightMismatch(f"{where} does not fit {type(model).__name__}; " + "; ".join(faults))
     taken = {name: tensors[name] for name in names if name in tensors and name not in allowed}
+    check_tensors(taken, {name: own[names[name].partition("#")[0]].dtype for name in taken}, where)
     # Two names may stand for one tensor (tied embeddings): the state dict takes both.
     model.load_state_dict(to_ours(names, taken), strict=False)
     return report

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import LOOSE, Start, encoder_description, load_start
+from data2vec_train.hf.weights import put_into
 from data2vec_train.tasks.inputs import block_tokens, for_images_of, refuse_other
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: 
     decoder = objective.decoder.state_dict()
     fits = {name: one.shape for name, one in decoder.items()} == {n: one.shape for n, one in start.decoder.items()}
     if fits:
-        objective.decoder.load_state_dict(start.decoder)
+        put_into(objective.decoder, {name: name for name in decoder}, start.decoder, where=where)
     else:
         notes.append("the decoder is new: " + ("the file's is another one" if start.decoder else "the file has none"))
     return notes

@@ -275,6 +275,7 @@ def _summary(
         "data_wait": round(monitor.waited_seconds / max(monitor.train_seconds, 1e-9), 4),
         "loss_first": monitor.first.get("train/loss"),
         "loss_last": last.get("train/loss"),
+        "feature_std": last.get("train/feature_std"),
         "target_std": last.get("train/target_std"),
         "prediction_std": last.get("train/prediction_std"),
         **measured,
