@@ -12,6 +12,7 @@ from data2vec_train.encoders.audio import ConvLayer
 from data2vec_train.encoders.base import Batch, Masks
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import load_pretrained
+from data2vec_train.hf.preprocessing import AudioFeatureExtractor
 from data2vec_train.tasks import init_from
 from data2vec_train.tasks.export import example_for
 from data2vec_train.tasks.init_from import adopt, initialise
@@ -201,3 +202,67 @@ def test_checkpoints_of_ours_become_models_of_the_page(modality, objective, trai
         encoded = encoder.eval()(given)
         expected = torch.cat([encoded.prefix, encoded.tokens], dim=1)
         torch.testing.assert_close(model(given).last_hidden_state, expected, atol=2e-6, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- how inputs are prepared
+
+
+def run_of_8_khz(composed, path):
+    """A checkpoint of a run at 8 kHz without normalisation."""
+    cfg = composed(*settings("audio", "data2vec2", *TINY, "modality.sample_rate_hz=8000", "modality.normalise=false"))
+    model = build_objective(cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {f"objective.{name}": one for name, one in model.state_dict().items()}
+    torch.save({"state_dict": state, "config": OmegaConf.to_container(cfg, resolve=True)}, path)
+    return path
+
+
+def test_a_run_at_8_khz_is_continued_at_8_khz_and_says_so(composed, tmp_path, caplog):
+    path = run_of_8_khz(composed, tmp_path / "alone.ckpt")  # nothing lies beside it
+    cfg = composed(*settings("audio", "data2vec2", f"init_from={path}"))
+    with caplog.at_level("INFO"):
+        adopt(cfg)
+    assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (8000, False)
+    assert cfg.modality.preprocessing.sampling_rate == 8000
+    assert cfg.modality.decode.sample_rate_hz == 8000
+    assert "sample_rate_hz=8000, normalise=False" in caplog.text
+
+
+def test_a_rate_that_the_command_sets_counts_and_the_difference_is_said(composed, tmp_path, caplog):
+    path = run_of_8_khz(composed, tmp_path / "alone.ckpt")
+    cfg = composed(*settings("audio", "data2vec2", f"init_from={path}", "modality.sample_rate_hz=4000"))
+    with caplog.at_level("INFO"):
+        adopt(cfg, {"modality.sample_rate_hz"})
+    assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (4000, False)
+    assert "modality.sample_rate_hz=4000, as you say" in caplog.text
+    assert "8000" in caplog.text
+
+
+def test_what_lies_beside_the_weights_goes_before_the_config_in_the_checkpoint(composed, tmp_path):
+    path = run_of_8_khz(composed, tmp_path / "run" / "checkpoints" / "step-00000001" / "state.ckpt")
+    AudioFeatureExtractor(sampling_rate=11025).save_pretrained(tmp_path / "run" / "preprocessing")
+    cfg = composed(*settings("audio", "data2vec2", f"init_from={path}"))
+    adopt(cfg)
+    assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (11025, True)
+
+
+def test_images_keep_the_mean_and_deviation_of_the_weights(composed, trained, tmp_path, caplog):
+    path, _ = trained("vision", "data2vec2")
+    content = torch.load(path, weights_only=True)
+    content["config"]["modality"]["preprocessing"] |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    torch.save(content, path)
+    cfg = composed(*settings("vision", "data2vec2", f"init_from={path}"))
+    with caplog.at_level("INFO"):
+        adopt(cfg)
+    assert (list(cfg.modality.mean), list(cfg.modality.std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    assert "mean=[0.1, 0.2, 0.3]" in caplog.text
+
+
+def test_a_decoder_that_is_not_finite_is_refused_by_its_name(composed, trained):
+    path, _ = trained("vision", "data2vec2")
+    content = torch.load(path, weights_only=True)
+    name = next(name for name in content["state_dict"] if name.startswith("objective.decoder."))
+    content["state_dict"][name].view(-1)[0] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=f"{name.removeprefix('objective.decoder.')} holds 1 of .* not finite"):
+        start_from(composed, path, "vision", "data2vec2", *SMALL_INPUTS["vision"])

@@ -22,9 +22,10 @@ _LAYERS = {"depth", "num_hidden_layers", "position_depth", "num_conv_pos_embeddi
 }
 _FROM_0 = {"prenet_depth", "position_depth", "num_conv_pos_embeddings", "num_adapter_layers", "auxiliary_num_convs"} | {
     *("num_token_types", "type_vocab_size", "pad_id", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("chunk_size_feed_forward", "mask_time_min_masks", "mask_feature_min_masks", "out_indices"),
+    *("chunk_size_feed_forward", "mask_time_min_masks", "mask_feature_min_masks", "out_indices", "resample"),
 }
-_ANY_SIGN = {"semantic_loss_ignore_index"}
+_ANY_SIGN = {"semantic_loss_ignore_index", "padding_value", "image_mean"}
+_ABOVE_0 = {"image_std", "rescale_factor"}
 _BELOW_1 = {"drop_path", "drop_path_rate", "layer_drop", "layerdrop"}
 _SHARES = {
     *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "dropout"),
@@ -123,9 +124,13 @@ def _range(name: str, whole: bool) -> tuple[float, float, str]:
         return 0, math.nextafter(1, 0), "a probability from 0 to below 1"
     if name in _SHARES:
         return 0, 1, "a probability from 0 to 1"
+    if name in _ABOVE_0:
+        return math.nextafter(0, 1), 1e30, "a number above 0"
+    if name in _ANY_SIGN:
+        return -LARGEST, LARGEST, "a number"
     if not whole:
         return 0, 1e30, "a number of at least 0"
-    lowest = -LARGEST if name in _ANY_SIGN else 0 if name in _FROM_0 else 1
+    lowest = 0 if name in _FROM_0 else 1
     highest = MOST_LAYERS if name in _LAYERS else MOST_LABELS if name == "num_labels" else LARGEST
     return lowest, highest, f"a whole number from {lowest} to {highest}"
 
@@ -139,8 +144,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inside)
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        filled = inside[0] is not int or len(value) > 0 if isinstance(value, (list, tuple)) else False
-        return filled and all(_fits(one, inside[0]) for one in value)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and (len(value) > 0 or inside[0] is str) and all(_fits(one, inside[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is float:

@@ -549,7 +549,21 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     model = wrap(target, node, student, where=where)
     beside = checkpoints.run_of(Path(where)) / PREPROCESSING_FOLDER
     model.source = beside if beside.is_dir() else None
+    model.preparation = _preparation_in(content["config"]["modality"].get("preprocessing"), where)
     return model
+
+
+def _preparation_in(node: Any, where: str) -> tuple[Any, ...]:
+    """How a run prepared its inputs, from the config in its checkpoints, which may lie far from the run's folder."""
+    if not isinstance(node, dict):
+        return ()
+    arguments = dict(node)
+    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (AudioFeatureExtractor, ImageProcessor)}
+    kind = kinds.get(str(arguments.pop("_target_", None)))
+    try:
+        return () if kind is None else (kind(**arguments),)
+    except TypeError as error:
+        raise ConfigError(f"{where} holds a config that describes no preprocessing ({error})") from error
 
 
 def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:

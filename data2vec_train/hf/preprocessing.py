@@ -3,25 +3,70 @@
     AudioFeatureExtractor   Wav2Vec2FeatureExtractor     preprocessor_config.json
     ImageProcessor          BeitImageProcessorPil        preprocessor_config.json
 
+Both are read from processor_config.json too, where transformers 5 puts the settings of all parts of a processor.
+
 Letters: B samples, S audio samples, C channels, (H, W) pixels. Source: contract section 4.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.checks import check_values
 from data2vec_train.hf.files import read_json, stacked, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PREPROCESSOR_NAME = "preprocessor_config.json"
+log = logging.getLogger(__name__)
+
+PREPROCESSOR_NAME, PROCESSOR_NAME = "preprocessor_config.json", "processor_config.json"
+
+
+def is_described(folder: Path, parts: Sequence[str]) -> bool:
+    """Whether a folder says how inputs are prepared; see `read_preparation`."""
+    nested = folder / PROCESSOR_NAME
+    return (folder / PREPROCESSOR_NAME).is_file() or (
+        nested.is_file() and any(part in read_json(nested) for part in parts)
+    )
+
+
+def read_preparation(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """How inputs are prepared for the weights in a folder, by the names of transformers.
+
+    What processor_config.json has for the part goes before preprocessor_config.json, as in transformers; where the two
+    disagree, the log says so.
+
+    Args:
+        folder: with either file, or both.
+        parts: keys of processor_config.json that may hold the settings.
+
+    Raises:
+        ConfigError: there are none, or they are no object.
+    """
+    old, new = folder / PREPROCESSOR_NAME, folder / PROCESSOR_NAME
+    nested = read_json(new) if new.is_file() else {}
+    found = next((nested[part] for part in parts if nested.get(part) is not None), None)
+    if found is None:
+        found = read_json(old)
+    elif not isinstance(found, dict):
+        raise ConfigError(f"{new}: {parts[0]} is a {type(found).__name__}, expected an object")
+    elif old.is_file():
+        other = read_json(old)
+        for name in sorted(set(found) & set(other)):
+            if found[name] != other[name]:
+                log.warning(
+                    "%s says %s=%s, and %s says %s; the first counts, as in transformers",
+                    *(new, name, found[name], old.name, other[name]),
+                )
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class AudioFeatureExtractor:
@@ -35,6 +80,9 @@ class AudioFeatureExtractor:
         padding_value: what shorter recordings are filled up with, after normalising.
         feature_size: 1, a waveform.
     """
+
+    parts = ("feature_extractor", "audio_processor")
+    theirs = "Wav2Vec2FeatureExtractor"
 
     def __init__(
         self,
@@ -135,17 +183,22 @@ class AudioFeatureExtractor:
         Raises:
             ConfigError: it describes none, or another kind.
         """
-        content = read_json(Path(folder) / PREPROCESSOR_NAME)
+        content = read_preparation(Path(folder), cls.parts)
+        kind = content.get("feature_extractor_type", cls.theirs)
+        if kind != cls.theirs:
+            raise ConfigError(f"{folder}: inputs of a {kind}; expected {cls.theirs}, which takes waveforms")
         if content.get("padding_side", "right") != "right":
             raise ConfigError("recordings are padded on the right; padding_side says otherwise")
-        names = ("sampling_rate", "do_normalize", "return_attention_mask", "padding_value", "feature_size")
-        return cls(**{name: content[name] for name in names if name in content})
+        hints = get_type_hints(cls.__init__)
+        given = {name: value for name, value in content.items() if name in hints}
+        check_values(given, hints, f"{folder}, how recordings are prepared")
+        return cls(**given)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json."""
         names = ("sampling_rate", "do_normalize", "return_attention_mask", "padding_value", "feature_size")
         content = {name: getattr(self, name) for name in names}
-        kind = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "padding_side": "right"}
+        kind = {"feature_extractor_type": self.theirs, "padding_side": "right"}
         write_json(Path(folder) / PREPROCESSOR_NAME, kind | content)
 
 
@@ -170,6 +223,8 @@ class ImageProcessor:
         max_value: the stored value that `data.vision.decode_image` makes 255, a note as `fit` is.
         pages: which pages of a TIFF it takes, likewise.
     """
+
+    parts = ("image_processor",)
 
     def __init__(
         self,
@@ -284,7 +339,7 @@ class ImageProcessor:
         Raises:
             ConfigError: it describes none, or one that keeps the aspect.
         """
-        content = read_json(Path(folder) / PREPROCESSOR_NAME)
+        content = read_preparation(Path(folder), cls.parts)
 
         def size_of(name: str, on: str, default: bool) -> tuple[int, int] | None:
             if not content.get(on, default):
@@ -292,12 +347,12 @@ class ImageProcessor:
             found = content.get(name, {"height": 224, "width": 224})
             if isinstance(found, int):
                 return (found, found)
-            if set(found) != {"height", "width"}:
+            if not isinstance(found, dict) or set(found) != {"height", "width"}:
                 raise ConfigError(f"{name}={found}: expected a height and a width")
             return (found["height"], found["width"])
 
         normalise = content.get("do_normalize", True)
-        return cls(
+        given = dict(
             size=size_of("size", "do_resize", True),
             resample=content.get("resample", 3),
             crop_size=size_of("crop_size", "do_center_crop", False),
@@ -310,6 +365,10 @@ class ImageProcessor:
             max_value=content.get("max_value"),
             pages=content.get("pages"),
         )
+        check_values(given, get_type_hints(cls.__init__), f"{folder}, how images are prepared")
+        if normalise and len(given["image_mean"]) != len(given["image_std"]):
+            raise ConfigError(f"{folder}: image_mean and image_std are of different lengths")
+        return cls(**given)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json."""

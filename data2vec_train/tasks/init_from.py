@@ -13,7 +13,7 @@ from data2vec_train.data2vec import Data2Vec
 from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import LOOSE, Start, encoder_description, load_start
 from data2vec_train.hf.weights import put_into
-from data2vec_train.tasks.inputs import block_tokens, for_images_of, refuse_other
+from data2vec_train.tasks.inputs import block_tokens, facts_of, follow, for_images_of, refuse_other
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
         teacher = None if start.teacher is None else for_images_of(start.teacher, size, where)
         start = replace(start, model=for_images_of(start.model, size, where), teacher=teacher)
         _, arguments, _ = encoder_description(start.model)
+    if modality != "text":
+        facts = facts_of(modality, start.model)
+        follow(cfg, {name: fact for name, fact in facts.items() if name not in _INPUTS}, given, where)
     with open_dict(cfg):
         if modality == "text":
             _adopt_tokenizer(cfg, arguments, given)

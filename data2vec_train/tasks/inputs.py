@@ -21,7 +21,7 @@ from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.finetuning.base import Inputs
 from data2vec_train.hf.base import PretrainedModel
 from data2vec_train.hf.convert import with_image_size
-from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME, AudioFeatureExtractor, ImageProcessor
+from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor, is_described
 from data2vec_train.hf.tokenizers import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -44,17 +44,45 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
     if modality is not None and modality != cfg.modality.name:
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
     given = given_settings()
-    facts = {"audio": _audio, "text": _text, "vision": _vision}[cfg.modality.name](model)
+    facts = facts_of(cfg.modality.name, model)
     for name in ("patch_px", "channels"):
         if name in facts and f"modality.{name}" in given:
             refuse_other(f"modality.{name}", cfg.modality.get(name), facts[name], where)
-    with open_dict(cfg):
-        for name, value in facts.items():
-            if f"modality.{name}" not in given:
-                OmegaConf.update(cfg.modality, name, value)
-        if modality == "text":
+    follow(cfg, facts, given, where)
+    if modality == "text":
+        with open_dict(cfg):
             cfg.modality.block_tokens = block_tokens(cfg, encoder.max_tokens, given, where)
     return for_images_of(model, cfg.modality.image_px, where) if modality == "vision" else model
+
+
+def facts_of(modality: str, model: PretrainedModel) -> dict[str, Any]:
+    """What the files beside weights say about inputs, as settings below `modality`."""
+    return {"audio": _audio, "text": _text, "vision": _vision}[modality](model)
+
+
+def follow(cfg: DictConfig, facts: dict[str, Any], given: Collection[str], where: str) -> None:
+    """Prepare inputs as weights want them, and say so; what the command line or a recipe sets counts, and is said too.
+
+    Args:
+        cfg: the config.
+        facts: what the weights want, see `facts_of`.
+        given: settings that the command line or a recipe makes.
+        where: the weights, for the log.
+    """
+    taken = []
+    for name, value in facts.items():
+        asked = OmegaConf.select(cfg.modality, name)
+        asked = OmegaConf.to_container(asked) if OmegaConf.is_config(asked) else asked
+        if asked == value:
+            continue
+        if f"modality.{name}" in given:
+            log.warning("modality.%s=%s, as you say; %s was trained with %s", name, asked, where, value)
+            continue
+        with open_dict(cfg):
+            OmegaConf.update(cfg.modality, name, value)
+        taken.append(f"{name}={value}")
+    if taken:
+        log.info("inputs are prepared as for %s: %s", where, ", ".join(taken))
 
 
 def refuse_other(name: str, asked: Any, fact: Any, where: str) -> None:
@@ -116,19 +144,19 @@ def _names(node: dict[str, Any]) -> set[str]:
     return {*map(str, node), *below}
 
 
-def _described(model: PretrainedModel, kind: type, file: str) -> Any:
+def _described(model: PretrainedModel, kind: type[AudioFeatureExtractor] | type[ImageProcessor]) -> Any:
     """The object of that kind that came with the weights; None if there is none."""
-    if model.source is not None and (model.source / file).is_file():
+    if model.source is not None and is_described(model.source, kind.parts):
         return kind.from_pretrained(model.source)
     found = next((one for one in model.preparation if isinstance(one, kind)), None)
     if found is None:
-        log.warning("no %s beside the weights: inputs are prepared as modality.* says", file)
+        log.warning("no preprocessor_config.json beside the weights: inputs are prepared as modality.* says")
     return found
 
 
 def _audio(model: PretrainedModel) -> dict[str, Any]:
     facts = {"channels": model.get_encoder().channels}
-    found = _described(model, AudioFeatureExtractor, PREPROCESSOR_NAME)
+    found = _described(model, AudioFeatureExtractor)
     return facts if found is None else facts | {"sample_rate_hz": found.sampling_rate, "normalise": found.do_normalize}
 
 
@@ -140,7 +168,7 @@ def _vision(model: PretrainedModel) -> dict[str, Any]:
         "patch_px": encoder.patch_px,
         "channels": encoder.embedder.project.in_channels,
     }
-    found = _described(model, ImageProcessor, PREPROCESSOR_NAME)
+    found = _described(model, ImageProcessor)
     if found is None:
         return facts
     size = found.crop_size or found.size

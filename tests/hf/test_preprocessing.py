@@ -340,3 +340,98 @@ def test_a_vocabulary_without_a_blank_is_refused():
     with pytest.raises(ConfigError, match=r"lacks <pad>, which is CTC's blank"):
         CTCTokenizer({"<unk>": 0, "A": 1})
     assert CTCTokenizer({"<pad>": 0, "A": 1})("A B")["input_ids"][0] == 1, "others get numbers beyond the vocabulary"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processor_config.json of transformers 5
+
+
+def write(folder, name, content) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+SPEECH = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 8000, "do_normalize": False}
+
+
+@pytest.mark.parametrize("key", ["feature_extractor", "audio_processor"])
+def test_the_nested_file_of_transformers_5_is_read(key, tmp_path):
+    write(tmp_path, "processor_config.json", {key: SPEECH, "processor_class": "Wav2Vec2Processor"})
+    found = AudioFeatureExtractor.from_pretrained(tmp_path)
+    assert (found.sampling_rate, found.do_normalize) == (8000, False)
+
+
+def test_the_nested_file_goes_before_the_old_one_and_a_difference_is_said(tmp_path, caplog):
+    write(tmp_path, "processor_config.json", {"feature_extractor": SPEECH})
+    write(tmp_path, "preprocessor_config.json", SPEECH | {"sampling_rate": 16000})
+    assert AudioFeatureExtractor.from_pretrained(tmp_path).sampling_rate == 8000
+    assert "sampling_rate=8000" in caplog.text
+    assert "16000" in caplog.text
+    assert "do_normalize" not in caplog.text
+
+
+def test_a_nested_file_without_the_part_leaves_the_old_one(tmp_path):
+    write(tmp_path, "processor_config.json", {"processor_class": "Wav2Vec2Processor"})
+    write(tmp_path, "preprocessor_config.json", SPEECH)
+    assert AudioFeatureExtractor.from_pretrained(tmp_path).sampling_rate == 8000
+
+
+def test_a_nested_image_processor_is_read(tmp_path):
+    size = {"height": 40, "width": 24}
+    nested = {"size": size, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "do_center_crop": None, "crop_size": None}
+    write(tmp_path, "processor_config.json", {"image_processor": nested})
+    found = ImageProcessor.from_pretrained(tmp_path)
+    assert (found.size, found.image_mean, found.crop_size) == ((40, 24), [0.1] * 3, None)
+
+
+def test_transformers_itself_writes_what_is_read(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False)
+    transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(tmp_path / "both")
+    found = AudioFeatureExtractor.from_pretrained(tmp_path / "both")
+    assert (found.sampling_rate, found.do_normalize) == (8000, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling_rate": "16000"},
+        {"sampling_rate": 0},
+        {"sampling_rate": 16000.5},
+        {"do_normalize": "yes"},
+        {"padding_value": float("nan")},
+        {"feature_size": 80},
+        {"padding_side": "left"},
+        {"feature_extractor_type": "SeamlessM4TFeatureExtractor"},
+    ],
+    ids=str,
+)
+def test_settings_of_recordings_that_cannot_be_are_one_line(change, tmp_path):
+    write(tmp_path, "preprocessor_config.json", SPEECH | change)
+    with pytest.raises(ConfigError) as caught:
+        AudioFeatureExtractor.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_std": [0.0, 0.5, 0.5]},
+        {"image_std": [0.5]},
+        {"image_mean": [float("nan")] * 3},
+        {"image_mean": "imagenet"},
+        {"size": {"shortest_edge": 224}},
+        {"size": {"height": "a", "width": 3}},
+        {"size": [1, 2]},
+        {"size": {"height": 0, "width": 0}},
+        {"rescale_factor": 0},
+        {"resample": "bicubic"},
+        {"fit": "squash"},
+    ],
+    ids=str,
+)
+def test_settings_of_images_that_cannot_be_are_one_line(change, tmp_path):
+    write(tmp_path, "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | change)
+    with pytest.raises(ConfigError) as caught:
+        ImageProcessor.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
