@@ -1,11 +1,11 @@
 """`python -m data2vec_train modality=vision`: pretraining."""
 
-from omegaconf import DictConfig
+from typing import Any
 
-from data2vec_train.config import main
+from data2vec_train.command import run_command
 
 
-def _pretrain(cfg: DictConfig) -> float | None:
+def _pretrain(cfg: Any) -> float | None:
     # Imported when the command is known to be right: torch and lightning take seconds to load.
     from data2vec_train.tasks.pretrain import pretrain
 
@@ -13,4 +13,4 @@ def _pretrain(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main(_pretrain, config_name="train")
+    run_command(_pretrain, config_name="train")

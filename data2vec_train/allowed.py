@@ -22,6 +22,7 @@ LIBRARIES = (
 )
 _DEFINED_IN = ("lightning.", "torch.optim.", "torchvision.transforms.")
 plugin_packages: set[str] = set()
+plugin_modules: list[str] = []  # which loader processes import too
 
 _LOGGING = (
     *("logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Filter"),

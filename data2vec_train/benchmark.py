@@ -1,11 +1,11 @@
 """`python -m data2vec_train.benchmark what=[encoder,attention]`: how fast this is, beside other programs."""
 
-from omegaconf import DictConfig
+from typing import Any
 
-from data2vec_train.config import main
+from data2vec_train.command import run_command
 
 
-def _run(cfg: DictConfig) -> object:
+def _run(cfg: Any) -> object:
     # Imported when the command is known to be right: torch takes seconds to load.
     from data2vec_train.tasks.benchmark import benchmark
 
@@ -13,4 +13,4 @@ def _run(cfg: DictConfig) -> object:
 
 
 if __name__ == "__main__":
-    main(_run, config_name="benchmark")
+    run_command(_run, config_name="benchmark")

@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,10 +23,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data2vec_train import launch
-from data2vec_train.allowed import nodes_of, plugin_packages, target_fault
-from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, SaveError, disk_fault
+from data2vec_train.allowed import nodes_of, plugin_modules, plugin_packages, target_fault
+from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.places import COMMAND, HEAL, config_directory, read_yaml, stay_off_the_network
 from data2vec_train.preflight import find_faults, preflight
+from data2vec_train.stopping import NEWS_S, judged, leave, listener, told
 
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
 
@@ -60,6 +60,8 @@ def load_plugins() -> None:
                 f"{Path.cwd()} or installed"
             ) from error
         plugin_packages.add(name.split(".")[0])
+        if name not in plugin_modules:
+            plugin_modules.append(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,9 +117,10 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     `weights` names the setting with trained weights: unless the command says `modality=`, it is that of the weights.
 
     Exits with 2 for a fault in the command, the config, the data or the disk, with 3 for a collapse, with 130 after
-    Ctrl-C and with 75 after SIGTERM or SIGUSR1 (a run is saved then, and the same command goes on with it; after
-    SIGUSR1 a job of SLURM puts itself back into the queue), and with 1 for anything else, which keeps its stack trace.
-    A sweep goes on when a member fails, and exits with the worst status of its members.
+    Ctrl-C and with 75 after SIGTERM, SIGUSR1 or SIGHUP (a run is saved then, and the same command goes on with it;
+    after SIGUSR1 a job of SLURM puts itself back into the queue), with 76 when another process of the command was
+    killed, and with 1 for anything else, which keeps its stack trace. A sweep goes on when a member fails, and exits
+    with the worst status of its members.
     """
     # Hydra's own short form hides the frames that a bug report needs.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -147,17 +150,18 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         guarded = _guard(task, statuses)
         guarded.__module__ = f"{__package__}.{config_name}"  # after which hydra names the job, and so its log file
         directory, args.config_path = args.config_path or config_directory(), None
-        _run_hydra(args, parser, guarded, str(Path(directory).absolute()), config_name)
-    except (ConfigError, DataError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except Exception as error:  # of Hydra's own files
-        if (fault := disk_fault(error)) is None:
-            raise
-        sys.stderr.write(f"error: {fault}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
+        with listener.listening():
+            _run_hydra(args, parser, guarded, str(Path(directory).absolute()), config_name)
+    except Interrupted as error:
+        sys.exit(told(error))
+    except KeyboardInterrupt:  # where signals are not heard, as in a thread
         sys.exit(130)
+    except Exception as error:  # of the command, or of Hydra's own files
+        failure, status = judged(error)
+        if status == 1:
+            raise
+        sys.stderr.write(f"error: {failure}\n")
+        sys.exit(status)
     if statuses:
         sys.exit(max(statuses))
 
@@ -261,28 +265,28 @@ def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callabl
                     raise ConfigError("; ".join(faults))
                 from data2vec_train.tasks.sweep import isolated
 
-                with isolated():
+                with listener.listening(), isolated():  # a member on a cluster came here without `main`
                     return task(cfg)
             return task(cfg)
-        except (ConfigError, DataError, SaveError, CollapseError) as error:
-            sys.stderr.write(f"error{who}: {error}\n")
-            status = 3 if isinstance(error, CollapseError) else 2
         except Interrupted as error:
-            if launch.rank() == 0:
-                sys.stderr.write(f"{error}\n")
-            if error.signal_number == signal.SIGUSR1 and (answer := launch.requeue()):
-                sys.stderr.write(f"{answer}\n")
-            raise SystemExit(130 if error.signal_number == signal.SIGINT else 75) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
+            status = told(error)
+            is_member = False  # a signal ends the whole sweep
         except Exception as error:
-            fault = disk_fault(error)
-            if fault is None and not (is_member and isinstance(error, _BUGS)):
+            failure, status = judged(error)
+            gone = listener.verdict(NEWS_S) if status == 1 else None
+            if gone is not None:
+                status = gone.status
+                sys.stderr.write(f"{gone.line}\n")
+            elif status > 1:
+                sys.stderr.write(f"error{who}: {failure}\n")
+            elif not is_member and not listener.accompanied or not isinstance(error, _BUGS):
                 raise
-            if fault is None:
+            else:
                 traceback.print_exc()
-            sys.stderr.write(f"error{who}: {fault or f'{type(error).__name__}: {error}'}\n")
-            status = 1 if fault is None else 2
+                sys.stderr.write(f"error{who}: {type(error).__name__}: {error}\n")
+        if listener.accompanied:  # a thread that waits for the other processes would abort this one at its end
+            sys.stdout.flush()
+            leave(status)
         if not is_member:
             raise SystemExit(status)
         statuses.append(status)

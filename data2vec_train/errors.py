@@ -25,13 +25,25 @@ class SaveError(RuntimeError):
     """The run could not be saved: the disk is full, gone or not writable. Earlier checkpoints are as they were."""
 
 
-class Interrupted(RuntimeError):
-    """A signal ended the run at the edge of a step, after saving it; the same command goes on there."""
+class Interrupted(BaseException):
+    """A signal ends the command: at the edge of a step, after saving it, or before there was anything to save.
 
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped and saved after step {step}; the same command goes on from there")
+    Not an `Exception`, so that nobody on the way takes it for a failure that can be dealt with.
+
+    Attributes:
+        signal_number: of the signal.
+        step: the last step that is saved; None outside training.
+    """
+
+    def __init__(self, signal_number: int, step: int | None = None) -> None:
+        where = "stopped" if step is None else f"stopped and saved after step {step}"
+        super().__init__(f"{where}; the same command goes on from there")
         self.signal_number = signal_number
         self.step = step
+
+
+class LostProcess(RuntimeError):
+    """Another process, of the run or of its loaders, was killed from outside; the same command goes on."""
 
 
 class WeightMismatch(ConfigError):

@@ -1,11 +1,11 @@
 """`python -m data2vec_train.export checkpoint=... format=hf out=DIR`: weights for other tools."""
 
-from omegaconf import DictConfig
+from typing import Any
 
-from data2vec_train.config import main
+from data2vec_train.command import run_command
 
 
-def _export(cfg: DictConfig) -> None:
+def _export(cfg: Any) -> None:
     # Imported when the command is known to be right: torch takes seconds to load.
     from data2vec_train.tasks.export import export
 
@@ -13,4 +13,4 @@ def _export(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(_export, config_name="export")
+    run_command(_export, config_name="export")

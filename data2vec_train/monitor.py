@@ -17,7 +17,7 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data2vec_train.data.datamodule import cores_at_hand
+from data2vec_train.data.loading import cores_at_hand
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.module import TrainingModule
 from data2vec_train.outputs import replace_file

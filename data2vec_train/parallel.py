@@ -5,10 +5,15 @@ one process: they are put together when they are written and cut up when they ar
 any number of processes, sharded or not.
 """
 
+import contextlib
+import threading
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -21,6 +26,7 @@ from torch.optim import Optimizer
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.errors import ConfigError
+from data2vec_train.stopping import LOST, NEWS_S, Gone, judged, left_line, listener, lost_line
 
 
 def shard(objective: Data2Vec, mesh: DeviceMesh) -> None:
@@ -141,3 +147,52 @@ def _share(value: Any, like: Tensor | None) -> Any:
         return value
     # Every process has read the whole: nothing need be sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Peers:
+    """Notices that another process of the run has left, so that this one need not wait for it.
+
+    The processes stand in a ring: each has a thread that waits for the last word of its neighbour, which is the exit
+    status. A process that was killed says nothing, and the connection to it breaks at once. Who leaves for such a
+    reason passes it on.
+    """
+
+    def __init__(self) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self._next, self._before = (rank + 1) % size, (rank - 1) % size
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        self._said = False
+        listener.accompanied = True
+        self._thread = threading.Thread(target=self._wait, daemon=True, name="peers")
+        self._thread.start()
+
+    def _wait(self) -> None:
+        word = torch.zeros((), dtype=torch.int64)
+        try:
+            dist.recv(word, src=self._next, group=self._group)
+        except RuntimeError:
+            gone = Gone(LOST, lost_line(self._next))
+        else:
+            if not word:
+                return
+            gone = Gone(int(word), left_line(self._next, int(word)))
+        listener.lose(gone)
+        self._say(gone.status)
+
+    def _say(self, status: int) -> None:
+        if not self._said:
+            self._said = True
+            with contextlib.suppress(RuntimeError):  # it is gone as well
+                dist.send(torch.tensor(status), dst=self._before, group=self._group)
+
+    def leave(self, error: BaseException | None) -> None:
+        """Say the last word; after the end of training (None) wait for that of the neighbour."""
+        status = 0 if error is None else judged(error)[1]
+        if status == 1 and (gone := listener.verdict(NEWS_S)):
+            status = gone.status
+        self._say(status)
+        if error is None:
+            self._thread.join()
+            listener.decide()
+        elif judged(error)[1] != 1:
+            listener.decide()

@@ -1,11 +1,11 @@
 """`python -m data2vec_train.predict checkpoint=PATH data=folder data.path=DIR`: transcripts, labels, maps."""
 
-from omegaconf import DictConfig
+from typing import Any
 
-from data2vec_train.config import main
+from data2vec_train.command import run_command
 
 
-def _run(cfg: DictConfig) -> object:
+def _run(cfg: Any) -> object:
     # Imported when the command is known to be right: torch takes seconds to load.
     from data2vec_train.tasks.predict import predict
 
@@ -13,4 +13,4 @@ def _run(cfg: DictConfig) -> object:
 
 
 if __name__ == "__main__":
-    main(_run, config_name="predict", weights="checkpoint")
+    run_command(_run, config_name="predict", weights="checkpoint")

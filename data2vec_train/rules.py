@@ -128,7 +128,7 @@ _RANGES = [
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
         modality.max_value
         attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
-        encoder.audio_seconds window_seconds stride_seconds startup.timeout_s peak.stated_tflops
+        stop_seconds encoder.audio_seconds window_seconds stride_seconds startup.timeout_s peak.stated_tflops
         hardware.memory_gib hardware.bandwidth_gb_s hardware.tflops.bf16 hardware.tflops.fp16 hardware.tflops.tf32
         hardware.tflops.fp32
         """,

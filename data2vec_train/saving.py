@@ -3,8 +3,6 @@
 import contextlib
 import json
 import logging
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +20,10 @@ from data2vec_train import checkpoints
 from data2vec_train.errors import CollapseError, Interrupted, SaveError, disk_fault
 from data2vec_train.module import TrainingModule
 from data2vec_train.outputs import sweep
+from data2vec_train.parallel import Peers
+from data2vec_train.stopping import listener
 
 log = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +151,10 @@ class Checkpointing(L.Callback):
         Raises:
             SaveError: it could not be written.
         """
+        with listener.patient(10):
+            self._save(trainer, is_best=is_best)
+
+    def _save(self, trainer: L.Trainer, *, is_best: bool) -> None:
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.save()
@@ -180,7 +182,8 @@ class Checkpointing(L.Callback):
         self._finish(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:
-        self.io.wait()
+        with listener.patient(10):
+            self.io.wait()
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
@@ -331,8 +334,9 @@ def _of_all_processes(names: list[int | str], trainer: L.Trainer) -> list[int | 
 class Interruption(L.Callback):
     """Ends the run at the edge of a step, saved, on all processes together, when any of them got a signal.
 
-    A handler only takes a note. At the end of each step the processes exchange their notes in the background, over the
-    host's network, and read the answer one step later: nobody waits, and all see the same answer at the same step.
+    At the end of each step the processes exchange what they were told in the background, over the host's network, and
+    read the answer one step later: nobody waits, and all see the same answer at the same step. Before the first step
+    a signal ends the process where it is (`stopping.Listener`).
 
     Must be the last callback. `listening` has to be open around `trainer.fit`.
 
@@ -342,45 +346,41 @@ class Interruption(L.Callback):
 
     def __init__(self, *, checkpointing: Checkpointing) -> None:
         self.checkpointing = checkpointing
-        self.received = 0  # number of the signal, or 0
+        self._peers: Peers | None = None
         self._group: dist.ProcessGroup | None = None
         self._exchange: tuple[dist.Work, Tensor] | None = None
         self._seen_step = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are noted; a second Ctrl-C leaves at once. Afterwards handlers are as before.
+        """Inside, signals are heard.
 
         Raises:
             Interrupted: a signal came after the last step.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        heard = [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        before = {one: signal.signal(one, self._note) for one in heard}
-        try:
-            yield
-        finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
-        if self.received:
-            raise Interrupted(self.received, self.checkpointing.saved_at)
+        with listener.listening():
+            try:
+                yield
+            finally:
+                listener.noting = False
+            if listener.received:
+                raise Interrupted(listener.received, self.checkpointing.saved_at)
 
-    def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)
-        self.received = number
-        text = "; press Ctrl-C again to leave without saving" if number == signal.SIGINT else ""
-        # Not through logging, whose locks may be held by the code that was interrupted; and the terminal may be gone.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\nstopping after this step{text}\n".encode())
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look after the other processes."""
+        if trainer.world_size > 1:
+            self._peers = Peers()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a channel between the processes beside the one for gradients."""
         self._seen_step = trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        listener.noting = True
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """The data has come."""
+        listener.moved()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Stop when it is time.
@@ -388,6 +388,7 @@ class Interruption(L.Callback):
         Raises:
             Interrupted: a process got a signal; the run is saved.
         """
+        listener.moved()
         if trainer.global_step == self._seen_step:
             return  # in the middle of an accumulation
         self._seen_step = trainer.global_step
@@ -396,12 +397,22 @@ class Interruption(L.Callback):
             self.checkpointing.save_before_leaving(trainer)
             raise Interrupted(received, trainer.global_step)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Tell the other processes that this one leaves."""
+        if self._peers is not None:
+            self._peers.leave(exception)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Likewise, when all is done."""
+        if self._peers is not None:
+            self._peers.leave(None)
+
     def _exchanged(self, *, last: bool) -> int:
         """What was received anywhere, as of the step before this one; after the last step, of this one."""
         if self._group is None:
-            return self.received
+            return listener.received
         answer = self._answer()
-        note = torch.tensor(self.received)
+        note = torch.tensor(listener.received)
         self._exchange = (dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group, async_op=True), note)
         return max(answer, self._answer()) if last else answer
 
@@ -413,13 +424,3 @@ class Interruption(L.Callback):
         self._exchange = None
         work.wait()
         return int(note)
-
-
-def own_signals(trainer: L.Trainer) -> None:
-    """Keep Lightning's hands off signals.
-
-    Its handlers save, and talk to other processes, in the middle of a step (states come out torn, runs hang when only
-    some processes get the signal), and with several processes it waits for the device twice per step to ask about them.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 COMMANDS = ("export", "finetune", "probe", "embed", "predict", "benchmark", "plan")
 FORBIDDEN_BELOW_TASKS = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = ("config", "places", "preflight", "rules", "tasks", "__main__", *COMMANDS)
+MAY_USE_HYDRA = ("config", "places", "preflight", "rules", "tasks", "__main__", *COMMANDS, "command")
 HEAVY = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "PIL", "transformers", "torchvision"}
 NO_OBJECTIVE = {"data2vec", "teacher", "targets", "decoders", "module", "monitor", "probes", "optim", "tasks", "config"}
 

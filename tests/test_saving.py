@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from data2vec_train import checkpoints
+from data2vec_train.compat import own_processes
 from data2vec_train.errors import CollapseError, ConfigError, Interrupted, SaveError
 from data2vec_train.monitor import CSVLog, Monitor
-from data2vec_train.saving import Checkpointing, FiniteSteps, Interruption, own_signals
+from data2vec_train.saving import Checkpointing, FiniteSteps, Interruption
 from tests.stress.tiny import flat
 from tests.test_module import Noise, data_of, module_of, objective, trainer_of
 
@@ -75,7 +76,7 @@ class Run:
                        self.interruption, *last],
             logger=[CSVLog(path=folder / "metrics.csv")], plugins=[self.checkpointing.io],
         )  # fmt: skip
-        own_signals(self.trainer)
+        own_processes(self.trainer)
 
     def fit(self) -> "Run":
         checkpoint = checkpoints.newest(self.folder / "checkpoints")

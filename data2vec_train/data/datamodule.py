@@ -1,12 +1,8 @@
 """One DataModule for all modalities: which records train, which feed the probes, and the loaders for both."""
 
-import atexit
 import logging
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +10,11 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data2vec_train.clock import seconds_since
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
+from data2vec_train.data.loading import Loader, available_workers
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
 from data2vec_train.data.seeding import generator
@@ -36,7 +31,7 @@ UNLABELLED_HELD_OUT = 512
 class TimedLoader:
     """A loader that adds up the seconds its consumer spent waiting for it."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
         self.waited_seconds = 0.0
 
@@ -61,6 +56,7 @@ class ResumableData(L.LightningDataModule):
 
     quarantine: Quarantine
     num_workers: int
+    prefetch_factor: int
     on_device: bool | None = None  # whether samples travel as bytes; None where they cannot
 
     def __init__(self, *, changed_steps: bool) -> None:
@@ -92,6 +88,16 @@ class ResumableData(L.LightningDataModule):
             "first_batch": self._first_batch,
             "rank": self.trainer.global_rank,
             "world_size": self.trainer.world_size,
+        }
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of the training loader: its processes, and what this machine's other processes leave them."""
+        trainer = self.trainer
+        return {
+            "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda",
+            "sharers": 1 if trainer is None else max(1, trainer.world_size // trainer.num_nodes),
         }
 
     def _per_step(self) -> int:
@@ -251,17 +257,7 @@ class DataModule(ResumableData):
                 lengths = self.source.lengths[self.indices]
                 sampler = LengthBatchSampler(lengths=lengths, batching=self.batching, **order)
             batches = {"batch_sampler": sampler}
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        loader = DataLoader(
-            dataset,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            pin_memory=on_gpu,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            worker_init_fn=ignore_interrupts,
-            **batches,
-        )
-        self.loader = TimedLoader(loader)
+        self.loader = TimedLoader(Loader(dataset, collate=self.collate, **self.loading(), **batches))
         return self.loader
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -344,13 +340,8 @@ class DataModule(ResumableData):
         order = self._evaluation_order(dataset)
         if shuffle is not None:
             order = [order[place] for place in shuffle.permutation(len(order))]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            collate_fn=self.collate if masked else self.collate.without_masks(),
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_interrupts,
-        )
+        collate = self.collate if masked else self.collate.without_masks()
+        loader = Loader(dataset, collate=collate, num_workers=self.num_workers, batch_sampler=order)
         for batch in loader:
             self.quarantine.add(batch.rejected, num_good=len(batch))
             usable += len(batch)
@@ -381,35 +372,8 @@ class DataModule(ResumableData):
         return self._evaluation(self.source, _spread(self.indices, count))
 
     def _evaluation(self, source: Source, indices: np.ndarray) -> EvaluationDataset:
-        return EvaluationDataset(source=source, indices=indices, decode=self.decode, transform=self._evaluate)
-
-    def _evaluate(self, decoded: Any) -> Tensor:
-        return self.transform.evaluate(decoded)
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C and the end of a terminal or a job reach every process; the main one decides what they mean."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Those that an error has left running; Python sends them SIGTERM, which they ignore, and waits for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call it a failure of the loader
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
-def cores_at_hand() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_workers() -> int:
-    """One process less than there are cores, between 1 and 8."""
-    return max(1, min(8, cores_at_hand() - 1))
+        # Loader processes get all that a data set holds: no method of this object may be in it.
+        return EvaluationDataset(source=source, indices=indices, decode=self.decode, transform=self.transform.evaluate)
 
 
 def _labelled(source: Source) -> np.ndarray:

@@ -26,6 +26,8 @@ def open_file(path: Path) -> BinaryIO:
     except PermissionError as error:
         raise BadSample("not readable: permission denied") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about this file
+            raise
         raise BadSample(f"not readable: {error.strerror or error}") from error
     except BadSample:  # which the next line would catch as well
         raise

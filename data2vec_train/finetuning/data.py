@@ -7,16 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from data2vec_train.data.datamodule import (
     ResumableData,
     TimedLoader,
-    available_workers,
     held_out_rows,
-    ignore_interrupts,
 )
 from data2vec_train.data.dataset import EvaluationDataset, Sample, TrainingDataset
+from data2vec_train.data.loading import Loader, available_workers
 from data2vec_train.data.metadata import classes_of
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
@@ -244,17 +242,8 @@ class FinetuneData(ResumableData):
         else:
             lengths = np.minimum(self.source.lengths[self.rows], self.batching.max_length)
             sampler = LengthBatchSampler(lengths=lengths, batching=self.batching, batch_size=self.batch_size, **order)
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=Collate(self.task, train=True, seed=self.seed),
-            num_workers=self.num_workers,
-            pin_memory=on_gpu,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            worker_init_fn=ignore_interrupts,
-        )
-        self.loader = TimedLoader(loader)
+        collate = Collate(self.task, train=True, seed=self.seed)
+        self.loader = TimedLoader(Loader(dataset, collate=collate, batch_sampler=sampler, **self.loading()))
         return self.loader
 
     def on_before_batch_transfer(self, batch: Examples, dataloader_idx: int) -> Examples:
@@ -294,7 +283,7 @@ def test_loader(
     batching: LengthBatching | None,
     num_workers: int,
     window: int | None,
-) -> DataLoader:
+) -> Loader:
     """Batches in file order or, where lengths are known, from short to long.
 
     Args:
@@ -314,11 +303,11 @@ def test_loader(
         if is_full or (last and last[0] // window != row // window):
             batches.append([])
         batches[-1].append(int(row))
-    return DataLoader(
+    return Loader(
         dataset,
-        batch_sampler=[batch for batch in batches if batch],
-        collate_fn=Collate(task, train=False, seed=0),
+        collate=Collate(task, train=False, seed=0),
         num_workers=num_workers,
+        batch_sampler=[batch for batch in batches if batch],
     )
 
 

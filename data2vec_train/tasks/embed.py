@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
 
 from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
-from data2vec_train.data.datamodule import available_workers, ignore_interrupts
 from data2vec_train.data.dataset import EvaluationDataset, Sample
 from data2vec_train.data.files import version_of
+from data2vec_train.data.loading import Loader, available_workers
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.embedding import Embedder, layer_numbers
 from data2vec_train.encoders.audio import multiply_convolutions
@@ -192,20 +191,19 @@ def _whole_parts(parts: Path) -> dict[int, Path]:
     return found
 
 
-def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int], size: int) -> DataLoader:
+def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int], size: int) -> Loader:
     """The samples of each missing part, in order, as `_packed` makes them."""
     transform = build(cfg.modality.transform)
     dataset = EvaluationDataset(
         source=source, indices=rows, decode=build(cfg.modality.decode), transform=transform.evaluate
     )
     workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers
-    return DataLoader(
+    return Loader(
         dataset,
-        batch_sampler=[list(range(number * size, min((number + 1) * size, len(rows)))) for number in missing],
-        collate_fn=_packed,
+        collate=_packed,
         num_workers=workers,
-        prefetch_factor=1 if workers else None,
-        worker_init_fn=ignore_interrupts,
+        prefetch_factor=1,
+        batch_sampler=[list(range(number * size, min((number + 1) * size, len(rows)))) for number in missing],
     )
 
 

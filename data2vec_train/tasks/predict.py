@@ -17,7 +17,7 @@ from torch import Tensor
 from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.audio import AudioWindows
-from data2vec_train.data.datamodule import available_workers
+from data2vec_train.data.loading import available_workers
 from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.finetuning.base import Examples

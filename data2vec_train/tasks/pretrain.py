@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
 from data2vec_train.clock import seconds_since
+from data2vec_train.compat import own_processes
 from data2vec_train.config import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
@@ -35,7 +36,8 @@ from data2vec_train.runtime import (
     uncompiled,
     use_float8,
 )
-from data2vec_train.saving import Checkpointing, Interruption, disk_trouble, own_signals
+from data2vec_train.saving import Checkpointing, Interruption, disk_trouble
+from data2vec_train.stopping import listener
 from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.inputs import given_settings, look_at_images
 from data2vec_train.tasks.run_directory import (
@@ -227,7 +229,8 @@ def build_trainer(
         **arithmetic,
         **build(cfg.strategy),
     )
-    own_signals(trainer)
+    own_processes(trainer)
+    listener.patience_s = cfg.stop_seconds
     return trainer
 
 

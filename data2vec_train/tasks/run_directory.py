@@ -37,6 +37,7 @@ FREE = (
     "logger",
     "strategy",
     "compile",
+    "stop_seconds",
     "data.num_workers",
     "data.prefetch_factor",
     "callbacks.checkpoint",

@@ -1,12 +1,14 @@
 """Tiny runs of the real program in forked processes: everything is imported once, a start costs a second."""
 
 import csv
+import importlib
 import os
 import shutil
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +59,14 @@ def free_port() -> int:
 class Processes:
     """One start of the program: a process, or two that share the work."""
 
-    def __init__(self, arguments: list[str], run: Path | None, *, count: int, log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], run: Path | None, *, count: int, log: Path, command: str = "__main__",
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.run = run
         self.log = log
+        self.command = command
+        self.prepare = prepare  # called in each process, before the program
         port = free_port() if count > 1 else 0
         arguments = arguments if run is None else [*arguments, f"hydra.run.dir={run}"]  # None: a sweep
         self.ids = [self._start(arguments, rank, count, port) for rank in range(count)]
@@ -75,6 +82,7 @@ class Processes:
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(one, "w", buffering=1) for one in (1, 2))  # pytest has its own
             torch.set_num_threads(1)
             if count > 1:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -85,12 +93,16 @@ class Processes:
             from lightning.pytorch.utilities import rank_zero_only
 
             rank_zero_only.rank = rank  # read from the environment when it was imported, before the fork
-            from data2vec_train.__main__ import _pretrain
             from data2vec_train.config import main
 
+            entry = importlib.import_module(f"data2vec_train.{self.command}")
+            options = {"config_name": self.command} if self.command != "__main__" else {"config_name": "train"}
+            weights = {"finetune": "init_from", "probe": "checkpoint", "embed": "checkpoint", "predict": "checkpoint"}
+            self.prepare()
             status = 0
             try:
-                main(_pretrain, config_name="train")
+                main(entry._pretrain if self.command == "__main__" else entry._run, **options,
+                     weights=weights.get(self.command))  # fmt: skip
             except SystemExit as ending:
                 status = ending.code or 0
             sys.stdout.flush()

@@ -1,0 +1,98 @@
+"""What is relied on in Hydra, Lightning and torch besides their public interfaces: names, and the words of errors.
+
+Nothing heavy is imported before it is asked for.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data2vec_train.errors import DataError, LostProcess
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loader processes: torch says in words only what became of one
+
+SHARED_MEMORY = (
+    "loader processes hand batches over in shared memory (/dev/shm), and there is no room left: give the container "
+    "more (docker run --shm-size=8g), or lower data.num_workers, data.prefetch_factor or the batch; data.num_workers=0 "
+    "needs none"
+)
+OPEN_FILES = (
+    "too many open files: raise the limit (ulimit -n 65536), or lower data.num_workers or data.prefetch_factor; "
+    "data.num_workers=0 needs the fewest"
+)
+KILLED = (
+    "a loader process was killed (out of memory?); the same command goes on. Fewer data.num_workers, or a lower "
+    "data.prefetch_factor, take less memory"
+)
+CRASHED = (
+    "a loader process crashed ({}): a file that its decoder cannot take, or a bug in a library. With "
+    "data.num_workers=0 it happens in this process, and python -X faulthandler says where"
+)
+_NO_ROOM = r"No space left on device|unable to (allocate|resize|mmap|write to file).*(shared|shm|torch_)|Bus error"
+_NO_FILES = r"Too many open files|received \d+ items of ancdata"
+_NO_PROCESS = (errno.EAGAIN, errno.ENOMEM)
+_WORKER = r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly)"
+
+
+def loader_fault(error: BaseException, exit_code: int | None = None) -> DataError | LostProcess | None:
+    """What an error that torch raised says about a loader process; None when it is about something else.
+
+    Args:
+        error: as it came.
+        exit_code: of the process, where it is known: negative after a signal.
+    """
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or re.search(_NO_FILES, text):
+        return DataError(OPEN_FILES)
+    if re.search(_NO_ROOM, text) and ("DataLoader" in text or "torch_" in text or "shared memory" in text):
+        return DataError(SHARED_MEMORY)
+    found = re.search(_WORKER, text)
+    if found is None:
+        return None
+    if found["signal"] == "Killed" or exit_code == -9 or (found["signal"] is None and exit_code is None):
+        return LostProcess(KILLED)
+    if exit_code == -7:
+        return DataError(SHARED_MEMORY)
+    how = found["signal"] or (f"signal {-exit_code}" if exit_code and exit_code < 0 else f"exit status {exit_code}")
+    return DataError(CRASHED.format(how.strip()))
+
+
+def start_fault(error: OSError) -> DataError | None:
+    """Why loader processes cannot be started; None when it is something else."""
+    if error.errno in (errno.ENOSPC, errno.ENOSYS):  # of the semaphores, which lie there too
+        return DataError(SHARED_MEMORY)
+    if error.errno in _NO_PROCESS:
+        return DataError(f"loader processes cannot be started ({error.strerror}): lower data.num_workers")
+    return None
+
+
+def exit_codes(batches: Iterator) -> list[int]:
+    """Of those loader processes behind an iterator of torch that have ended."""
+    codes = (worker.exitcode for worker in getattr(batches, "_workers", ()))
+    return [code for code in codes if code is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lightning
+
+
+def own_processes(trainer: Any) -> None:
+    """Keep Lightning's hands off signals and processes.
+
+    Its handlers save, and talk to other processes, in the middle of a step (states come out torn, runs hang when only
+    some processes get the signal), and with several processes it waits for the device twice per step to ask about
+    them. Its watch over the processes that it starts kills all of them, this one too, when one ends before its time.
+    """
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    from data2vec_train.stopping import look_after
+
+    trainer._signal_connector.register_signal_handlers = _nothing
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+    subprocess_script._launch_process_observer = look_after
+
+
+def _nothing() -> None:
+    """In place of what Lightning would do."""

@@ -1,0 +1,230 @@
+"""Loader processes: how they are started, how a batch comes from one, what they may hold, how they end.
+
+Batches are handed over in shared memory, each tensor by an open file. torch does this in a thread of the loader
+process, and when it fails there nobody hears of it: the batch never comes. Here it is done where it can be answered.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import io
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data2vec_train.allowed import plugin_modules
+from data2vec_train.compat import OPEN_FILES, SHARED_MEMORY, exit_codes, loader_fault, start_fault
+from data2vec_train.errors import DataError
+from data2vec_train.stopping import SIGNALS, end_loaders, listener
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None
+
+_SHM = Path("/dev/shm")
+_FILES_TO_START = 32  # of a process, besides those for batches
+
+
+class Loader(DataLoader):
+    """torch's DataLoader, which ends with a reason where that one would wait for ever.
+
+    Args:
+        dataset: what samples come from; sent to the loader processes, as the other arguments.
+        collate: samples -> batch.
+        num_workers: loader processes; 0 = none.
+        prefetch_factor: batches that each of them keeps ready.
+        pin_memory: as in torch.
+        sharers: processes on this machine with as many loader processes of their own.
+        **order: `batch_sampler` or `batch_size`, as in torch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        collate: Callable[[Sequence[Any]], Any],
+        num_workers: int,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        sharers: int = 1,
+        **order: Any,
+    ) -> None:
+        self.need = _Need(batches=num_workers * prefetch_factor + 1, of_worker=prefetch_factor + 1, sharers=sharers)
+        super().__init__(
+            dataset,
+            collate_fn=_Sent(collate, self.need) if num_workers else collate,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=functools.partial(begin_worker, plugins=tuple(plugin_modules)) if num_workers else None,
+            **order,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches.
+
+        Raises:
+            DataError: there are too little shared memory, too few files or processes, or one of them crashed.
+            LostProcess: one of them was killed.
+        """
+        batches = None
+        try:
+            if self.num_workers:
+                _allow_files(_FILES_TO_START + 16 * self.num_workers)
+                self.need.free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else None
+            batches = super().__iter__()
+            for batch in batches:
+                listener.moved()
+                if isinstance(batch, _Unsent):
+                    raise DataError(batch.why)
+                yield batch
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, DataError):
+                raise
+            codes = exit_codes(batches)
+            fault = loader_fault(error, min(codes, default=None))
+            if fault is None and batches is None and isinstance(error, OSError):
+                fault = start_fault(error)
+            if fault is None:
+                raise
+            raise fault from error
+
+
+@dataclass
+class _Need:
+    """What batches on their way take, compared with what there is before the first is sent."""
+
+    batches: int  # of all loader processes, and the one that is in use
+    of_worker: int  # those of one loader process
+    sharers: int
+    free: int | None = None  # bytes of shared memory before the loader processes began; None where it is not limited
+
+    def lacking(self, size: int, tensors: int) -> str | None:
+        """What is too little for batches of so many bytes and tensors; None = nothing."""
+        needed = size * self.batches * self.sharers
+        if self.free is not None and needed > self.free:
+            sums = f"{self.batches * self.sharers} batches of {_mb(size)} need {_mb(needed)}, {_mb(self.free)} are free"
+            return f"{sums}; {SHARED_MEMORY}"
+        try:
+            _allow_files(2 * tensors * self.of_worker)
+        except DataError as error:
+            return str(error)
+        return None
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
+class _Sent:
+    """Collates, and makes the batch ready to be sent; the first of a loader process is measured."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any], need: _Need) -> None:
+        self.collate = collate
+        self.need = need
+        self.measured = False
+
+    def __call__(self, samples: Sequence[Any]) -> "_Parcel | _Unsent":
+        batch = self.collate(samples)
+        pickler = _Measuring()
+        try:
+            pickler.dump(batch)
+        except (RuntimeError, OSError) as error:
+            fault = loader_fault(error) or (start_fault(error) if isinstance(error, OSError) else None)
+            if fault is None:
+                raise
+            return _Unsent(str(fault))
+        why = None if self.measured else self.need.lacking(pickler.size, pickler.tensors)
+        self.measured = True
+        return _Parcel(pickler.content.getvalue()) if why is None else _Unsent(why)
+
+
+class _Measuring(ForkingPickler):
+    """Puts tensors into shared memory, and adds up what they take."""
+
+    def __init__(self) -> None:
+        self.content = io.BytesIO()
+        self.size = self.tensors = 0
+        super().__init__(self.content)
+
+    def persistent_id(self, value: Any) -> None:
+        """Called for everything that is pickled."""
+        if isinstance(value, torch.UntypedStorage):
+            self.size += value.nbytes()
+            self.tensors += 1
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A batch that is in shared memory already; it comes out of the queue as what it was."""
+
+    content: bytes
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return ForkingPickler.loads, (self.content,)
+
+
+@dataclass(frozen=True)
+class _Unsent:
+    """What comes in place of a batch that cannot be sent."""
+
+    why: str
+
+
+def _allow_files(count: int) -> None:
+    """See to it that this process may open so many files more.
+
+    Raises:
+        DataError: it may not.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = Path("/proc/self/fd")
+    needed = count + (len(os.listdir(descriptors)) if descriptors.is_dir() else 0)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise DataError(f"{needed} files have to be open, and the limit is {hard}; {OPEN_FILES}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def begin_worker(worker: int, plugins: Sequence[str] = ()) -> None:
+    """What a loader process does first.
+
+    Ctrl-C and the end of a terminal or a job reach every process; the main one decides what they mean. Plugins are
+    there already in a process that was forked.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for name in plugins:
+        importlib.import_module(name)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those that an error has left running; Python sends them SIGTERM, which they ignore, and waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call it a failure of the loader
+    end_loaders()
+
+
+def cores_at_hand() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_workers() -> int:
+    """One process less than there are cores, between 1 and 8."""
+    return max(1, min(8, cores_at_hand() - 1))
