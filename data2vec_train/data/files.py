@@ -1,5 +1,6 @@
 """Files of data, opened with care: what lies in a folder may be anything, and its reason is wanted in plain words."""
 
+import errno
 import os
 import stat
 from pathlib import Path
