@@ -161,8 +161,9 @@ def embed_inputs(
         if model.source is None:
             raise ConfigError(f"{path} has no tokenizer beside it")
         tokenizer = TextTokenizer.from_pretrained(model.source)
+        tokenizer.check_fits(model.config)
         # Without the token that ends a text, as in the blocks of pretraining and of the command.
-        found = [tokenizer.windows(text, max_length=encoder.max_tokens + 1)[0].ids[:-1] for text in _texts(inputs)]
+        found = [tokenizer.beginning(text, encoder.max_tokens) for text in _texts(inputs)]
         tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
     source = model.source

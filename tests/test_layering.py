@@ -38,7 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"filelock", "errors"},
     "checkpoints": {"torch", "outputs", "errors"},
     "hf": {"torch", "numpy", "safetensors", "tokenizers", "PIL", "layers", "encoders", "heads", "hf", "checkpoints"}
-    | {"outputs", "errors"},
+    | {"outputs", "errors", "vocabulary"},
+    "vocabulary": {"tokenizers", "errors"},
+    "try_tokenizer": {"tokenizers"},
     "data2vec": {"torch", "numpy", "layers", "encoders", "decoders", "targets", "teacher", "errors"},
 }
 COMMANDS = ("export", "finetune", "probe", "embed", "predict", "benchmark", "plan")

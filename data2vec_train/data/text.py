@@ -5,11 +5,15 @@ into blocks: the token that starts a text, then as many ids as fit. Whole senten
 """
 
 import bz2
+import codecs
 import gzip
 import hashlib
+import io
 import json
 import logging
 import lzma
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -25,13 +29,17 @@ from torch import Tensor
 
 from data2vec_train.data.files import open_file, read_file, version_of
 from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
-from data2vec_train.data.tokenizer import Tokenizer, batched
-from data2vec_train.errors import BadSample, DataError
+from data2vec_train.data.tokenizer import LONG, Tokenizer
+from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.outputs import cached_folder
 
 log = logging.getLogger(__name__)
 
-BATCH_CHARACTERS = 4_000_000  # tokenized at once
+BATCH_CHARACTERS = 1_000_000  # tokenized at once
+STREAM_CHARACTERS = 250_000  # the same in a loading process of a stream
+CHUNK_BYTES = 2**20  # of a file, read at once
+LONG_BYTES = 4 * 2**20  # larger text files are not read as a whole
+NUM_EXAMPLES, EXAMPLE_CHARACTERS = 8, 500  # texts that are kept to compare tokenizers on
 TRAINING_CHARACTERS = 200_000_000  # of a stream or a corpus, to train a tokenizer on
 MAX_BAG = 8192
 HOPELESS_ROWS = 1000  # a table that begins with so many broken rows and no other is given up
@@ -49,7 +57,42 @@ MAX_CONTROL = 0.001
 # What broken archives raise; a MemoryError, when they ask for a dictionary of any size.
 BROKEN_ARCHIVE = (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error)
 
-Document = tuple[str, int | None, str | BadSample]  # key, label, text or why there is none
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class LongText:
+    """A text that is decoded as it is read, for files that are better not in memory as a whole.
+
+    Args:
+        open_raw: opens its bytes.
+        encodings: see `decode_text`.
+
+    Raises:
+        BadSample: see `decode_text`.
+    """
+
+    def __init__(self, open_raw: Callable[[], BinaryIO], encodings: Sequence[str]) -> None:
+        self._open = open_raw
+        self.encoding = _encoding_of(self._chunks, encodings)
+
+    def __iter__(self) -> Iterator[str]:
+        """The text in strings of about a million characters.
+
+        Raises:
+            BadSample: it can no longer be read, or changed meanwhile.
+        """
+        try:
+            yield from _decoded(self._chunks(), self.encoding)
+        except (OSError, UnicodeError) as error:
+            raise BadSample(f"not readable: {reason(error)}") from error
+
+    def _chunks(self) -> Iterator[bytes]:
+        with self._open() as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+
+Document = tuple[str, int | None, str | LongText | BadSample]  # key, label, text or why there is none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,22 +109,42 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
     Raises:
         BadSample: no text in any of them.
     """
-    if not raw.strip():
-        raise BadSample("empty file")
-    marked = [name for mark, name in BOMS if raw.startswith(mark)][:1]
-    if not marked and b"\x00" in raw:
+    return raw.decode(_encoding_of(lambda: [raw], encodings))
+
+
+def _encoding_of(chunks: Callable[[], Iterable[bytes]], encodings: Sequence[str]) -> str:
+    """The first encoding that a file, given in chunks, is a text in.
+
+    Raises:
+        BadSample: there is none.
+    """
+    start = next(iter(chunks()), b"")
+    marked = [name for mark, name in BOMS if start.startswith(mark)][:1]
+    if not marked and any(b"\x00" in chunk for chunk in chunks()):
         raise BadSample("a binary file, or UTF-16 or UTF-32 without a byte order mark")
     for encoding in [*marked, *encodings]:
+        size = control = 0
+        empty = True
         try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
+            for text in _decoded(chunks(), encoding):
+                size += len(text)
+                control += len(text) - len(text.translate(CONTROL))
+                empty = empty and (not text or text.isspace())
+        except UnicodeError:
             continue
-        if len(text) - len(text.translate(CONTROL)) > MAX_CONTROL * len(text):
+        if control > MAX_CONTROL * size:
             raise BadSample("a binary file: control characters")
-        if not text.strip():
+        if empty:
             raise BadSample("empty file")
-        return text
+        return encoding
     raise BadSample(f"not a text in {' or '.join(encodings)}")
+
+
+def _decoded(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    for chunk in chunks:
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
 
 
 def is_table(path: Path) -> bool:
@@ -102,7 +165,7 @@ def documents(
         encodings: see `decode_text`.
         column: where tables have the text.
         separator: of documents in a text file; None = a file is one document.
-        max_document_bytes: larger text files, and lines of .jsonl, are refused: each has to fit into memory.
+        max_document_bytes: larger text files, and lines of .jsonl, are refused.
     """
     value = sample.value
     if isinstance(value, (str, BadSample)):
@@ -114,19 +177,53 @@ def documents(
             rows = _table_rows(sample, column) if is_parquet else _json_lines(sample, column, max_document_bytes)
             yield from _unless_hopeless(rows)
         else:
-            limit = f"modality.max_document_bytes={max_document_bytes}"
-            if isinstance(value, Path):
-                value = read_file(value, max_bytes=max_document_bytes, limit=limit)
-            if len(value) > max_document_bytes:
-                raise BadSample(f"{len(value)} bytes, more than {limit}")
-            text = decode_text(bytes(value), encodings)
-            parts = [text] if separator is None else [part for part in text.split(separator) if part.strip()]
-            for number, part in enumerate(parts):
-                yield (sample.key if len(parts) == 1 else f"{sample.key}#{number}"), sample.label, part
+            text = _file_text(value, encodings, max_document_bytes)
+            if separator is None:
+                yield sample.key, sample.label, text
+                return
+            parts = _split([text] if isinstance(text, str) else text, separator)
+            before: str | None = None
+            for number, part in enumerate(part for part in parts if part and not part.isspace()):
+                if number > 0:
+                    yield f"{sample.key}#{number - 1}", sample.label, before
+                before = part
+            if before is not None:
+                yield (f"{sample.key}#{number}" if number else sample.key), sample.label, before
     except BadSample as error:
         yield sample.key, None, error
     except BROKEN_ARCHIVE as error:
         yield sample.key, None, BadSample(f"not readable: {reason(error)}")
+
+
+def _file_text(value: Path | bytes, encodings: Sequence[str], max_bytes: int) -> str | LongText:
+    """The text of a file; a long one is read when it is asked for."""
+    limit = f"modality.max_document_bytes={max_bytes}"
+    if isinstance(value, Path):
+        with open_file(value) as file:
+            size = os.fstat(file.fileno()).st_size
+        if LONG_BYTES < size <= max_bytes:
+            return LongText(lambda: open_file(value), encodings)
+        value = read_file(value, max_bytes=max_bytes, limit=limit)
+    if len(value) > max_bytes:
+        raise BadSample(f"{len(value)} bytes, more than {limit}")
+    if len(value) > LONG_BYTES:
+        return LongText(lambda: io.BytesIO(value), encodings)
+    return decode_text(bytes(value), encodings)
+
+
+def _split(pieces: Iterable[str], separator: str) -> Iterator[str]:
+    """As `str.split` on the joined pieces."""
+    held: list[str] = []  # of the part that has not ended yet
+    tail, kept = "", len(separator) - 1  # a separator may have begun in so many characters
+    for piece in pieces:
+        *ended, tail = (tail + piece).split(separator)
+        if ended:
+            yield "".join([*held, ended[0]])
+            yield from ended[1:]
+            held = []
+        held.append(tail[: max(len(tail) - kept, 0)])
+        tail = tail[max(len(tail) - kept, 0) :]
+    yield "".join([*held, tail])
 
 
 def _unless_hopeless(rows: Iterable[Document]) -> Iterator[Document]:
@@ -134,7 +231,7 @@ def _unless_hopeless(rows: Iterable[Document]) -> Iterator[Document]:
     good, number = 0, 0
     for number, row in enumerate(rows, start=1):
         yield row
-        good += isinstance(row[2], str)
+        good += not isinstance(row[2], BadSample)
         if not good and number == HOPELESS_ROWS:
             raise BadSample(f"given up: none of its first {number} rows can be used")
     if not number:
@@ -182,7 +279,8 @@ def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        with open_file(sample.value) as file, parquet.ParquetFile(file) as table:
+        # Through a buffer, a column is read page by page.
+        with open_file(sample.value) as file, parquet.ParquetFile(file, buffer_size=CHUNK_BYTES) as table:
             schema = table.schema_arrow
             if column not in schema.names:
                 raise BadSample(f"no column {column!r}; there are {', '.join(schema.names)}")
@@ -191,7 +289,7 @@ def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
             if str(kind) not in ("string", "large_string", "string_view", "null"):
                 raise BadSample(f"column {column!r} holds {kind}, not texts")
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for batch in table.iter_batches(batch_size=64, columns=[column]):
                 for value in batch.column(0):
                     yield f"{sample.key}:{number}", sample.label, _cell(value)
                     number += 1
@@ -212,11 +310,10 @@ def _checked(text: object) -> str | BadSample:
         return BadSample(f"{_kind(text)} instead of a text")
     if "\x00" in text:
         return BadSample("binary data: it has NUL characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return BadSample(f"half a character (surrogate U+{ord(text[error.start]):04X}) at place {error.start}")
-    return text if text.strip() else BadSample("empty text")
+    half = SURROGATE.search(text)
+    if half is not None:
+        return BadSample(f"half a character (surrogate U+{ord(half[0]):04X}) at place {half.start()}")
+    return text if text and not text.isspace() else BadSample("empty text")
 
 
 def _kind(value: object) -> str:
@@ -272,6 +369,8 @@ def prepare_text(
         ConfigError: there is no such tokenizer.
         DataError: nothing usable was found.
     """
+    if separator == "":
+        raise ConfigError("modality.separator is empty; null = a file is one document")
     how = {
         "encodings": list(encodings),
         "column": column,
@@ -306,9 +405,9 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
         else:
             found = _documents_of(source, **how)
         for _, _, text in found:
-            if isinstance(text, str):
-                yield text
-                characters += len(text)
+            for piece in () if isinstance(text, BadSample) else _pieces(text):
+                yield piece
+                characters += len(piece)
                 if characters > TRAINING_CHARACTERS:
                     return
 
@@ -322,7 +421,7 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
         return train()
     cached_folder(kept, lambda folder: train().save(folder))
     log.info("tokenizer of %d entries, from %s", vocab_size, kept)
-    return Tokenizer.load(str(kept))
+    return Tokenizer.load(str(kept), trusted=True)
 
 
 class TextBlocks(Source):
@@ -354,6 +453,7 @@ class TextBlocks(Source):
         self._folder = self._tokenized(source, how, cache_dir)
         facts = json.loads((self._folder / "facts.json").read_text())
         self.rejected = (*source.rejected, *(tuple(pair) for pair in facts["rejected"]))
+        self.examples: list[str] = facts["examples"]  # the beginnings of a few texts
         self._ends = np.load(self._folder / "ends.npy", mmap_mode="r")  # of each document in the ids
         self._labels = np.load(self._folder / "labels.npy", mmap_mode="r")
         self._keys = np.load(self._folder / "keys.npy", mmap_mode="r")
@@ -468,31 +568,100 @@ def _tokenize(source: Source, tokenizer: Tokenizer, how: dict[str, Any], folder:
     """Write ids.bin, ends.npy, labels.npy, keys.npy and facts.json into `folder`."""
     width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     rejected: list[tuple[str, str]] = []
+    examples: list[str] = []
     ends, labels, keys = [], [], []
     total, reported = 0, time.monotonic()
 
-    def good(found: Iterable[Document]) -> Iterator[Document]:
+    def noted(found: Iterable[Document]) -> Iterator[Document]:
         for key, label, text in found:
-            if isinstance(text, BadSample):
-                rejected.append((key, str(text)))
-            else:
-                yield key, label, text
+            if isinstance(text, str) and len(examples) < NUM_EXAMPLES:
+                examples.append(text[:EXAMPLE_CHARACTERS])
+            yield key, label, text
 
     with (folder / "ids.bin").open("wb") as file:
-        for batch in batched(good(_documents_of(source, **how)), characters=BATCH_CHARACTERS):
-            for (key, label, _), ids in zip(batch, tokenizer.encode_batch([one[2] for one in batch]), strict=True):
-                file.write(np.append(ids, tokenizer.eos_id).astype(width).tobytes())
-                total += len(ids) + 1
-                ends.append(total)
-                labels.append(-1 if label is None else label)
-                keys.append(key.encode("utf-8", "replace")[-200:])
-            if time.monotonic() - reported > 5:
-                reported = time.monotonic()
-                log.info("tokenized %d documents, %.1f M tokens", len(ends), total / 1e6)
+        for key, label, parts in _encoded(noted(_documents_of(source, **how)), tokenizer, BATCH_CHARACTERS):
+            size = 0
+            try:
+                for ids in parts:
+                    file.write(ids.astype(width).tobytes())
+                    size += len(ids)
+                    if time.monotonic() - reported > 5:
+                        reported = time.monotonic()
+                        log.info("tokenized %d documents, %.1f M tokens", len(ends), (total + size) / 1e6)
+            except BadSample as error:
+                rejected.append((key, str(error)))
+                file.seek(total * width().itemsize)
+                file.truncate()
+                continue
+            file.write(width(tokenizer.eos_id).tobytes())
+            total += size + 1
+            ends.append(total)
+            labels.append(-1 if label is None else label)
+            keys.append(key.encode("utf-8", "replace")[-200:])
     np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     np.save(folder / "keys.npy", np.array(keys or [b""], dtype=bytes))
-    (folder / "facts.json").write_text(json.dumps({"rejected": rejected}))
+    (folder / "facts.json").write_text(json.dumps({"rejected": rejected, "examples": examples}))
+
+
+def _encoded(
+    found: Iterable[Document], tokenizer: Tokenizer, characters: int
+) -> Iterator[tuple[str, int | None, Iterator[np.ndarray]]]:
+    """Documents with their ids in parts (n,), which raise `BadSample` for those that cannot be used.
+
+    Short texts are encoded together, about so many characters at once; a long one comes in several parts.
+    """
+    batch: list[Document] = []
+    size = 0
+    for key, label, text in found:
+        if isinstance(text, LongText) or (isinstance(text, str) and len(text) > LONG):
+            yield from _encoded_together(batch, tokenizer)
+            batch, size = [], 0
+            yield key, label, tokenizer.encode_long(_pieces(text))
+            continue
+        batch.append((key, label, text))
+        size += len(text) if isinstance(text, str) else 1
+        if size >= characters:
+            yield from _encoded_together(batch, tokenizer)
+            batch, size = [], 0
+    yield from _encoded_together(batch, tokenizer)
+
+
+def _encoded_together(
+    batch: list[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[str, int | None, Iterator[np.ndarray]]]:
+    texts = [text for _, _, text in batch if isinstance(text, str)]
+    try:
+        encoded = iter(tokenizer.encode_batch(texts))
+    except BadSample:  # of at least one of them
+        encoded = None
+    for key, label, text in batch:
+        if isinstance(text, BadSample):
+            yield key, label, _raising(text)
+        elif encoded is not None:
+            yield key, label, iter([next(encoded)])
+        else:
+            yield key, label, (ids for one in [text] for ids in tokenizer.encode_batch([one]))
+
+
+def _ended(parts: Iterator[np.ndarray], end: int) -> Iterator[np.ndarray]:
+    """The same with an id behind the last part."""
+    last = next(parts)
+    for ids in parts:
+        yield last
+        last = ids
+    yield np.append(last, end)
+
+
+def _raising(broken: BadSample) -> Iterator[np.ndarray]:
+    yield from ()  # a generator: it raises when its first part is asked for
+    raise broken
+
+
+def _pieces(text: str | LongText) -> Iterator[str]:
+    if isinstance(text, str):
+        return (text[first : first + CHUNK_BYTES] for first in range(0, len(text), CHUNK_BYTES))
+    return iter(text)
 
 
 class StreamedBlocks(StreamingSource):
@@ -518,29 +687,41 @@ class StreamedBlocks(StreamingSource):
 
     def stream(self, **place: int) -> Iterator[RawSample]:
         """See `StreamingSource.stream`; a broken document comes as its `BadSample`, for `decode_tokens` to raise."""
-        rest, rest_key = np.empty(0, dtype=np.int32), ""
         found = (one for sample in self.source.stream(**place) for one in documents(sample, **self._how))
-        for batch in batched(self._with_texts(found), characters=BATCH_CHARACTERS // 16):
-            texts = self.tokenizer.encode_batch([text for _, _, _, text in batch])
-            for (key, label, broken, _), ids in zip(batch, texts, strict=True):
-                if broken is not None:
-                    yield RawSample(key, broken, None)
-                elif self.cross_documents:
-                    rest = np.concatenate([rest, ids, [self.tokenizer.eos_id]]).astype(np.int32)
-                    rest_key = rest_key or key
+        encoded = _encoded(found, self.tokenizer, STREAM_CHARACTERS)
+        if self.cross_documents:
+            yield from self._across(encoded)
+            return
+        for key, label, parts in encoded:
+            try:
+                yield from self._within(key, label, parts)
+            except BadSample as error:
+                yield RawSample(key, error, None)
+
+    def _within(self, key: str, label: int | None, parts: Iterator[np.ndarray]) -> Iterator[RawSample]:
+        rest, first = np.empty(0, dtype=np.int32), 0
+        for ids in parts:
+            rest = np.concatenate([rest, ids])
+            while len(rest) > self._content:
+                if self._content >= self.min_tokens:
+                    yield RawSample(f"{key}@{first}", self._block(rest[: self._content]), label)
+                rest, first = rest[self._content :], first + self._content
+        if len(rest) and len(rest) >= self.min_tokens:
+            yield RawSample(f"{key}@{first}", self._block(rest), label)
+
+    def _across(self, encoded: Iterable[tuple[str, int | None, Iterator[np.ndarray]]]) -> Iterator[RawSample]:
+        rest, rest_key = np.empty(0, dtype=np.int32), ""
+        for key, _, parts in encoded:
+            try:
+                for number, ids in enumerate(_ended(parts, self.tokenizer.eos_id)):
+                    name = f"{key}~{number}" if number else key
+                    rest = np.concatenate([rest, ids]).astype(np.int32)
+                    rest_key = name if number else rest_key or key
                     while len(rest) >= self._content:
                         yield RawSample(f"{rest_key}+{len(rest)}", self._block(rest[: self._content]), None)
-                        rest, rest_key = rest[self._content :], key
-                else:
-                    for first in range(0, len(ids), self._content):
-                        part = ids[first : first + self._content]
-                        if len(part) >= self.min_tokens:
-                            yield RawSample(f"{key}@{first}", self._block(part), label)
-
-    @staticmethod
-    def _with_texts(found: Iterable[Document]) -> Iterator[tuple[str, int | None, BadSample | None, str]]:
-        for key, label, text in found:
-            yield (key, label, text, "") if isinstance(text, BadSample) else (key, label, None, text)
+                        rest, rest_key = rest[self._content :], name
+            except BadSample as error:
+                yield RawSample(key, error, None)
 
     def _block(self, ids: np.ndarray) -> np.ndarray:
         return np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)

@@ -1,102 +1,31 @@
-"""Byte-level BPE: load a trained one, or train one. `tokenizers` does the work; here it gets five special tokens.
-
-`tokenizer_facts` answers with json alone while a config is composed; it must not import anything heavy.
-"""
+"""Tokenizers for pretraining: load one, or train a byte-level BPE; texts of any length to ids in bounded memory."""
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data2vec_train.errors import ConfigError
 from data2vec_train.outputs import replace_file
+from data2vec_train.vocabulary import EMBEDDED, SPECIALS, SPELLINGS, open_tokenizer, splitting, tokenizer_facts
 
 if TYPE_CHECKING:
     import tokenizers
 
-EMBEDDED = Path(__file__).parent.parent / "samples" / "gpt2_bpe"
-# What each special token is called in the wild; the first is ours.
-SPELLINGS = {
-    "bos_id": ("<s>", "[CLS]", "<|startoftext|>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
-    "pad_id": ("<pad>", "[PAD]", "<|pad|>"),
-    "eos_id": ("</s>", "[SEP]", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "unk_id": ("<unk>", "[UNK]"),
-    "mask_id": ("<mask>", "[MASK]", "<|mask|>"),
-}
-SPECIALS = [spellings[0] for spellings in SPELLINGS.values()]
+__all__ = ["EMBEDDED", "Tokenizer", "cut_runs", "tokenizer_facts"]
 
+log = logging.getLogger(__name__)
 
-def tokenizer_facts(path: str | None, train_vocab_size: int | None) -> dict[str, int]:
-    """`vocab_size`, `bos_id`, `pad_id`, `eos_id`, `unk_id` and `mask_id` of a tokenizer.
-
-    A tokenizer without a token for padding or masking gets one behind its last id, and `vocab_size` counts it. Without
-    a token that begins or ends a text it is the other of the two, and without either, like an unknown token, padding.
-
-    Args:
-        path: a tokenizer.json, or a folder with one or with vocab.json and merges.txt; None = the embedded GPT-2 BPE.
-        train_vocab_size: a tokenizer of this size is going to be trained instead.
-
-    Raises:
-        ConfigError: there is no tokenizer at `path`, or both arguments are given.
-    """
-    if train_vocab_size is not None:
-        if path is not None:
-            raise ConfigError("tokenizer.path and tokenizer.train_vocab_size exclude each other; set one to null")
-        if train_vocab_size < 256 + len(SPECIALS):
-            raise ConfigError(
-                f"tokenizer.train_vocab_size={train_vocab_size}; expected at least {256 + len(SPECIALS)}, "
-                f"256 bytes and {len(SPECIALS)} special tokens"
-            )
-        return {"vocab_size": train_vocab_size, "bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3} | {
-            "mask_id": train_vocab_size - 1
-        }
-    return _facts_of(_vocabulary(_files(path)))
-
-
-def _files(path: str | None) -> list[Path]:
-    """[tokenizer.json], or [vocab.json, merges.txt]."""
-    place = EMBEDDED if path is None else Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if (place / "tokenizer.json").is_file():
-        return [place / "tokenizer.json"]
-    if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-        return [place / "vocab.json", place / "merges.txt"]
-    raise ConfigError(
-        f"{place} holds no tokenizer: expected a tokenizer.json, or a folder with one or with vocab.json and merges.txt"
-    )
-
-
-def _vocabulary(files: list[Path]) -> dict[str, int]:
-    """Token -> id."""
-    try:
-        content = json.loads(files[0].read_text(encoding="utf-8"))
-        if len(files) == 2:
-            return {str(token): int(number) for token, number in content.items()}
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        return vocabulary | {one["content"]: one["id"] for one in content.get("added_tokens") or ()}
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{files[0]} is not a tokenizer ({type(error).__name__}: {error})") from error
-
-
-def _facts_of(vocabulary: dict[str, int]) -> dict[str, int]:
-    size = max(vocabulary.values()) + 1
-    facts = {
-        name: next((vocabulary[one] for one in spellings if one in vocabulary), None)
-        for name, spellings in SPELLINGS.items()
-    }
-    for name in ("pad_id", "mask_id"):
-        if facts[name] is None:
-            facts[name], size = size, size + 1
-    facts["bos_id"] = next(one for one in (facts["bos_id"], facts["eos_id"], facts["pad_id"]) if one is not None)
-    facts["eos_id"] = facts["bos_id"] if facts["eos_id"] is None else facts["eos_id"]
-    facts["unk_id"] = facts["pad_id"] if facts["unk_id"] is None else facts["unk_id"]
-    return {"vocab_size": size} | facts
+# Characters that are encoded at once of a longer text: the library takes some 160 bytes for each.
+LONG = 2**19
+OVERLAPS = (2**10, 2**12, 2**14, 2**16)  # characters to compare two neighbouring parts on, tried in this order
+# Longest run without white space to train on: merging within a run takes its length times the number of merges, and few
+# entries of a vocabulary are longer.
+LONGEST_RUN = 100
 
 
 class Tokenizer:
@@ -112,35 +41,22 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = facts["bos_id"], facts["eos_id"], facts["unk_id"]
 
     @classmethod
-    def load(cls, path: str | None) -> "Tokenizer":
-        """The tokenizer at `path`, see `tokenizer_facts`.
+    def load(cls, path: str | None, *, trusted: bool = False) -> "Tokenizer":
+        """The tokenizer at `path`; see `vocabulary.open_tokenizer`.
 
         Raises:
-            ConfigError: there is none, or it cannot be read.
+            ConfigError: there is none, or it cannot be used.
         """
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
-        files = _files(path)
-        facts = _facts_of(_vocabulary(files))
-        try:
-            if len(files) == 2:
-                inner = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
-                inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                inner.decoder = decoders.ByteLevel()
-            else:
-                inner = tokenizers.Tokenizer.from_file(str(files[0]))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{files[0]} is not a tokenizer ({error})") from error
-        inner.no_padding()
-        inner.no_truncation()
-        return cls(inner, facts)
+        inner, vocabulary = open_tokenizer(path, trusted=trusted)
+        return cls(inner, vocabulary.facts)
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
         """A byte-level BPE for these texts; no text is unknown to it.
 
-        Where the texts give fewer merges than `vocab_size` asks for, the ids between stay unused.
+        Where the texts give fewer merges than `vocab_size` asks for, the ids between stay unused. Runs of more than
+        100 characters without white space (DNA, Chinese, base64) are cut, so that the time grows with the length of
+        the texts and not with its square.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -155,19 +71,115 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        inner.train_from_iterator(texts, trainer)
+        num_cuts = 0
+
+        def pieces() -> Iterator[str]:
+            nonlocal num_cuts
+            for text in texts:
+                num_cuts -= 1
+                for piece in cut_runs(text, LONGEST_RUN):
+                    num_cuts += 1
+                    yield piece
+
+        inner.train_from_iterator(pieces(), trainer)
+        if num_cuts:
+            log.info(
+                "to train the tokenizer, runs of more than %d characters without white space were cut in %d places; no "
+                "token is longer",
+                LONGEST_RUN,
+                num_cuts,
+            )
         # Its id has to be known before training, so that an encoder can be built: the last one, whatever was found.
         content = json.loads(inner.to_str())
         mask = {"id": vocab_size - 1, "content": SPECIALS[-1], "special": True, "normalized": False}
-        content["added_tokens"].append(mask | {"single_word": False, "lstrip": False, "rstrip": False})
+        content["added_tokens"].append(mask | {"single_word": False, "lstrip": True, "rstrip": False})
         content["model"]["vocab"][SPECIALS[-1]] = vocab_size - 1
         return cls(tokenizers.Tokenizer.from_str(json.dumps(content)), facts)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, (n,) int32, without special tokens around them."""
-        return [
-            np.array(one.ids, dtype=np.int32) for one in self._inner.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        """Ids of each text, (n,) int32, without special tokens around them.
+
+        Raises:
+            BadSample: the tokenizer has no token for something in a text, or gives up on it.
+        """
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self._encode(texts)]
+
+    def encode_long(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Ids of one text of any length, part by part: those of the whole text, in bounded memory.
+
+        Neighbouring parts overlap. They are joined at a token in the middle of the overlap, where both parts have the
+        same tokens at the same characters, which then do not depend on where either part ends. If they differ over the
+        longest overlap (a word of a million letters that is one unknown token), the text is cut there and the log says
+        so.
+
+        Args:
+            pieces: the text, in strings of any length.
+
+        Yields:
+            (n,) int32 each, without special tokens around them.
+
+        Raises:
+            BadSample: see `encode_batch`.
+        """
+        feed = iter(pieces)
+        text, known, num_unsafe = "", 0, 0  # `known` tokens at the beginning of `text` were in the part before
+        while True:
+            text = _filled(text, feed, LONG + OVERLAPS[-1])
+            if len(text) <= LONG:
+                break
+            left = self._tokens(text[:LONG])
+            for overlap in OVERLAPS:
+                seam = self._seam(text, left, overlap)
+                if seam is not None:
+                    break
+            else:
+                num_unsafe += 1
+                seam = len(left), LONG, 0
+            last, first_character, next_known = seam
+            yield left[known:last, 2].astype(np.int32)
+            text, known = text[first_character:], next_known
+        yield self._tokens(text)[known:, 2].astype(np.int32)
+        if num_unsafe:
+            log.warning(
+                "a text was cut in %d places where its tokens depend on more than %d characters around",
+                num_unsafe,
+                OVERLAPS[-1],
+            )
+
+    def _seam(self, text: str, left: np.ndarray, overlap: int) -> tuple[int, int, int] | None:
+        """Where a part of a text goes over into the next one; None if they differ in the overlap.
+
+        Args:
+            text: from the first character of the part on.
+            left: the part's tokens, see `_tokens`; it has `LONG` characters.
+            overlap: characters to compare.
+
+        Returns:
+            Number of tokens before the seam, the next part's first character, number of its tokens before the seam.
+        """
+        # The next part begins with a token of this one: tokens that are counted off in a run, such as three digits
+        # each, are then the same ones.
+        row = int(np.searchsorted(left[:, 0], LONG - 2 * overlap))
+        start = int(left[row, 0]) if row < len(left) else 0
+        if start == 0:
+            return None
+        right = self._tokens(text[start : LONG + overlap]) + [start, start, 0]
+        edges = (LONG - 3 * overlap // 2, LONG - overlap // 2)
+        (first, last), (other_first, other_last) = (np.searchsorted(one[:, 0], edges) for one in (left, right))
+        count = int(last - first)
+        if count < 4 or not np.array_equal(left[first:last], right[other_first:other_last]):
+            return None
+        return int(first) + count // 2, start, int(other_first) + count // 2
+
+    def _tokens(self, text: str) -> np.ndarray:
+        """(T, 3) int64: first character, end, id of each token."""
+        (encoding,) = self._encode([text])
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.column_stack([offsets, np.array(encoding.ids, dtype=np.int64)])
+
+    def _encode(self, texts: Sequence[str]) -> "list[tokenizers.Encoding]":
+        with splitting("".join(texts[:1])):
+            return self._inner.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, special tokens left out."""
@@ -175,13 +187,18 @@ class Tokenizer:
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """The text of each id by itself; bytes that are no character alone show as a replacement character."""
-        special = {self.facts[name]: spellings[0] for name, spellings in SPELLINGS.items() if name != "unk_id"}
+        special = {self.facts[name]: token for name, token in self.special_tokens.items() if name != "unk_id"}
         return [special.get(int(one)) or self._inner.decode([int(one)], skip_special_tokens=False) for one in ids]
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` into `folder`, in one go."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "tokenizer.json", self._inner.to_str(pretty=True).encode())
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Name of each special token: "bos_id" and so on."""
+        return {name: self._inner.id_to_token(self.facts[name]) for name in SPELLINGS}
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
@@ -201,14 +218,19 @@ class Tokenizer:
         self.__init__(tokenizers.Tokenizer.from_str(state["content"]), state["facts"])
 
 
-def batched(texts: Iterable[tuple], *, characters: int) -> Iterator[list[tuple]]:
-    """Tuples whose last entry is a text, in lists of about so many characters."""
-    batch, size = [], 0
-    for one in texts:
-        batch.append(one)
-        size += len(one[-1])
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def cut_runs(text: str, longest: int) -> Iterator[str]:
+    """The text in pieces, cut wherever more than so many characters follow each other without white space between."""
+    first = 0
+    for run in re.finditer(rf"\S{{{longest}}}(?=\S)|\s{{{longest}}}(?=\s)", text):
+        yield text[first : run.end()]
+        first = run.end()
+    yield text[first:]
+
+
+def _filled(text: str, feed: Iterator[str], length: int) -> str:
+    """`text` with so many strings of `feed` behind it that it is as long as that, if there are enough."""
+    parts, size = [text], len(text)
+    while size < length and (piece := next(feed, None)) is not None:
+        parts.append(piece)
+        size += len(piece)
+    return "".join(parts)

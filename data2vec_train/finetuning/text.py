@@ -28,7 +28,6 @@ from data2vec_train.finetuning.metrics import (
 from data2vec_train.finetuning.speech import class_predictions
 from data2vec_train.hf.base import PretrainedModel
 
-WHOLE = 2**31  # longest text that is read to its end, tokens
 Problem = Literal["classification", "regression", "multi_label"]
 _PROBLEM_TYPES = {
     "classification": "single_label_classification",
@@ -290,7 +289,8 @@ class TokenClassification(TextTask):
             raise BadSample(f"{len(words)} words and {len(tags)} classes")
         found = self.inputs.tokenizer.windows(" ".join(words), max_length=self.max_tokens)[0]
         starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-        owner = np.searchsorted(starts, [first for first, _ in found.offsets], side="right") - 1
+        # By its last character: in some vocabularies a token has the space before a word in it.
+        owner = np.searchsorted(starts, [last - 1 for _, last in found.offsets], side="right") - 1
         first = np.full(len(words), -1)
         for place in range(len(found.ids) - 1, -1, -1):
             if not found.special_tokens_mask[place] and found.offsets[place][1] > found.offsets[place][0]:
@@ -460,7 +460,7 @@ class QuestionAnswering(TextTask):
             pairs = np.where(allowed > 0, pairs, -np.inf)
             start, end = np.unravel_index(int(pairs.argmax()), pairs.shape)
             span = slice(offsets[row, inside[start], 0], offsets[row, inside[end], 1])
-            found[owner] = max(found[owner], (float(pairs[start, end]), batch.references[owner][0][span]))
+            found[owner] = max(found[owner], (float(pairs[start, end]), batch.references[owner][0][span].strip()))
         return [
             "" if self.unanswerable and none > score else text
             for (score, text), none in zip(found, nothing, strict=True)
@@ -550,7 +550,7 @@ class MultipleChoice(TextTask):
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
         """Rows with fewer choices are filled up with empty ones, which `loss` and `predictions` leave out."""
         most = max(len(one["rows"]) for one in examples)
-        pad = [self.inputs.tokenizer.pad_token_id + 1]  # any token: attention needs one
+        pad = [self.inputs.tokenizer.bos_token_id]  # any token: attention needs one
         rows = [row for one in examples for row in [*one["rows"], *[pad] * (most - len(one["rows"]))]]
         inputs = {name: x.unflatten(0, (len(examples), most)) for name, x in self.batch_of(rows).items()}
         real = torch.tensor([[place < len(one["rows"]) for place in range(most)] for one in examples])
@@ -706,9 +706,8 @@ class CausalLM(LanguageTask):
         if isinstance(raw.value, np.ndarray):
             return {"key": raw.key, "ids": self._ids(raw)}
         text = text_of(raw.value, self.inputs.encodings)
-        start, *ids = self.inputs.tokenizer.windows(text, max_length=WHOLE)[0].ids[:-1]
-        room = max(self.max_tokens - self.continue_tokens, self.max_tokens // 2) - 1
-        return {"key": raw.key, "ids": np.array([start, *ids[-room:]], dtype=np.int64)}
+        room = max(self.max_tokens - self.continue_tokens, self.max_tokens // 2)
+        return {"key": raw.key, "ids": np.array(self.inputs.tokenizer.end(text, room), dtype=np.int64)}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
         """See `HeadTask.collate`."""

@@ -30,22 +30,26 @@ from data2vec_train.hf.configs import (
 )
 from data2vec_train.hf.pickles import read_checkpoint
 from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
-from data2vec_train.hf.tokenizers import CTCTokenizer
+from data2vec_train.hf.tokenizers import CTCTokenizer, TextTokenizer, has_tokenizer
 from data2vec_train.hf.weights import PICKLE_NAME, SAFETENSORS_NAME, put_into
 from data2vec_train.layers.positions import sincos_grid
+from data2vec_train.vocabulary import read_vocabulary, tokenizer_files
 
 Weights = Literal["student", "teacher"]
 
-# What stands beside weights and says how inputs are prepared.
-PREPROCESSING = (
-    "preprocessor_config.json",
-    "processor_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+)
+# What stands beside weights and says how inputs are prepared.
+PREPROCESSING = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    *TOKENIZER_FILES,
     "finetuning.json",  # of a head: what `predict` needs to know
 )
 PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
@@ -550,6 +554,9 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     beside = checkpoints.run_of(Path(where)) / PREPROCESSING_FOLDER
     model.source = beside if beside.is_dir() else None
     model.preparation = _preparation_in(content["config"]["modality"].get("preprocessing"), where)
+    if isinstance(model.config, Data2VecTextConfig) and has_tokenizer(beside):
+        facts = read_vocabulary(tokenizer_files(beside)).facts
+        model.config.bos_token_id, model.config.eos_token_id = facts["bos_id"], facts["eos_id"]
     return model
 
 
@@ -708,6 +715,14 @@ def write_preprocessing(model: PretrainedModel, folder: Path, *, source: str | P
         for one in model.preparation:
             one.save_pretrained(folder)
         return
-    for name in PREPROCESSING:
+    names = PREPROCESSING
+    if isinstance(model.config, Data2VecTextConfig) and has_tokenizer(source):
+        # Not as a copy: those of a run of before name a class that makes other ids of them.
+        names = tuple(name for name in names if name not in TOKENIZER_FILES)
+        if not has_tokenizer(folder):
+            tokenizer = TextTokenizer.from_pretrained(source)
+            tokenizer.model_max_length = tokenizer.model_max_length or model.get_encoder().max_tokens
+            tokenizer.save_pretrained(folder)
+    for name in names:
         if (source / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source / name, folder / name)

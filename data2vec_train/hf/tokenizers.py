@@ -1,12 +1,13 @@
 """From texts and transcripts to ids and back, exactly as transformers does it, and its files.
 
-    TextTokenizer   RobertaTokenizer              tokenizer.json, tokenizer_config.json
+    TextTokenizer   PreTrainedTokenizerFast       tokenizer.json, tokenizer_config.json
     CTCTokenizer    Wav2Vec2CTCTokenizer          vocab.json, tokenizer_config.json
                     Wav2Vec2PhonemeCTCTokenizer   (symbols between spaces)
 
 Letters: B texts, T tokens or frames, U symbols. Source: contract section 4.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -17,11 +18,24 @@ import numpy as np
 from torch import Tensor
 
 from data2vec_train.errors import ConfigError
+from data2vec_train.hf.configs import Data2VecTextConfig
 from data2vec_train.hf.files import read_json, stacked, write_json
+from data2vec_train.vocabulary import (
+    NAMED,
+    Vocabulary,
+    as_used,
+    ids_of,
+    open_files,
+    special_tokens,
+    splitting,
+    tokenizer_files,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
+EXAMPLES_NAME = "tokenizer_examples.json"  # texts of a run's data with the ids they had in training
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Symbols of the released CTC models, by id; the first is also CTC's blank.
 LIBRISPEECH_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
@@ -31,19 +45,28 @@ PHONE_CLASSES = ("Wav2Vec2PhonemeCTCTokenizer", "Wav2Vec2PhonemeCTCTokenizerFast
 
 
 class TextTokenizer:
-    """Byte-level BPE with RoBERTa's special tokens: `<s> text </s>`, or `<s> A </s></s> B </s>` for two.
+    """A tokenizer that transformers reads with the same ids: `<s> A </s>`, or `<s> A </s></s> B </s>` for two texts.
 
-    Make one with `from_pretrained` or `from_files`.
+    `<s>` and `</s>` stand for whichever tokens begin and end a text in it. Make one with `from_pretrained`,
+    `from_files` or `from_json`.
+
+    Args:
+        inner: as `vocabulary.as_used` gives it.
+        tokens: name of each special token: "bos_id" and so on.
+        model_max_length: tokens, special ones included; None = not known.
     """
 
-    def __init__(self, inner: "tokenizers.Tokenizer", *, model_max_length: int | None = None) -> None:
+    def __init__(
+        self, inner: "tokenizers.Tokenizer", tokens: Mapping[str, str], *, model_max_length: int | None = None
+    ) -> None:
         self._inner = inner
+        self.tokens = dict(tokens)
         self.model_max_length = model_max_length
-        absent = [one for one in ("<s>", "<pad>", "</s>", "<mask>") if inner.token_to_id(one) is None]
-        if absent:
-            raise ConfigError(f"the tokenizer has no {', '.join(absent)}; expected RoBERTa's special tokens")
-        self.pad_token_id = inner.token_to_id("<pad>")
-        self.mask_token_id = inner.token_to_id("<mask>")
+        if inner.post_processor is None:
+            _put_around(inner, tokens)
+        self.bos_token_id = inner.token_to_id(tokens["bos_id"])
+        self.pad_token_id = inner.token_to_id(tokens["pad_id"])
+        self.mask_token_id = inner.token_to_id(tokens["mask_id"])
 
     @classmethod
     def from_files(
@@ -54,66 +77,96 @@ class TextTokenizer:
         Raises:
             ConfigError: a file is missing or broken.
         """
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
-        try:
-            inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{vocab} and {merges} are no byte-level BPE ({error})") from error
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
-        return cls(with_special_tokens(inner), model_max_length=model_max_length)
+        inner, vocabulary = open_files([Path(vocab), Path(merges)])
+        return cls(inner, vocabulary.tokens, model_max_length=model_max_length)
 
     @classmethod
-    def from_json(cls, content: str, *, model_max_length: int | None = None) -> "TextTokenizer":
-        """From the content of a tokenizer.json of a byte-level BPE that may lack special tokens; they are added."""
+    def from_json(
+        cls, content: str, *, tokens: Mapping[str, str] | None = None, model_max_length: int | None = None
+    ) -> "TextTokenizer":
+        """From the content of a tokenizer.json; special tokens that it lacks are added.
+
+        Whatever it puts around texts is replaced by the tokens that begin and end a text, as in pretraining.
+
+        Args:
+            content: of the file, from a source that is trusted.
+            tokens: see the class; None = those with the usual names.
+            model_max_length: see the class.
+        """
         import tokenizers
 
-        return cls(with_special_tokens(tokenizers.Tokenizer.from_str(content)), model_max_length=model_max_length)
+        ids = ids_of(json.loads(content), "tokenizer.json")
+        vocabulary = Vocabulary(ids, special_tokens(ids, tokens or {}))
+        inner = as_used(tokenizers.Tokenizer.from_str(content), vocabulary, "tokenizer.json")
+        _put_around(inner, vocabulary.tokens)
+        return cls(inner, vocabulary.tokens, model_max_length=model_max_length)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
         """From a folder with a tokenizer.json, or with vocab.json and merges.txt.
 
+        What the tokenizer puts around texts stays as it is where a tokenizer_config.json says that transformers wrote
+        it; otherwise it is the tokens that begin and end a text.
+
         Raises:
             ConfigError: there is none, or it is broken.
         """
-        import tokenizers
-
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        longest = settings.get("model_max_length")
+        if not has_tokenizer(folder):
+            raise ConfigError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+        inner, vocabulary = open_files(tokenizer_files(folder))
+        described = (folder / "tokenizer_config.json").is_file()
+        longest = read_json(folder / "tokenizer_config.json").get("model_max_length") if described else None
+        if not described:
+            _put_around(inner, vocabulary.tokens)
         longest = longest if isinstance(longest, int) and longest < 10**9 else None
-        if not (folder / "tokenizer.json").is_file():
-            if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-                raise ConfigError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-            return cls.from_files(folder / "vocab.json", folder / "merges.txt", model_max_length=longest)
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{folder / 'tokenizer.json'} is no tokenizer ({error})") from error
-        return cls(inner, model_max_length=longest)
+        return cls(inner, vocabulary.tokens, model_max_length=longest)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json and tokenizer_config.json.
+
+        transformers reads them as `PreTrainedTokenizerFast`, which takes tokenizer.json as it is. `RobertaTokenizer`
+        would build a byte-level BPE from its vocabulary, whatever kind it is.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.save(str(folder / "tokenizer.json"))
-        mask = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False}
-        content = {
-            "tokenizer_class": "RobertaTokenizer",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            **{f"{name}_token": token for name, token in (("bos", "<s>"), ("cls", "<s>"), ("eos", "</s>"))},
-            **{f"{name}_token": token for name, token in (("sep", "</s>"), ("unk", "<unk>"), ("pad", "<pad>"))},
-            "mask_token": mask | {"rstrip": False, "single_word": False, "special": True},
+        added = {one.content: one for one in self._inner.get_added_tokens_decoder().values()}
+        content: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
         }
+        for name, settings in NAMED.items():
+            if name == "unk_id" and self.tokens[name] == self.tokens["pad_id"]:
+                continue  # it has no unknown token
+            token = added[self.tokens[name]]
+            described = {"__type": "AddedToken", "content": token.content}
+            described |= {flag: getattr(token, flag) for flag in FLAGS}
+            content |= dict.fromkeys(settings, described)
         if self.model_max_length is not None:
             content["model_max_length"] = self.model_max_length
         write_json(folder / "tokenizer_config.json", content)
+
+    def check_fits(self, config: Data2VecTextConfig) -> None:
+        """Whether its ids are rows of a model's embedding, and the same id pads.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if self.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.vocab_size} tokens, the encoder {config.vocab_size}; set "
+                "modality.tokenizer.path to the one it was trained with"
+            )
+        if self.pad_token_id != config.pad_token_id:
+            raise ConfigError(
+                f"the tokenizer pads with the id {self.pad_token_id}, the encoder with {config.pad_token_id}; set "
+                "modality.tokenizer.path to the one it was trained with"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -173,21 +226,46 @@ class TextTokenizer:
         """One text, or two, with the place of each token in them; several windows where `stride` says so.
 
         Args:
-            text: the first.
+            text: the first; no more of one alone is encoded than a window needs.
             pair: the second.
             max_length: of a window, tokens, special ones included; what is longer is cut.
             stride: tokens that neighbouring windows of the second text share; None = only the first window.
 
         Raises:
-            ValueError: the first text alone fills a window, so that there is no room for the second.
+            BadSample: the first text alone fills a window, so that there is no room for the second, or the tokenizer
+                has no token for something in a text.
         """
+        text = self._part(text, max_length) if pair is None else text
         strategy = "longest_first" if stride is None else "only_second"
-        try:
+        with splitting(text):
             self._inner.enable_truncation(max_length, stride=stride or 0, strategy=strategy)
             found = self._inner.encode(text, pair)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{text[:60]!r} leaves no room in {max_length} tokens ({error})") from error
         return [found] if stride is None else [found, *found.overflowing]
+
+    def beginning(self, text: str, max_tokens: int) -> list[int]:
+        """Ids of the beginning of a text, with the token that starts it and without the one that ends it."""
+        ids = self._ids(self._part(text, max_tokens))
+        return [self.bos_token_id, *ids[: max_tokens - 1]]
+
+    def end(self, text: str, max_tokens: int) -> list[int]:
+        """The same of the end of a text."""
+        ids = self._ids(self._part(text, max_tokens, from_end=True))
+        return [self.bos_token_id, *ids[max(len(ids) - max_tokens + 1, 0) :]]
+
+    def _part(self, text: str, tokens: int, *, from_end: bool = False) -> str:
+        """So much of a text's beginning or end that its first or last tokens are those of the whole text."""
+        size = 16 * tokens + 1000
+        while size < len(text):
+            part = text[-size:] if from_end else text[:size]
+            if len(self._ids(part)) > tokens + 100:
+                return part
+            size *= 8
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        self._inner.no_truncation()
+        with splitting(text):
+            return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Ids (T,) to a text."""
@@ -198,15 +276,26 @@ class TextTokenizer:
         return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
 
 
-def with_special_tokens(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """A byte-level BPE that recognises RoBERTa's special tokens in texts and puts them around texts."""
-    from tokenizers import AddedToken, processors
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `TextTokenizer.from_pretrained` finds files in a folder."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / one).is_file() for one in ("vocab.json", "merges.txt")
+    )
 
-    inner.add_special_tokens([AddedToken(one, normalized=False, special=True) for one in SPECIAL_TOKENS[:-1]])
-    inner.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False, special=True)])
-    ends = [(token, inner.token_to_id(token)) for token in ("</s>", "<s>")]
-    inner.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
-    return inner
+
+def _put_around(inner: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:
+    """Make a tokenizer put the tokens that begin and end a text around texts."""
+    from tokenizers import processors
+
+    begin, end = ((tokens[name], inner.token_to_id(tokens[name])) for name in ("bos_id", "eos_id"))
+    pre_tokenizer = json.dumps(json.loads(inner.to_str())["pre_tokenizer"])
+    # Tokens of a byte-level BPE have the space before a word in them; their places in a text leave it out.
+    inner.post_processor = processors.RobertaProcessing(
+        end,
+        begin,
+        trim_offsets='"ByteLevel"' in pre_tokenizer,
+        add_prefix_space='"add_prefix_space": true' in pre_tokenizer,
+    )
 
 
 class CTCTokenizer:

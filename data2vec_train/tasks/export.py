@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ from data2vec_train.hf.convert import (
 )
 from data2vec_train.hf.files import read_json
 from data2vec_train.hf.preprocessing import PREPROCESSOR_NAME
+from data2vec_train.hf.tokenizers import EXAMPLES_NAME, TextTokenizer, has_tokenizer
 from data2vec_train.outputs import output_path, sole_writer, writing
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "safetensors", "onnx", "torch_export")
+# Where no texts of the weights' own data are at hand.
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog; it's 3:45 pm, and nobody minds.",
+    "  Two  spaces,\ttabs\nand lines\r\n\nIn UPPER and lower Case.",
+    "Größe, naïve façade, İstanbul, cafe\u0301",
+    "北京は今日も晴れ Привет мир",
+    "def f(x): return x**2 + 1_000_000  # comment",
+)
 LIMIT = 1e-3  # of differences; outputs are of order 1
 CARD_NAME = "README.md"
 
@@ -81,9 +91,10 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
         raise ConfigError(f"{refusal}; choose format=safetensors, onnx or torch_export")
     with writing(out) as unfinished:
         unfinished.mkdir()
+        write_preprocessing(model, unfinished)
+        texts = compare_ids(model, unfinished)
         write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
         comparisons = write(model, unfinished, cfg.format)
-        write_preprocessing(model, unfinished)
         for one in comparisons:
             log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
             if not one.largest <= LIMIT:
@@ -91,7 +102,7 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
                     f"what {one.reader} reads back differs from {cfg.checkpoint} by {one.largest:.1e}, and {LIMIT:.0e} "
                     f"is the most that rounding explains; {out} was not written"
                 )
-        (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, unfinished), encoding="utf-8")
+        (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, texts, unfinished), encoding="utf-8")
     log.info("written: %s", out)
     return {one.reader: one.largest for one in comparisons}
 
@@ -102,7 +113,7 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
 
 def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
     save_pretrained(model, folder)
-    example = example_for(model)
+    example = example_for(model, folder)
     expected = _layers_of(model, example)
     comparisons = [_compare("data2vec_train", expected, _layers_of(load_pretrained(folder), example))]
     if kind == "hf":
@@ -112,8 +123,6 @@ def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Compa
 
 def _read_by_transformers(model: PretrainedModel, folder: Path, example: Example) -> list[Comparison]:
     """With transformers' own code, where it is installed; padding aside, which it lets leak in speech."""
-    from importlib.util import find_spec
-
     if find_spec("transformers") is None:
         log.info("transformers is not installed: what it makes of the folder was not compared")
         return []
@@ -139,7 +148,7 @@ def _write_onnx(model: PretrainedModel, folder: Path, kind: str) -> list[Compari
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)
     model.set_attn_implementation("eager")  # the fused kernels have no counterpart in ONNX
-    example = example_for(model)
+    example = example_for(model, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*The axis name: \w+ will not be used")  # both inputs share it
         program = torch.onnx.export(
@@ -163,7 +172,7 @@ def _write_onnx(model: PretrainedModel, folder: Path, kind: str) -> list[Compari
 
 
 def _write_program(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
-    example = example_for(model)
+    example = example_for(model, folder)
     program = torch.export.export(
         _Plain(model, tuple(example.inputs)), tuple(example.inputs.values()), dynamic_shapes=(_dynamic(example),)
     )
@@ -224,8 +233,50 @@ def _write_facts(model: PretrainedModel, folder: Path, example: Example) -> None
 # Comparing
 
 
-def example_for(model: PretrainedModel) -> Example:
-    """Two samples of noise that suit a model, the second one padded.
+def compare_ids(model: PretrainedModel, folder: Path) -> str | None:
+    """Whether the tokenizer in `folder` makes the ids that the weights were trained with; a sentence for the card.
+
+    Read by this program, and by transformers where it is installed. None: there is no tokenizer.
+
+    Raises:
+        ConfigError: somebody makes other ids of a text.
+    """
+    if not isinstance(model.get_encoder(), TextEncoder) or not has_tokenizer(folder):
+        return None
+    own = TextTokenizer.from_pretrained(folder)
+    own.check_fits(model.config)
+    kept = model.source / EXAMPLES_NAME
+    if kept.is_file() and read_json(kept)["texts"]:
+        texts, ids = read_json(kept)["texts"], read_json(kept)["ids"]
+        which = "texts that the weights were trained on"
+    else:
+        texts, which = list(TEXTS), "texts in several scripts"
+        ids = TextTokenizer.from_pretrained(model.source)(texts, add_special_tokens=False)["input_ids"]
+    whole = own(texts)["input_ids"]
+    _check_ids(f"{folder} as data2vec_train reads it", texts, own(texts, add_special_tokens=False)["input_ids"], ids)
+    readers = "data2vec_train"
+    if find_spec("transformers") is not None:
+        import transformers
+
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        where = f"{folder} as transformers {transformers.__version__} reads it"
+        _check_ids(where, texts, theirs(texts, add_special_tokens=False)["input_ids"], ids)
+        _check_ids(where, texts, theirs(texts)["input_ids"], whole)
+        readers += f" and transformers {transformers.__version__} ({type(theirs).__name__})"
+    return f"Ids of {len(texts)} {which}: equal, read back by {readers}."
+
+
+def _check_ids(where: str, texts: list[str], found: list[list[int]], expected: list[list[int]]) -> None:
+    for text, row, other in zip(texts, found, expected, strict=True):
+        if row != other:
+            raise ConfigError(
+                f"{where} makes the ids {row[:10]} of {text[:60]!r}, and not those of the weights, {other[:10]}; give "
+                "the tokenizer that they were trained with"
+            )
+
+
+def example_for(model: PretrainedModel, folder: Path | None = None) -> Example:
+    """Two inputs that suit a model, the second one padded: texts where `folder` has a tokenizer, otherwise noise.
 
     Raises:
         ConfigError: the encoder comes from a plugin, whose inputs nobody can guess.
@@ -246,6 +297,11 @@ def example_for(model: PretrainedModel) -> Example:
         size, vocabulary, pad = min(encoder.max_tokens, 24), model.config.vocab_size, model.config.pad_token_id
         ids = torch.randint(0, vocabulary, (2, size), generator=generator)
         ids = torch.where(ids == pad, (pad + 1) % vocabulary, ids)
+        if folder is not None and has_tokenizer(folder):
+            tokenizer = TextTokenizer.from_pretrained(folder)
+            longest = max((tokenizer.beginning(text, encoder.max_tokens) for text in TEXTS), key=len)
+            size = len(longest)
+            ids = torch.tensor([longest, longest[::-1]])
         mask = torch.arange(size) < torch.tensor([size, size * 2 // 3])[:, None]
         inputs = {"input_ids": torch.where(mask, ids, pad), "attention_mask": mask.long()}
         return Example(inputs, {0: ("batch", 1, None), 1: ("tokens", 1, encoder.max_tokens)})
@@ -297,8 +353,10 @@ def _compare_function(
 # The card
 
 
-def _card(cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison], folder: Path) -> str:
-    """The card, in Markdown."""
+def _card(
+    cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison], texts: str | None, folder: Path
+) -> str:
+    """The card, in Markdown; `texts` is what `compare_ids` says."""
     name = type(model).__name__
     load = {
         "hf": f"transformers.{name}.from_pretrained(DIR)   # or data2vec_train.load_pretrained(DIR)",
@@ -333,8 +391,11 @@ def _card(cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison]
             "of `data2vec_train.data.vision` does.",
             "",
         ]
+    if texts is not None:
+        lines += [texts, ""]
+    on = "noise" if texts is None else "a text"
     for one in comparisons:
-        lines += [f"Largest absolute difference from the loaded model, read back by {one.reader}, on noise:", ""]
+        lines += [f"Largest absolute difference from the loaded model, read back by {one.reader}, on {on}:", ""]
         lines += ["| | difference |", "|---|---|"]
         lines += [f"| {layer} | {difference:.1e} |" for layer, difference in one.layers]
         lines += [""]

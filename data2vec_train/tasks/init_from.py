@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _SIZES = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
 # What images and texts have to be like for the encoder: settings of the modality that the encoder only follows.
+_TOKENIZERS = ("tokenizer.json", "merges.txt")
 _INPUTS = ("image_px", "patch_px", "channels")
 
 
@@ -85,7 +86,7 @@ def _adopt_tokenizer(cfg: DictConfig, arguments: dict, given: Collection[str]) -
     folder = Path(cfg.init_from).expanduser()
     places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
     if cfg.modality.tokenizer.path is None:
-        beside = next((one for one in places if (one / "tokenizer.json").is_file()), None)
+        beside = next((one for one in places if any((one / name).is_file() for name in _TOKENIZERS)), None)
         if beside is not None:
             cfg.modality.tokenizer.path, cfg.modality.tokenizer.train_vocab_size = str(beside.resolve()), None
             log.info("tokenizer: %s", beside)

@@ -201,11 +201,7 @@ def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
         how = {"decode": build(cfg.modality.decode), "transform": build(cfg.modality.transform)}
         return Inputs(**how, sample_rate_hz=rate, **common)
     tokenizer = text_tokenizer(cfg)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the encoder {model.config.vocab_size}; set "
-            "modality.tokenizer.path to the one it was trained with"
-        )
+    tokenizer.check_fits(model.config)
     how = {"blocks": build(cfg.modality.prepare), "encodings": list(cfg.modality.encodings)}
     longest = cfg.modality.block_tokens if "modality.block_tokens" in given_settings() else encoder.max_tokens
     return Inputs(tokenizer=tokenizer, max_tokens=longest, **how, **common)
@@ -227,11 +223,11 @@ def look_at_images(cfg: DictConfig, source: Source | StreamingSource) -> None:
 
 
 def text_tokenizer(cfg: DictConfig) -> TextTokenizer:
-    """The tokenizer of a composed config, with RoBERTa's special tokens."""
+    """The tokenizer of a composed config, as pretraining uses it, or as the files beside weights describe it."""
     from data2vec_train.data.tokenizer import Tokenizer
 
     path = cfg.modality.tokenizer.path
-    folder = None if path is None else Path(path).expanduser()
-    if folder is not None and folder.is_dir() and (folder / "tokenizer_config.json").is_file():
-        return TextTokenizer.from_pretrained(folder)
-    return TextTokenizer.from_json(Tokenizer.load(path).to_json())
+    if path is not None and Path(path).expanduser().is_dir():
+        return TextTokenizer.from_pretrained(Path(path).expanduser())
+    tokenizer = Tokenizer.load(path)
+    return TextTokenizer.from_json(tokenizer.to_json(), tokens=tokenizer.special_tokens)

@@ -4,6 +4,7 @@ import logging
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -19,11 +20,13 @@ from data2vec_train.compat import own_processes
 from data2vec_train.config import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
+from data2vec_train.data.tokenizer import Tokenizer
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.errors import CollapseError
+from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.hf.convert import PREPROCESSING_FOLDER
-from data2vec_train.hf.tokenizers import TextTokenizer
+from data2vec_train.hf.files import write_json
+from data2vec_train.hf.tokenizers import EXAMPLES_NAME, TextTokenizer
 from data2vec_train.module import Data2VecModule
 from data2vec_train.monitor import CSVLog, Monitor
 from data2vec_train.parallel import keep_whole
@@ -113,12 +116,34 @@ def write_preprocessing(cfg: DictConfig, data: DataModule, folder: Path) -> None
     described = build(cfg.modality.preprocessing)
     if described is not None:
         described.save_pretrained(folder)
-    tokenizer = getattr(data.source, "tokenizer", None)
-    if tokenizer is not None and {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} == {0, 1, 2}:
-        # With RoBERTa's special tokens, as transformers expects them of data2vec.
-        TextTokenizer.from_json(tokenizer.to_json(), model_max_length=cfg.modality.block_tokens).save_pretrained(folder)
-    elif tokenizer is not None:
-        tokenizer.save(folder)
+    if hasattr(data.source, "tokenizer"):
+        write_tokenizer(data.source.tokenizer, getattr(data.source, "examples", []), folder, cfg.modality.block_tokens)
+
+
+def write_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], folder: Path, block_tokens: int) -> None:
+    """Write a tokenizer's files, read them back, and compare the ids of texts.
+
+    Args:
+        tokenizer: of the run.
+        texts: some of its data; they are kept with their ids, for `export` to compare other readers on.
+        folder: where to.
+        block_tokens: longest input.
+
+    Raises:
+        ConfigError: what is read back gives other ids.
+    """
+    content, names = tokenizer.to_json(), tokenizer.special_tokens
+    TextTokenizer.from_json(content, tokens=names, model_max_length=block_tokens).save_pretrained(folder)
+    ids = [row.tolist() for row in tokenizer.encode_batch(texts)]
+    again = TextTokenizer.from_pretrained(folder)
+    for text, row in zip(texts, ids, strict=True):
+        found = again(text, add_special_tokens=False)["input_ids"]
+        if found != row:
+            raise ConfigError(
+                f"modality.tokenizer: {text[:60]!r} has the ids {row[:10]} here and {found[:10]} in {folder}, from "
+                "where later programs read it; use another tokenizer"
+            )
+    write_json(folder / EXAMPLES_NAME, {"texts": list(texts), "ids": ids})
 
 
 def pretrain(cfg: DictConfig) -> float | None:
