@@ -235,13 +235,17 @@ def run_of(state: Path) -> Path:
     return parents[min(2, len(parents) - 1)]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """What is in a state file; executes nothing.
+
+    Args:
+        path: the file.
+        mapped: leave tensors in the file until they are used, to look at the small things beside them.
 
     Raises:
         DamagedCheckpoint: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

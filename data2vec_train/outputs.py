@@ -101,6 +101,12 @@ def release(handle: int, *, remove: bool = False) -> None:
     os.close(handle)
 
 
+def lost(path: Path) -> bool:
+    """Whether a directory that this process has locked was removed, or replaced by another of its name."""
+    file = path.resolve() / "lock"
+    return any(held == file and not _is_at(handle, file) for handle, held in _held.items())
+
+
 def _is_at(handle: int, file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), file.stat())

@@ -297,6 +297,24 @@ def _removal_is_a_pattern(cfg: DictConfig) -> str | None:
 # Sizes that have to fit each other
 
 
+def _groups_are_told_once(cfg: DictConfig) -> str | None:
+    column, pattern = _get(cfg, "data.group_column", str), _get(cfg, "data.group_pattern", str)
+    if column and pattern:
+        return f"data.group_column: {column}, and data.group_pattern is set too; give one of them"
+    if (column or pattern) and _name(cfg, "data.source") == "HFStreamingSource":
+        return f"data.group_{'column' if column else 'pattern'}: of a stream nothing is held out; read with data=hf"
+    try:
+        groups = re.compile(pattern or "").groups
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"data.group_pattern: {show(pattern)} is no regular expression ({error})"
+    if groups > 1:
+        return (
+            f"data.group_pattern: {show(pattern)} has {groups} groups, expected one, or none for the whole match; "
+            "write (?:...) for the others"
+        )
+    return None
+
+
 def _heads_divide_the_width(cfg: DictConfig) -> str | None:
     dim, heads = _get(cfg, "size.dim"), _get(cfg, "size.num_heads")
     if dim is None or heads is None or dim < 1 or (heads > 0 and dim % heads == 0):
@@ -747,6 +765,7 @@ RULES: list[Rule] = [
     _head_suits_the_modality,
     _data_suits_the_command,
     _removal_is_a_pattern,
+    _groups_are_told_once,
     _trainer_is_told_once,
     _steps_end_a_run,
     _devices_are_countable,

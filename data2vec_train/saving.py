@@ -1,6 +1,7 @@
 """When a run is saved, how it is stopped, and how it goes on: between Lightning's trainer and `checkpoints.py`."""
 
 import contextlib
+import errno
 import json
 import logging
 import threading
@@ -19,7 +20,7 @@ from torch import Tensor
 from data2vec_train import checkpoints
 from data2vec_train.errors import CollapseError, Interrupted, SaveError, disk_fault
 from data2vec_train.module import TrainingModule
-from data2vec_train.outputs import sweep
+from data2vec_train.outputs import lost, sweep
 from data2vec_train.parallel import Peers
 from data2vec_train.stopping import listener
 
@@ -56,6 +57,8 @@ class FolderCheckpointIO(CheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], path: Path, options: dict[str, Any]) -> None:
         try:
+            if lost(path.parents[1]):
+                raise FileNotFoundError(errno.ENOENT, "the run directory is gone", str(path.parents[1]))
             checkpoints.write(checkpoint, path, **options)
         except OSError as error:
             self.failure = error
@@ -196,6 +199,12 @@ class Checkpointing(L.Callback):
 
 
 def _describe(error: OSError, directory: Path) -> str:
+    run = directory.parent if directory.name == checkpoints.FOLDER else directory
+    if lost(run):
+        return (
+            f"{run} was removed, or replaced by another directory, while the run was at work in it; nothing more is "
+            "written there. Give the same command again, or another hydra.run.dir"
+        )
     return (
         f"the run could not be saved in {directory}: {error.strerror or error}. Earlier checkpoints there are as they "
         "were. Make room or bring the disk back, and give the same command again: the run goes on from the last of them"
@@ -212,7 +221,7 @@ def disk_trouble(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if disk_fault(error) is None:
+        if disk_fault(error) is None and not lost(directory):
             raise
         raise SaveError(_describe(error, directory)) from error
 

@@ -8,8 +8,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config import build
-from data2vec_train.data.datamodule import held_out_rows
+from data2vec_train.data.identity import hashes_of_numbers
 from data2vec_train.data.sampler import LengthBatchSampler
+from data2vec_train.data.split import choose
 from data2vec_train.optim import parameter_groups
 from data2vec_train.places import recipes_parent
 from data2vec_train.preflight import preflight
@@ -274,7 +275,8 @@ def test_a_recipe_keeps_next_to_nothing_from_training(recipe, composed):
         labels = None  # neither manifests nor blocks that run from one document into the next have any
     else:
         labels = np.arange(1_000_000) % 1000
-    held_out = held_out_rows(labels, None, 1_000_000, cfg.data.held_out_fraction)
+    origins = hashes_of_numbers(1_000_000)
+    held_out = choose(origins, labels, cfg.data.held_out_fraction).rows(origins, labels)
     assert len(held_out) <= (0 if cfg.modality.name == "vision" else 512)
 
 

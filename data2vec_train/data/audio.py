@@ -312,6 +312,7 @@ class AudioSegments(Source):
         parts = np.maximum(np.ceil(seconds[usable] / segment_seconds), 1).astype(np.int64)
         self._records = np.repeat(usable, parts)  # of each segment
         self._seconds = np.repeat(seconds[usable] / parts, parts)
+        self.grouped = None if source.grouped is None else source.grouped[self._records]
         first = np.repeat(np.cumsum(parts) - parts, parts)
         self._part = np.arange(len(first)) - first
         self._cut = np.repeat(parts > 1, parts)
@@ -347,10 +348,9 @@ class AudioSegments(Source):
         values = self.source.column(name)
         return [values[row] for row in self._records]
 
-    def groups(self) -> np.ndarray:
-        """Number of the recording, or of the group it belongs to."""
-        groups = self.source.groups()
-        return self._records if groups is None else groups[self._records]
+    def origins(self) -> np.ndarray:
+        """Those of the recordings, one for each utterance."""
+        return self.source.origins()[self._records]
 
 
 class AudioWindows(AudioSegments):
@@ -430,6 +430,10 @@ class StreamedSegments(StreamingSource):
         self.sample_rate_hz = sample_rate_hz
         self.min_seconds = min_seconds
         self.segment_seconds = segment_seconds
+
+    def shards(self) -> list[tuple[str, int]]:
+        """Those of the recordings."""
+        return self.source.shards()
 
     def stream(self, **place: int) -> Iterator[RawSample]:
         """See `StreamingSource.stream`; broken recordings come through, for whoever decodes them to report."""

@@ -19,13 +19,13 @@ from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
 from data2vec_train.data.seeding import generator
 from data2vec_train.data.sources import Source, StreamingSource
+from data2vec_train.data.split import UNLABELLED_HELD_OUT, Split, again, choose
 from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
-UNLABELLED_HELD_OUT = 512
 
 
 class TimedLoader:
@@ -52,6 +52,9 @@ class ResumableData(L.LightningDataModule):
 
     Args:
         changed_steps: allow a run to go on with another number of batches per optimizer step.
+
+    Attributes:
+        facts: what a checkpoint keeps for `tasks.run_directory`: the identity of the sources, and the split.
     """
 
     quarantine: Quarantine
@@ -62,6 +65,7 @@ class ResumableData(L.LightningDataModule):
     def __init__(self, *, changed_steps: bool) -> None:
         super().__init__()
         self.changed_steps = changed_steps
+        self.facts: dict[str, Any] = {}
         self.loader: TimedLoader | None = None
         self._first_batch, self._first_step = 0, 0  # of this process's life
         self._batches_per_step: int | None = None  # of the run before
@@ -103,14 +107,23 @@ class ResumableData(L.LightningDataModule):
     def _per_step(self) -> int:
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def state_dict(self) -> dict[str, int]:
+    def _held_out(
+        self, origins: np.ndarray, labels: np.ndarray | None, fraction: float, before: dict[str, Any] | None
+    ) -> np.ndarray:
+        """Indices of the records that are held out; `before` is the state of the split of the run that goes on."""
+        split = choose(origins, labels, fraction) if before is None else again(Split.of(before), origins, labels)
+        self.facts["split"] = split.state()
+        return split.rows(origins, labels)
+
+    def state_dict(self) -> dict[str, Any]:
         """How many batches all steps so far took, and one step; processes share what is in quarantine, too."""
         if self.trainer.world_size > 1:
             self.quarantine.share()
         steps = self.trainer.global_step - self._first_step
-        return {"batches": self._first_batch + steps * self._per_step(), "batches_per_step": self._per_step()}
+        batches = self._first_batch + steps * self._per_step()
+        return {"batches": batches, "batches_per_step": self._per_step(), **self.facts}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self._first_batch, self._batches_per_step = state_dict["batches"], state_dict["batches_per_step"]
 
@@ -118,9 +131,9 @@ class ResumableData(L.LightningDataModule):
 class DataModule(ResumableData):
     """Batches for pretraining, and samples that never train the encoder, to measure it on.
 
-    Labels never reach the objective. Without a `test_source` a share of the source is held out from training, a
-    stratified one where there are labels; records that belong together (`Source.groups`) stay together. The probes are
-    fitted on samples that train the encoder too, and tested on those held out.
+    Labels never reach the objective. Without a `test_source` a share of the source is held out from training, see
+    `data.split`; records of one origin (`Source.origins`) stay together. The probes are fitted on samples that train
+    the encoder too, and tested on those held out.
 
     Args:
         source: where training samples come from.
@@ -141,6 +154,7 @@ class DataModule(ResumableData):
         seed: of the run.
         changed_steps: see `ResumableData`.
         on_device: training samples travel as bytes, and the model's device normalises them; the same values.
+        split: of the run that goes on, as its checkpoint has it; None = chosen now.
 
     Raises:
         ConfigError: settings that do not fit the data.
@@ -166,6 +180,7 @@ class DataModule(ResumableData):
         seed: int,
         changed_steps: bool = False,
         on_device: bool = False,
+        split: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(changed_steps=changed_steps)
         if not 0 <= held_out_fraction < 1:
@@ -202,7 +217,7 @@ class DataModule(ResumableData):
             _check_same_classes(source, test_source)
         held_out = np.empty(0, dtype=np.int64)
         if not streaming and test_source is None:
-            held_out = held_out_rows(labels, source.groups(), len(source), held_out_fraction)
+            held_out = self._held_out(source.origins(), labels, held_out_fraction, split)
             self.indices = np.setdiff1d(self.indices, held_out)
         if labels is not None:
             test = _labelled(test_source) if test_source else held_out[labels[held_out] >= 0]
@@ -406,38 +421,6 @@ def _check_lengths(source: Source, token_count: Callable[[int], int], batching: 
             f"the shortest sample has a length of {shortest} and gives {token_count(shortest)} tokens, expected at "
             "least 2; raise the smallest accepted length of the modality, or change the encoder's strides"
         )
-
-
-def held_out_rows(labels: np.ndarray | None, groups: np.ndarray | None, count: int, fraction: float) -> np.ndarray:
-    """Indices to keep out of training, whole groups of them; ascending."""
-    groups = np.arange(count) if groups is None else groups
-    unique, first = np.unique(groups, return_index=True)
-    if labels is None:
-        fraction = min(fraction, UNLABELLED_HELD_OUT / max(len(unique), 1))
-        group_labels = np.zeros(len(unique), dtype=np.int64)
-    else:
-        group_labels = labels[first]
-    return np.flatnonzero(np.isin(groups, unique[_stratified(group_labels, fraction)]))
-
-
-def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """About the same share of every class, `fraction` of all, chosen once and for all whatever the seed of a run.
-
-    Where a class's share is no whole number, classes take turns by the largest remainder; none is held out entirely.
-    """
-    # Sorted once: to look for each class among all rows takes minutes with many classes, such as speakers.
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    classes, starts = np.unique(labels[order], return_index=True)
-    members = np.split(order, starts)[1:]
-    wanted = np.array([fraction * len(rows) for rows in members])
-    counts = np.floor(wanted).astype(int)
-    by_remainder = np.argsort(counts - wanted, kind="stable")
-    counts[by_remainder[: round(wanted.sum()) - counts.sum()]] += 1
-    chosen = [np.empty(0, dtype=np.int64)]
-    for label, rows, count in zip(classes, members, counts, strict=True):
-        chosen.append(generator(0, "order", int(label)).permutation(rows)[: min(count, len(rows) - 1)])
-    return np.sort(np.concatenate(chosen))
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:

@@ -13,12 +13,14 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
 from data2vec_train.data.metadata import (
     classes_of,
     find_metadata,
@@ -45,6 +47,7 @@ BROKEN_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+STAT_THREADS = 8
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -75,12 +78,14 @@ class Source(ABC):
             all are alike, as images after cropping.
         rejected: (key, reason) of records that were found unusable before anything was drawn; they have no index.
         left_out: (key, reason) of records that are sound but do not suit the settings; they have no index either.
+        grouped: (len,) uint64, a hash of the group that each record was put into; None = every record is its own.
     """
 
     class_names: list[str] | None
     lengths: np.ndarray | None = None
     rejected: tuple[tuple[str, str], ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    grouped: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -111,11 +116,34 @@ class Source(ABC):
         """
         raise KeyError(name)
 
-    def groups(self) -> np.ndarray | None:
-        """(len,) int64: records with the same number belong together (pieces of one recording, one document), and a
-        held-out part takes all of them or none; None when every record stands alone.
+    def name_of(self, index: int) -> str:
+        """What tells record `index` from the others, relative to the folder of the data."""
+        try:
+            return self[index].key
+        except BadSample:
+            return f"#{index}"
+
+    def names(self) -> Iterator[str]:
+        """`name_of` all records; sources override it where reading them all would take long."""
+        return map(self.name_of, range(len(self)))
+
+    def hashes(self) -> np.ndarray:
+        """(len,) uint64: of the name of each record, the same wherever the data lie."""
+        return hashes_of(self.names())
+
+    def versions(self) -> np.ndarray:
+        """(len,) uint64: what changes when a record or one of its columns does, such as the size of its file.
+
+        Zeros where nothing is known without reading every record.
         """
-        return None
+        return np.zeros(len(self), dtype=np.uint64)
+
+    def origins(self) -> np.ndarray:
+        """(len,) uint64: what each record comes from, a recording, a document or a group, as the hash of its name.
+
+        Records of one origin are held out together, and the hash alone decides whether they are (see `data.split`).
+        """
+        return self.hashes() if self.grouped is None else self.grouped
 
 
 class StreamingSource(ABC):
@@ -136,6 +164,14 @@ class StreamingSource(ABC):
     def first(self) -> Iterator[RawSample]:
         """Records from the beginning, to look at."""
         yield from self.stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
+
+    def shards(self) -> list[tuple[str, int]]:
+        """Name and size of each file that is read; nothing where they are unknown."""
+        return []
+
+    def name_of(self, index: int) -> str:
+        """The name of a shard."""
+        return self.shards()[index][0]
 
 
 class ArraySource(Source):
@@ -184,6 +220,14 @@ class ArraySource(Source):
     def labels(self) -> np.ndarray:
         """Labels of this split, (len,) int64."""
         return self._labels[self._rows]
+
+    def hashes(self) -> np.ndarray:
+        """Of the number of each row in the file."""
+        return hashes_of_numbers(len(self._x))[self._rows]
+
+    def versions(self) -> np.ndarray:
+        """Of the content of each row."""
+        return np.fromiter((zlib.crc32(np.ascontiguousarray(self._x[row])) for row in self._rows), dtype=np.uint64)
 
 
 def _stratified_rows(labels: np.ndarray, *, split: str, held_out: int) -> np.ndarray:
@@ -308,18 +352,34 @@ class FolderSource(Source):
 
     def __getitem__(self, index: int) -> RawSample:
         index = range(len(self))[index]
-        relative = os.fsdecode(self._files[index])
-        root = self._roots[int(np.searchsorted(self._root_ends, index, side="right"))]
+        path = self._path(index)
         label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
-        key = relative if len(self._roots) == 1 else str(root / relative)
-        return RawSample(key, root / relative, label, {} if self._fields is None else self._fields[index])
+        key = os.fsdecode(self._files[index]) if len(self._roots) == 1 else str(path)
+        return RawSample(key, path, label, {} if self._fields is None else self._fields[index])
+
+    def _path(self, index: int) -> Path:
+        root = self._roots[int(np.searchsorted(self._root_ends, index, side="right"))]
+        return root / os.fsdecode(self._files[index])
 
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, or None."""
         return self._labels
 
+    def name_of(self, index: int) -> str:
+        """The path relative to its folder, with "/"; folders may be renamed and listed in any order."""
+        return os.fsdecode(self._files[index]).replace(os.sep, "/")
+
+    def versions(self) -> np.ndarray:
+        """Of the size of each file and of what the metadata say about it."""
+        sizes = file_sizes([self._path(index) for index in range(len(self))])
+        if self._fields is None:
+            return sizes
+        return mixed(sizes, hashes_of(repr(sorted(one.items())) for one in self._fields))
+
     def column(self, name: str) -> list[Any]:
         """See `Source.column`."""
+        if self._fields and name not in self._fields[0]:
+            raise KeyError(name)
         return [one[name] for one in self._fields or ()]
 
 
@@ -351,13 +411,15 @@ class ManifestSource(Source):
         self._root = Path(lines[0].strip()).expanduser()
         if not self._root.is_dir():
             raise DataError(f"{manifest}, line 1: {missing(self._root)}")
-        files = []
+        files, lengths = [], []
         for number, line in enumerate(lines[1:], start=2):
             file, tab, frames = line.rpartition("\t")
             if not tab or not file or not frames.strip().isdigit():
                 raise DataError(f"{manifest}, line {number}: expected path<TAB>frames, got {line[:80]!r}")
             files.append(os.fsencode(file))
+            lengths.append(int(frames))
         self._files = np.array(files)
+        self._frames = np.array(lengths, dtype=np.uint64)
         if set(fields) - {"text"}:
             raise ConfigError(f"a manifest has no column {', '.join(fields)}; it gives transcripts, called text")
         self._texts = _transcripts_beside(manifest, len(files)) if fields else None
@@ -374,9 +436,19 @@ class ManifestSource(Source):
         """A manifest has no labels."""
         return
 
+    def name_of(self, index: int) -> str:
+        """The path relative to the root directory, as the manifest has it."""
+        return os.fsdecode(self._files[index])
+
+    def versions(self) -> np.ndarray:
+        """Of the number of frames that the manifest says, and of the transcript."""
+        return self._frames if self._texts is None else mixed(self._frames, hashes_of(self._texts))
+
     def column(self, name: str) -> list[Any]:
         """See `Source.column`."""
-        return list(self._texts or ())
+        if name != "text" or self._texts is None:
+            raise KeyError(name)
+        return list(self._texts)
 
 
 def _transcripts_beside(manifest: Path, count: int) -> list[str]:
@@ -463,6 +535,21 @@ def _folder_classes(
         )
     index = {name: label for label, name in enumerate(names)}
     return names, np.array([index[folder] for folder in folders], dtype=np.int64)
+
+
+def file_sizes(paths: Sequence[Path]) -> np.ndarray:
+    """(n,) uint64: bytes of each file, 0 of those that cannot be seen. By threads: a network disk takes its time."""
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except (OSError, ValueError):
+            return 0
+
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        # In portions: an executor hands out all its work at once.
+        portions = (pool.map(size, paths[start : start + 1024]) for start in range(0, len(paths), 1024))
+        return np.fromiter((one for portion in portions for one in portion), dtype=np.uint64)
 
 
 def _usable_folder(path: Path) -> Path:

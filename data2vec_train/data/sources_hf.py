@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data2vec_train.data.sources import RawSample, Source, StreamingSource, UnreadableShard, missing, reason
+from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
+from data2vec_train.data.sources import (
+    RawSample,
+    Source,
+    StreamingSource,
+    UnreadableShard,
+    file_sizes,
+    missing,
+    reason,
+)
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -99,7 +108,7 @@ class HFSource(Source):
         fields: Sequence[str] = (),
     ):
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
-        dataset = load(path, split, kind, column, options, streaming=False)
+        dataset, files = load(path, split, kind, column, options, streaming=False)
         if len(dataset) == 0:
             raise DataError(f"{path}: split {split!r} has no rows")
         columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
@@ -118,6 +127,7 @@ class HFSource(Source):
             listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())
             raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
         self._fields = list(fields)
+        self._kind, self._path, self._files = kind, path, files
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
         self._array_types = _array_types(self._dataset.features, columns)
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
@@ -137,6 +147,25 @@ class HFSource(Source):
     def labels(self) -> np.ndarray | None:
         """Labels, (len,) int64, -1 where one is missing; None without labels."""
         return self._labels
+
+    def name_of(self, index: int) -> str:
+        """What the record is called in quarantine.jsonl."""
+        return f"{self._name}:{index}"
+
+    def hashes(self) -> np.ndarray:
+        """Of tar members and files their names; of texts themselves; of other rows, the file and the place in it."""
+        return _row_hashes(self._dataset, self._columns, self._kind, self._path, self._files)
+
+    def versions(self) -> np.ndarray:
+        """Of the number of bytes, characters or entries in each row's sample, and of what its fields say."""
+        found = np.zeros(len(self), dtype=np.uint64)
+        for name in self._columns:
+            found = mixed(found, _lengths(self._dataset, name))
+        for name in self._fields:
+            is_file = _is_bytes(self._dataset.features[name]) or hasattr(self._dataset.features[name], "decode")
+            said = _lengths(self._dataset, name) if is_file else hashes_of(map(repr, _chunks(self._dataset, name)))
+            found = mixed(found, said)
+        return found
 
     def column(self, name: str) -> list[Any]:
         """See `Source.column`."""
@@ -174,7 +203,7 @@ class HFStreamingSource(StreamingSource):
         if shuffle_buffer < 1:
             raise ConfigError(f"shuffle_buffer={shuffle_buffer}; expected at least 1 record")
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
-        dataset = load(path, split, kind, column, options, streaming=True)
+        dataset, files = load(path, split, kind, column, options, streaming=True)
         self._columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
         feature = dataset.features[label] if label else None
         if label and not _is_class_label(feature) and not _is_integer(feature):
@@ -187,6 +216,7 @@ class HFStreamingSource(StreamingSource):
         self._name = _record_name(path, data_files, split)
         self._asked = _asked_places(path, data_files)
         self._path = path
+        self._files = files
         self._shuffle_buffer = shuffle_buffer
         self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
         self._array_types = _array_types(self._dataset.features, self._columns)
@@ -214,6 +244,10 @@ class HFStreamingSource(StreamingSource):
     def first(self) -> Iterator[RawSample]:
         """See `StreamingSource.first`."""
         yield from self._read(0, min(self._dataset.num_shards, MAX_SHARD_GROUPS), 0, 1)
+
+    def shards(self) -> list[tuple[str, int]]:
+        """See `StreamingSource.shards`; of files elsewhere only the names are known."""
+        return [(Path(file).name, Path(file).stat().st_size if Path(file).is_file() else 0) for file in self._files]
 
     def _read(self, group: int, groups: int, part: int, parts: int) -> Iterator[RawSample]:
         """Rows `part`, `part` + `parts`, ... of a group of shards."""
@@ -275,8 +309,11 @@ def _shuffled(records: Iterable[RawSample], size: int, rng: np.random.Generator)
 
 def load(
     path: str, split: str | None, kind: Kind, column: str | None, options: dict[str, object], *, streaming: bool
-) -> "datasets.Dataset | datasets.IterableDataset":
-    """One split of the dataset at `path`, columns untouched; `options` are those of `load_dataset_builder`."""
+) -> "tuple[datasets.Dataset | datasets.IterableDataset, list[str]]":
+    """One split of the dataset at `path`, columns untouched, and the files that it is read from, as far as known.
+
+    `options` are those of `load_dataset_builder`.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -287,22 +324,27 @@ def load(
             saved = datasets.load_from_disk(str(local))
             splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
             dataset = splits[_one_split(splits, path, split)]
-            return dataset.to_iterable_dataset(num_shards=min(64, len(dataset) or 1)) if streaming else dataset
+            files = [one["filename"] for one in dataset.cache_files]
+            shards = min(64, len(dataset) or 1)
+            return (dataset.to_iterable_dataset(num_shards=shards), files) if streaming else (dataset, [])
 
         builder = _builder(path, local, split, kind, column, options)
         if streaming:
             splits = builder.as_streaming_dataset()
-            dataset = splits[_one_split(splits, path, split)]
+            name = _one_split(splits, path, split)
             # csv and json say nothing about their columns before they are read
-            return dataset if dataset.features else dataset._resolve_features()
+            dataset = splits[name] if splits[name].features else splits[name]._resolve_features()
+            return dataset, list((builder.config.data_files or {}).get(name, ()))
         if builder.name == "webdataset":
             wanted = None if split in (None, "all") else re.findall(r"[\w.]+", split)
             for name, files in (builder.config.data_files or {}).items():
                 for file in files if wanted is None or name in wanted else ():
                     _check_tar(file)
         builder.download_and_prepare()
-        is_slice = split is not None and re.search(r"[\[+]|^all$", split)
-        return builder.as_dataset(split=split if is_slice else _one_split(builder.info.splits, path, split))
+        if split is not None and re.search(r"[\[+]|^all$", split):
+            return builder.as_dataset(split=split), []
+        name = _one_split(builder.info.splits, path, split)
+        return builder.as_dataset(split=name), list((builder.config.data_files or {}).get(name, ()))
     except (ConfigError, DataError):  # which the next line would catch as well
         raise
     except _load_errors() as error:
@@ -654,6 +696,106 @@ def _column_classes(
     rank = {value: place for place, value in enumerate(classes)}
     names = feature.names if _is_class_label(feature) else map(str, classes)
     return list(names), np.array([rank.get(value, -1) for value in values], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tells its records apart, from the columns that are short; nothing here reads a sample
+
+
+def _row_hashes(
+    dataset: "datasets.Dataset", columns: Sequence[str], kind: Kind, path: str, files: Sequence[str]
+) -> np.ndarray:
+    """(n,) uint64, see `HFSource.hashes`."""
+    if "__url__" in dataset.features and "__key__" in dataset.features:
+        pairs = zip(dataset["__url__"], dataset["__key__"], strict=True)
+        return hashes_of(f"{Path(url or '').name}:{key}" for url, key in pairs)
+    if kind == "text":
+        texts = zip(*(_chunks(dataset, name) for name in columns), strict=True)
+        found = (next((one for one in row if one is not None), "") for row in texts)
+        return hashes_of(one if isinstance(one, str) else repr(one) for one in found)  # lists of words
+    names = _file_names(dataset, columns[0], path)
+    if names is not None:
+        return hashes_of(names)
+    places = _places_in_files(dataset, files)
+    return hashes_of_numbers(len(dataset)) if places is None else places
+
+
+def _chunks(dataset: "datasets.Dataset", name: str) -> Iterator[Any]:
+    """The values of a column, a few thousand in memory at a time."""
+    for batch in dataset.select_columns(name).with_format(None).iter(batch_size=4096):
+        yield from batch[name]
+
+
+def _file_names(dataset: "datasets.Dataset", column: str, path: str) -> list[str] | None:
+    """The file that each row was, relative to `path`; None unless all rows have one, mostly different ones."""
+    feature = dataset.features[column]
+    if not hasattr(feature, "decode"):
+        return None
+    names = _storage(dataset, column, "path")
+    if names is None or names.null_count or len(names) == 0:
+        return None
+    names = [str(name).replace("\\", "/") for name in names.to_pylist()]
+    if len(set(names)) <= len(names) / 2:
+        return None
+    root = f"{Path(path).expanduser().absolute()}/".replace("\\", "/")
+    return [name.removeprefix(root) for name in names]
+
+
+def _places_in_files(dataset: "datasets.Dataset", files: Sequence[str]) -> np.ndarray | None:
+    """(n,) uint64: a hash of file and row, so that another file moves none; None where rows cannot be told so."""
+    from pyarrow import ArrowException, parquet
+
+    if not files or not all(file.endswith(".parquet") and Path(file).is_file() for file in files):
+        return None
+    try:
+        counts = [parquet.read_metadata(file).num_rows for file in files]
+    except (OSError, ArrowException):
+        return None
+    if sum(counts) != len(dataset):
+        return None
+    names = hashes_of(Path(file).name for file in files)
+    rows = [mixed(np.full(count, name), np.arange(count)) for name, count in zip(names, counts, strict=True)]
+    return np.concatenate(rows)
+
+
+def _storage(dataset: "datasets.Dataset", column: str, field: str | None) -> Any:
+    """A column as arrow has it, or the `field` of its struct, in the order of rows; None where there is none."""
+    import pyarrow
+
+    values = dataset.with_format("arrow").data.column(column)
+    if isinstance(values.type, pyarrow.ExtensionType):
+        values = pyarrow.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
+    if field is not None and pyarrow.types.is_struct(values.type):
+        if values.type.get_field_index(field) < 0:
+            return pyarrow.nulls(len(dataset))
+        kind = values.type.field(field).type
+        values = pyarrow.chunked_array([chunk.field(field) for chunk in values.chunks], kind)
+    elif field == "path":
+        return None
+    if dataset._indices is not None:
+        values = values.take(dataset._indices.column(0))
+    return values
+
+
+def _lengths(dataset: "datasets.Dataset", column: str) -> np.ndarray:
+    """(n,) uint64: bytes or entries in each row of a column; of files beside the table, their sizes; else zeros."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = _storage(dataset, column, "bytes")
+    is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+    if is_text or pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type):
+        lengths = pyarrow.compute.binary_length(values)
+    elif pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        lengths = pyarrow.compute.list_value_length(values)
+    else:
+        return np.zeros(len(dataset), dtype=np.uint64)
+    found = lengths.fill_null(0).to_numpy().astype(np.uint64)
+    paths = _storage(dataset, column, "path")
+    if paths is not None and values.null_count:
+        known = values.is_valid().to_numpy()
+        found[~known] = file_sizes([Path(paths[int(row)].as_py() or "") for row in np.flatnonzero(~known)])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import tempfile
 import time
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from data2vec_train.data.files import open_file, read_file, version_of
+from data2vec_train.data.identity import content_sample, hash_of, mixed
 from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
 from data2vec_train.data.tokenizer import LONG, Tokenizer
 from data2vec_train.errors import BadSample, ConfigError, DataError
@@ -35,6 +37,7 @@ from data2vec_train.outputs import cached_folder
 
 log = logging.getLogger(__name__)
 
+CACHE_FORMAT = 2  # goes up when more is kept of each document, so that texts are tokenized again
 BATCH_CHARACTERS = 1_000_000  # tokenized at once
 STREAM_CHARACTERS = 250_000  # the same in a loading process of a stream
 CHUNK_BYTES = 2**20  # of a file, read at once
@@ -320,14 +323,16 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _documents_of(source: Source, **how: Any) -> Iterator[Document]:
+def _documents_of(source: Source, **how: Any) -> Iterator[tuple[int, bool, Document]]:
+    """Row, whether the document is all of that record, and the document."""
     for row in range(len(source)):
         try:
             sample = source[row]
         except BadSample as error:
-            yield f"#{row}", None, error
+            yield row, True, (f"#{row}", None, error)
             continue
-        yield from documents(sample, **how)
+        for document in documents(sample, **how):
+            yield row, document[0] == sample.key, document
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +408,7 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
             place = {"epoch": 0, "seed": 0, "worker": 0, "num_workers": 1, "rank": 0, "world_size": 1}
             found = (one for sample in source.stream(**place) for one in documents(sample, **how))
         else:
-            found = _documents_of(source, **how)
+            found = (document for _, _, document in _documents_of(source, **how))
         for _, _, text in found:
             for piece in () if isinstance(text, BadSample) else _pieces(text):
                 yield piece
@@ -457,6 +462,9 @@ class TextBlocks(Source):
         self._ends = np.load(self._folder / "ends.npy", mmap_mode="r")  # of each document in the ids
         self._labels = np.load(self._folder / "labels.npy", mmap_mode="r")
         self._keys = np.load(self._folder / "keys.npy", mmap_mode="r")
+        rows = np.load(self._folder / "rows.npy")
+        self._document_groups = None if source.grouped is None else source.grouped[rows]
+        self._document_origins = np.load(self._folder / "origins.npy")
         self._ids: np.ndarray | None = None
         self._content = block_tokens - 1
         self._cut(min_tokens)
@@ -508,6 +516,7 @@ class TextBlocks(Source):
                 one[enough] for one in (self._document, self._first, self._count)
             )
             self.num_short = int((sizes < min_tokens).sum())
+        self.grouped = None if self._document_groups is None else self._document_groups[self._document]
         self.lengths = self._count + 1
 
     def __len__(self) -> int:
@@ -540,14 +549,27 @@ class TextBlocks(Source):
         """Labels of the documents, one for each block; None when blocks cross documents."""
         return None if self.class_names is None else np.asarray(self._labels)[self._document]
 
-    def groups(self) -> np.ndarray | None:
-        """Number of the document; None when blocks cross documents."""
-        return None if self.cross_documents else self._document
+    def origins(self) -> np.ndarray:
+        """Of the document, or the group of its record; of blocks that cross documents, of what each begins with.
+
+        A document that shares its file with others is known by its text: lines that are put before it do not move it.
+        """
+        if self.grouped is not None:
+            return self.grouped
+        origins = self._document_origins[self._document]
+        if not self.cross_documents:
+            return origins
+        starts = np.concatenate([[0], self._ends[:-1]]).astype(np.int64)
+        return mixed(origins, self._first - starts[self._document])
 
 
 def _identity(source: Source, how: dict[str, Any], *more: str) -> str:
-    """A hash of all that the ids depend on: files by name, size and time, other records by content."""
-    digest = hashlib.sha256(json.dumps([how, *more], sort_keys=True).encode())
+    """A hash of all that the ids depend on: files by name, size and time, other records by content.
+
+    A copy may have the size and the time of another file: some are looked into.
+    """
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, how, *more], sort_keys=True).encode())
+    digest.update(content_sample(source, source.hashes()).tobytes())
     for row in range(len(source)):
         try:
             sample = source[row]
@@ -565,22 +587,27 @@ def _identity(source: Source, how: dict[str, Any], *more: str) -> str:
 
 
 def _tokenize(source: Source, tokenizer: Tokenizer, how: dict[str, Any], folder: Path) -> None:
-    """Write ids.bin, ends.npy, labels.npy, keys.npy and facts.json into `folder`."""
+    """Write ids.bin, ends.npy, labels.npy, keys.npy, rows.npy, origins.npy and facts.json into `folder`."""
     width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     rejected: list[tuple[str, str]] = []
     examples: list[str] = []
-    ends, labels, keys = [], [], []
+    ends, labels, keys, rows, origins = [], [], [], [], []
+    names = source.hashes()
+    coming: deque[tuple[int, int]] = deque()  # row and origin of the documents that are not encoded yet
     total, reported = 0, time.monotonic()
 
-    def noted(found: Iterable[Document]) -> Iterator[Document]:
-        for key, label, text in found:
+    def noted() -> Iterator[Document]:
+        for row, is_record, (key, label, text) in _documents_of(source, **how):
+            itself = text if isinstance(text, str) and not is_record else key
+            coming.append((row, int(names[row]) if is_record else hash_of(itself.encode("utf-8", "replace"))))
             if isinstance(text, str) and len(examples) < NUM_EXAMPLES:
                 examples.append(text[:EXAMPLE_CHARACTERS])
             yield key, label, text
 
     with (folder / "ids.bin").open("wb") as file:
-        for key, label, parts in _encoded(noted(_documents_of(source, **how)), tokenizer, BATCH_CHARACTERS):
+        for key, label, parts in _encoded(noted(), tokenizer, BATCH_CHARACTERS):
             size = 0
+            row, origin = coming.popleft()
             try:
                 for ids in parts:
                     file.write(ids.astype(width).tobytes())
@@ -598,9 +625,13 @@ def _tokenize(source: Source, tokenizer: Tokenizer, how: dict[str, Any], folder:
             ends.append(total)
             labels.append(-1 if label is None else label)
             keys.append(key.encode("utf-8", "replace")[-200:])
+            rows.append(row)
+            origins.append(origin)
     np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
     np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
     np.save(folder / "keys.npy", np.array(keys or [b""], dtype=bytes))
+    np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
+    np.save(folder / "origins.npy", np.array(origins, dtype=np.uint64))
     (folder / "facts.json").write_text(json.dumps({"rejected": rejected, "examples": examples}))
 
 
@@ -684,6 +715,10 @@ class StreamedBlocks(StreamingSource):
         self.min_tokens = min_tokens
         self._content = block_tokens - 1
         self._how = how
+
+    def shards(self) -> list[tuple[str, int]]:
+        """Those of the texts."""
+        return self.source.shards()
 
     def stream(self, **place: int) -> Iterator[RawSample]:
         """See `StreamingSource.stream`; a broken document comes as its `BadSample`, for `decode_tokens` to raise."""

@@ -196,6 +196,11 @@ class HeadTask(ABC):
                 raise DataError(f"classes among the training records: {found}; expected at least two")
             self.class_names = list(source.class_names)
 
+    @property
+    def outputs(self) -> list[str] | None:
+        """What each output of the model means, after `study`; None where outputs are no classes."""
+        return self.class_names
+
     def usable(self, source: Source) -> np.ndarray:
         """Indices of the records that say what is right, and so can train and test the head; ascending."""
         known = np.ones(len(source), dtype=bool)

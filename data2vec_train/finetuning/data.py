@@ -11,11 +11,9 @@ import torch
 from data2vec_train.data.datamodule import (
     ResumableData,
     TimedLoader,
-    held_out_rows,
 )
 from data2vec_train.data.dataset import EvaluationDataset, Sample, TrainingDataset
 from data2vec_train.data.loading import Loader, available_workers
-from data2vec_train.data.metadata import classes_of
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
 from data2vec_train.data.seeding import generator, torch_seeded
@@ -91,19 +89,21 @@ class Relabelled(Source):
         """See `Source.column`."""
         return self.source.column(name)
 
+    def origins(self) -> np.ndarray:
+        """See `Source.origins`."""
+        return self.source.origins()
+
 
 class FinetuneData(ResumableData):
     """Batches for fine-tuning, and examples that never train, to test on.
 
-    Without a `test_source` a share of the records is held out, the same share of every class; records that belong
-    together stay together.
+    Without a `test_source` a share of the records is held out, see `data.split`; records of one origin stay together.
 
     Args:
         task: makes examples of records; it studies the training records here.
         source: where labelled records come from.
         test_source: test records of another source; or None.
         held_out_fraction: share of `source` that is held out; ignored with a `test_source`. 0 = no test.
-        group_column: records with the same value are held out together; None = each on its own.
         train_samples: train on so many records only, about as many of each class, drawn by the seed; None = all.
         batching: how records of different lengths share batches; None where all are alike.
         batch_size_per_device: records per batch and process; with `batching` the most, None = as its budget allows.
@@ -114,6 +114,7 @@ class FinetuneData(ResumableData):
         quarantine_path: where broken records are listed.
         seed: of the run.
         changed_steps: see `ResumableData`.
+        split: of the run that goes on, as its checkpoint has it; None = chosen now.
 
     Raises:
         DataError: records that cannot teach or test the head.
@@ -126,7 +127,6 @@ class FinetuneData(ResumableData):
         source: Source,
         test_source: Source | None,
         held_out_fraction: float,
-        group_column: str | None,
         train_samples: int | None,
         batching: LengthBatching | None,
         batch_size_per_device: int | None,
@@ -137,6 +137,7 @@ class FinetuneData(ResumableData):
         quarantine_path: Path,
         seed: int,
         changed_steps: bool = False,
+        split: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(changed_steps=changed_steps)
         self.task = task
@@ -162,13 +163,10 @@ class FinetuneData(ResumableData):
                 log.warning("%d records are left out, such as %s: %s", long.sum(), left_out[0][0], why)
         test_rows = None
         if test_source is None:
-            groups = source.groups()
-            if group_column is not None:
-                names, groups = classes_of(source.column(group_column))
-                one_group = 1 / max(len(names), 1)
-                held_out_fraction = held_out_fraction and max(held_out_fraction, one_group)
-            labels = source.labels() if task.needs_classes and group_column is None else None
-            test_rows = np.intersect1d(rows, held_out_rows(labels, groups, len(source), held_out_fraction))
+            # Of speakers a group may be all that there is: those held out may be strangers.
+            by_class = task.needs_classes and (task.same_classes or source.grouped is None)
+            labels = source.labels()[rows] if by_class and source.labels() is not None else None
+            test_rows = rows[self._held_out(source.origins()[rows], labels, held_out_fraction, split)]
             rows = np.setdiff1d(rows, test_rows)
             if len(test_rows):
                 task.check_held_out(source, test_rows)

@@ -212,6 +212,11 @@ class CTC(SpeechTask):
             return ""
         return self.writing(raw if self.remove is None else self.remove.sub("", raw))
 
+    @property
+    def outputs(self) -> list[str]:
+        """The symbols."""
+        return sorted(self.tokenizer.vocabulary, key=self.tokenizer.vocabulary.get)
+
     def usable(self, source: Source) -> np.ndarray:
         """All: `unusable` names those whose transcript cannot be spelt."""
         return np.arange(len(source))

@@ -250,6 +250,7 @@ def _seed_table(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
 def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
     # Lightning comes with these.
     from data2vec_train.tasks.pretrain import build_data, quiet_libraries
+    from data2vec_train.tasks.records import build_sources
 
     quiet_libraries()
     options = _settings(cfg, "loader")
@@ -261,7 +262,7 @@ def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
         def make(workers: int, train: DictConfig = train, encoder: Any = encoder) -> Any:
             train.data.num_workers = workers
             run_dir = Path(HydraConfig.get().runtime.output_dir)
-            return build_data(train, encoder=encoder, run_dir=run_dir)
+            return build_data(train, build_sources(train.data), encoder=encoder, run_dir=run_dir)
 
         name = " ".join([modality, *settings])
         yield from measure_loader(bench, name=name, make=make, **options)

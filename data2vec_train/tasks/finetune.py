@@ -18,6 +18,7 @@ from data2vec_train import checkpoints
 from data2vec_train.clock import seconds_since
 from data2vec_train.config import build
 from data2vec_train.data.audio import AudioWindows
+from data2vec_train.data.groups import group
 from data2vec_train.data.sources import Source, StreamingSource
 from data2vec_train.encoders.audio import multiply_convolutions
 from data2vec_train.errors import ConfigError
@@ -33,7 +34,16 @@ from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of, look_at_images
 from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
-from data2vec_train.tasks.run_directory import QUARANTINE, SUMMARY, change, open_run, write_summary
+from data2vec_train.tasks.records import same_data, same_outputs
+from data2vec_train.tasks.run_directory import (
+    QUARANTINE,
+    SUMMARY,
+    RunDirectory,
+    begin,
+    change,
+    open_run,
+    write_summary,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +84,7 @@ def finetune(cfg: DictConfig) -> float | None:
         return (run.summary.get("best") or {}).get(run.summary.get("metric"))
     if getattr(task, "vocabulary", None) == "keep":
         task.adopt(start)
-    data = build_records(cfg, task, run_dir)
+    data = build_records(cfg, task, run)
     model, notes = with_head(
         start,
         task.model_class,
@@ -148,7 +158,8 @@ def build_source(
     node = OmegaConf.to_container(merged, resolve=True)
     target = node["_target_"].rpartition(".")[2]
     fields = [*task.input_fields, *(task.label_fields if labelled else [])]
-    group_column = cfg.data.get("group_column") if labelled else None
+    grouped = labelled and changes is None and not cfg.data.test_source
+    group_column = cfg.data.get("group_column") if grouped else None
     fields = list(dict.fromkeys([*fields, *([group_column] if group_column else [])]))
     if target in ("HFSource", "HFStreamingSource"):
         column = node["column"] or task.column
@@ -156,7 +167,8 @@ def build_source(
         # A column that a task reads itself is not a class, and need not look like one.
         node |= {} if task.needs_classes and labelled else {"label_column": False}
     elif target == "FolderSource" and (fields or (labelled and node["label_column"])):
-        node |= {"metadata": node["metadata"] or "auto", "fields": fields, "class_from_folder": False}
+        of_folders = not node["label_column"] and fields == [group_column] and task.needs_classes
+        node |= {"metadata": node["metadata"] or "auto", "fields": fields, "class_from_folder": of_folders}
     elif target == "FolderSource":
         node |= {"class_from_folder": task.needs_classes and labelled, "label_column": None}
     elif target == "ManifestSource":
@@ -165,6 +177,13 @@ def build_source(
     if isinstance(source, StreamingSource):
         raise ConfigError("data=stream cannot be used here: labels are looked at before training; choose data=hf")
     look_at_images(cfg, source)
+    if grouped:
+        group(source, column=cfg.data.get("group_column"), pattern=cfg.data.get("group_pattern"))
+    return source
+
+
+def prepared(cfg: DictConfig, task: HeadTask, source: Source, *, labelled: bool = True) -> Source:
+    """The records as the task takes them: utterances, blocks of ids."""
     if cfg.modality.name == "audio" and not labelled and getattr(task, "reads_frames", False):
         source = windows_of(cfg, task, source)
     elif cfg.modality.name == "audio":
@@ -200,29 +219,41 @@ def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
     )
 
 
-def build_records(cfg: DictConfig, task: HeadTask, run_dir: Path) -> FinetuneData:
-    """Training and test records of a composed config."""
+def build_records(cfg: DictConfig, task: HeadTask, run: RunDirectory) -> FinetuneData:
+    """Training and test records of a composed config, for a run that is begun or gone on with.
+
+    Raises:
+        ConfigError: they are not those that the run began with.
+    """
     data = cfg.data
     if data.on_device:
         raise ConfigError("data.on_device=true is for pretraining; fine-tuning normalises in the loader's processes")
-    batching = build(cfg.modality.batching)
-    return FinetuneData(
+    sources = {"source": build_source(cfg, task)}
+    if data.test_source:
+        sources["test_source"] = build_source(cfg, task, data.test_source)
+    identity = same_data(cfg, run, sources)
+    begin(cfg, run)
+    ready = {name: prepared(cfg, task, source) for name, source in sources.items()}
+    records = FinetuneData(
         task=task,
-        source=build_source(cfg, task),
-        test_source=build_source(cfg, task, data.test_source) if data.test_source else None,
+        source=ready["source"],
+        test_source=ready.get("test_source"),
         held_out_fraction=data.held_out_fraction,
-        group_column=data.group_column,
         train_samples=data.train_samples,
-        batching=batching,
+        batching=build(cfg.modality.batching),
         batch_size_per_device=data.batch_size_per_device,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         max_bad_fraction=data.max_bad_fraction,
         tolerated_bad_samples=data.tolerated_bad_samples,
-        quarantine_path=run_dir / QUARANTINE,
+        quarantine_path=run.path / QUARANTINE,
         seed=cfg.seed,
         changed_steps=cfg.resume == "changed",
+        split=run.data.get("split"),
     )
+    records.facts |= {"identity": identity, "outputs": task.outputs}
+    same_outputs(run, task.outputs)
+    return records
 
 
 def save_finetuned(cfg: DictConfig, model: PretrainedModel, task: HeadTask, folder: Path) -> None:

@@ -28,7 +28,7 @@ from data2vec_train.hf.convert import load_pretrained
 from data2vec_train.hf.files import read_json
 from data2vec_train.outputs import output_path, refuse_existing, sole_writer, writing
 from data2vec_train.places import config_directory
-from data2vec_train.tasks.finetune import FACTS_NAME, build_source, task_of
+from data2vec_train.tasks.finetune import FACTS_NAME, build_source, prepared, task_of
 from data2vec_train.tasks.inputs import inherit, inputs_of
 from data2vec_train.tasks.pretrain import quiet_libraries
 
@@ -68,7 +68,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
         )
     model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
-    source = build_source(cfg, task, labelled=False)
+    source = prepared(cfg, task, build_source(cfg, task, labelled=False), labelled=False)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     multiply_convolutions(model)
     model = model.to(device).eval()

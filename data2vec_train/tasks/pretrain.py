@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -43,6 +44,7 @@ from data2vec_train.saving import Checkpointing, Interruption, disk_trouble
 from data2vec_train.stopping import listener
 from data2vec_train.tasks.init_from import adopt, initialise
 from data2vec_train.tasks.inputs import given_settings, look_at_images
+from data2vec_train.tasks.records import Sources, build_sources, same_data, same_tokenizer
 from data2vec_train.tasks.run_directory import (
     METRICS,
     NONFINITE,
@@ -50,6 +52,7 @@ from data2vec_train.tasks.run_directory import (
     QUARANTINE,
     SUMMARY,
     RunDirectory,
+    begin,
     change,
     open_run,
     write_summary,
@@ -79,11 +82,20 @@ def build_collator(cfg: DictConfig, *, encoder: ModalityEncoder) -> Collator:
     )
 
 
-def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> DataModule:
-    """The DataModule of a composed config, for an encoder that says how many tokens an input gives."""
+def build_data(
+    cfg: DictConfig, sources: Sources, *, encoder: ModalityEncoder, run_dir: Path, split: dict[str, Any] | None = None
+) -> DataModule:
+    """The DataModule of a composed config.
+
+    Args:
+        cfg: the config.
+        sources: of `build_sources`.
+        encoder: says how many tokens an input gives.
+        run_dir: where broken samples are listed.
+        split: of the run that goes on, see `DataModule`.
+    """
     data, modality = cfg.data, cfg.modality
-    source = build(data.source)
-    test_source = build(OmegaConf.merge(data.source, data.test_source)) if data.test_source else None
+    source, test_source = sources["source"], sources.get("test_source")
     look_at_images(cfg, source)
     prepare = build(modality.prepare)
     if prepare is not None:
@@ -108,6 +120,7 @@ def build_data(cfg: DictConfig, *, encoder: ModalityEncoder, run_dir: Path) -> D
         seed=cfg.seed,
         changed_steps=cfg.resume == "changed",
         on_device=data.on_device,
+        split=split,
     )
 
 
@@ -172,7 +185,11 @@ def pretrain(cfg: DictConfig) -> float | None:
         notes = initialise(objective, start, str(cfg.init_from), fresh_teacher=cfg.fresh_teacher)
         log.info("weights: %s", "; ".join([str(cfg.init_from), *notes]))
     precision = make_fast(cfg, objective)
-    data = build_data(cfg, encoder=objective.student, run_dir=run_dir)
+    sources = build_sources(cfg.data)
+    identity = same_data(cfg, run, sources)
+    begin(cfg, run)
+    data = build_data(cfg, sources, encoder=objective.student, run_dir=run_dir, split=run.data.get("split"))
+    data.facts |= {"identity": identity, "tokenizer": same_tokenizer(run, data.source)}
     if rank_zero_only.rank == 0:
         write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
     module = Data2VecModule(

@@ -32,6 +32,7 @@ from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
 from data2vec_train.report import Section, image_tag, table, write_report
 from data2vec_train.tasks.inputs import inherit, look_at_images
 from data2vec_train.tasks.pretrain import quiet_libraries
+from data2vec_train.tasks.records import build_sources
 from data2vec_train.tasks.run_report import command_line
 
 log = logging.getLogger(__name__)
@@ -99,8 +100,8 @@ def probe(cfg: DictConfig) -> float:
 
 def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> DataModule:
     data, prepare = cfg.data, build(cfg.modality.prepare)
-    source = build(data.source)
-    test_source = build(OmegaConf.merge(data.source, data.test_source)) if data.test_source else None
+    sources = build_sources(data)
+    source, test_source = sources["source"], sources.get("test_source")
     look_at_images(cfg, source)
     if prepare is not None:
         source = prepare(source)

@@ -1,10 +1,11 @@
 """The directory of a run: started anew, gone on with, or finished already."""
 
+import copy
 import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,13 @@ class RunDirectory:
         path: the directory.
         checkpoint: the folder to go on from; None = from the beginning.
         summary: of a run that is finished; None = there is something to do.
+        data: what the checkpoint keeps of the data, see `data.datamodule.ResumableData.facts`.
     """
 
     path: Path
     checkpoint: Path | None
     summary: dict[str, Any] | None
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -70,35 +73,54 @@ class RunDirectory:
 
 
 def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
-    """Find out what is in a run directory, and make it ready: what lies behind the checkpoint is forgotten.
+    """Find out what is in a run directory, and keep other processes out; nothing in it is changed.
 
     Raises:
-        ConfigError: it holds another run, or with `resume=never` any.
+        ConfigError: it holds another run, or one that cannot be told, or with `resume=never` any.
         DamagedCheckpoint: it has checkpoints, and none is whole.
     """
     if cfg.resume not in ("auto", "never", "changed"):
         raise ConfigError(f"resume={cfg.resume}: expected auto, never, changed, or the directory of a run")
     config = OmegaConf.to_container(cfg, resolve=True)
-    used = (path / METRICS).exists() or (path / checkpoints.FOLDER).exists()
+    summary = _read_summary(path / SUMMARY)
+    finished = summary is not None and summary.get("status") == "finished"
+    used = finished or (path / METRICS).exists() or (path / checkpoints.FOLDER).exists()
     if used and cfg.resume == "never":
         raise ConfigError(f"{path} already holds a run; choose another hydra.run.dir, or resume=auto to go on with it")
-    before = _config_of(path) if used and cfg.resume != "changed" else None
-    if before is not None:
-        _check_same(before, config, path)
     checkpoint = checkpoints.newest(path / checkpoints.FOLDER)
-    summary = _read_summary(path / SUMMARY)
-    finished = summary is not None and summary.get("status") == "finished" and cfg.resume != "changed"
-    if finished and checkpoint is not None:
+    content = {} if checkpoint is None else checkpoints.read(checkpoint / checkpoints.STATE, mapped=True)
+    if used and "config" not in content and not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"{path} holds {METRICS if (path / METRICS).exists() else SUMMARY} of a run, and neither {CONFIG} nor a "
+            "checkpoint that says which run: choose another hydra.run.dir, or remove it"
+        )
+    if used and cfg.resume != "changed":
+        _check_same(_config_of(path) or content.get("config") or {}, config, path)
+    if finished and checkpoint is None and cfg.resume == "changed":
+        raise ConfigError(
+            f"resume=changed: {path} is finished and has no checkpoints to go on from; choose another hydra.run.dir, "
+            "or bring its checkpoints back"
+        )
+    if finished and cfg.resume != "changed":
         return RunDirectory(path, checkpoint, summary)
-    found = RunDirectory(path, checkpoint, None)
     if rank_zero_only.rank == 0:
         lock_directory(path)
-        _forget(path, found)
-        if checkpoint is None:
-            _keep_settings(cfg, path)
-    if checkpoint is not None:
-        log.info("going on after step %d: %s", found.step, checkpoint)
-    return found
+    return RunDirectory(path, checkpoint, None, _data_of(content))
+
+
+def begin(cfg: DictConfig, run: RunDirectory) -> None:
+    """Make the directory ready for the run: what lies behind the checkpoint is forgotten."""
+    if rank_zero_only.rank == 0:
+        _forget(run.path, run)
+        if run.checkpoint is None or not (run.path / CONFIG).is_file():
+            _keep_settings(cfg, run.path)
+    if run.checkpoint is not None:
+        log.info("going on after step %d: %s", run.step, run.checkpoint)
+
+
+def _data_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, without a tie to its file."""
+    return copy.deepcopy(content.get("DataModule") or content.get("FinetuneData") or {})
 
 
 def change(cfg: DictConfig, run: RunDirectory, module: TrainingModule) -> None:

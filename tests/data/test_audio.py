@@ -166,7 +166,7 @@ def test_long_recordings_become_equal_segments_and_short_ones_stay_out(tmp_path,
     assert "3 recordings, 0.2 minutes, as 5 utterances; 1 are shorter than" in caplog.text
     assert [segments[i].key for i in range(len(segments))] == ["a.wav", "b.wav@0s", "b.wav@3s", "b.wav@6s", "d.flac"]
     assert segments.lengths.tolist() == [16_000, 48_000, 48_000, 48_000, 64_000]
-    assert segments.groups().tolist() == [0, 1, 1, 1, 3]
+    assert segments.origins().tolist() == source.hashes()[[0, 1, 1, 1, 3]].tolist()
     assert segments.left_out == (("c.wav", "0.100 s, shorter than modality.min_seconds=0.2"),)
     assert segments.rejected == ()
     for index in range(len(segments)):

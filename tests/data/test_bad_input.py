@@ -42,6 +42,7 @@ from data2vec_train.data.vision import ImageTransform, decode_image
 from data2vec_train.errors import BadSample, ConfigError, DataError
 from data2vec_train.places import config_directory, recipes_parent, register_resolvers
 from data2vec_train.tasks.pretrain import build_data
+from data2vec_train.tasks.records import build_sources
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -385,7 +386,7 @@ def data_module(modality: str, data: Path, run: Path, workers: int) -> DataModul
     run.mkdir(exist_ok=True)
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         cfg: DictConfig = compose("train", overrides=[*settings(modality, data, run), f"data.num_workers={workers}"])
-    return build_data(cfg, encoder=build(cfg.modality.encoder), run_dir=run)
+    return build_data(cfg, build_sources(cfg.data), encoder=build(cfg.modality.encoder), run_dir=run)
 
 
 @cache

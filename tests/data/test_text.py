@@ -237,8 +237,9 @@ def test_blocks_start_with_the_start_token_stay_within_documents_and_lose_nothin
         sample = blocks[index]
         assert sample.value[0] == 0
         assert len(sample.value) == blocks.lengths[index] <= 16
-        per_document.setdefault(int(blocks.groups()[index]), []).extend(sample.value[1:])
-        assert sample.label == blocks.labels()[index] == blocks.groups()[index] % 2
+        document = source.hashes().tolist().index(blocks.origins()[index])
+        per_document.setdefault(document, []).extend(sample.value[1:])
+        assert sample.label == blocks.labels()[index] == document % 2
     for document, text in enumerate(source.texts):
         assert tokenizer.decode(np.array(per_document[document])) == text
     assert blocks[0].key == "t0@0"
@@ -249,14 +250,15 @@ def test_short_rests_and_documents_are_left_out():
     blocks = prepared(Texts(WORDS * 2, "x"), block_tokens=16, min_tokens=8)
     assert (blocks.lengths - 1).min() >= 8
     assert blocks.num_short == 1
-    assert set(blocks.groups()) == {0}
+    assert set(blocks.origins()) == {blocks.origins()[0]}
 
 
 def test_crossing_documents_gives_full_blocks_with_an_end_token_between(tokenizer):
     source = Texts("One two three.", WORDS, "Four five.", WORDS)
     blocks = prepared(source, cross_documents=True, block_tokens=8)
     assert set(blocks.lengths) == {8}
-    assert (blocks.labels(), blocks.groups(), blocks.class_names) == (None, None, None)
+    assert (blocks.labels(), blocks.class_names) == (None, None)
+    assert len(set(blocks.origins())) == len(blocks)
     ids = np.concatenate([blocks[index].value[1:] for index in range(len(blocks))])
     texts = tokenizer.encode_batch(source.texts)
     expected = np.concatenate([np.append(text, 2) for text in texts])
