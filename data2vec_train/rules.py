@@ -351,7 +351,9 @@ def _a_visible_block_fits_the_image(cfg: DictConfig) -> str | None:
     block, patch = _get(cfg, "modality.visible_block_patches"), _get(cfg, "modality.patch_px")
     image = _get(cfg, "modality.image_px", (int, list))
     sides = image if isinstance(image, list) else [image, image]
-    if not block or not patch or patch < 1 or not all(isinstance(side, int) and side >= patch for side in sides):
+    if not block or not patch or patch < 1 or len(sides) != 2:
+        return None
+    if not all(isinstance(side, int) and side >= patch for side in sides):
         return None
     rows, columns = (side // patch for side in sides)
     if block < max(rows, columns):

@@ -95,7 +95,7 @@ MISTAKES = {
     "size.num_heads=5": "size.dim=96 cannot be split into 5 heads; choose 4 or 6 heads",
     "modality.patch_px=5": "28 pixels cannot be cut into patches of 5",
     "modality.image_px=[28]": "modality.image_px: expected one side, or [height, width], got [28]",
-    "modality.channels=2": "modality.channels: expected 1 (grey), 3 (RGB) or 4 (RGBA), got 2",
+    "modality.channels=0": "modality.channels: expected a whole number of at least 1, got 0",
     "modality.augment.crop_scale=[0.9,0.2]": "modality.augment.crop_scale: expected the smallest and the largest share",
     "modality.visible_block_patches=50": "a square of 50 patches covers the whole image, which has 7 x 7",
     "modality.encoder.dropout=1.5": "modality.encoder.dropout: expected a number from 0 to below 1, got 1.5",

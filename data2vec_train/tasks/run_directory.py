@@ -39,6 +39,7 @@ FREE = (
     "strategy",
     "compile",
     "stop_seconds",
+    "modality.preprocessing",  # repeats other settings, for files beside the weights
     "data.num_workers",
     "data.prefetch_factor",
     "callbacks.checkpoint",

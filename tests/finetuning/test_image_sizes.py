@@ -14,6 +14,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.hf.convert import load_pretrained, refusal_of_transformers, with_image_size, wrap
 from data2vec_train.hf.preprocessing import ImageProcessor
 from data2vec_train.hf.vision import encoder_arguments
+from tests.tiffs import tiff
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -251,3 +252,63 @@ def test_continued_pretraining_refuses_sizes_that_are_not_the_weights(composed, 
     cfg = composed("modality=vision", "data=folder", "data.path=nowhere", f"init_from={path}", asked)
     with pytest.raises(ConfigError, match=r"=.*: init_from=.* was made for .*; leave it out"):
         adopt(cfg, {given})
+
+
+# ---------------------------------------------------------------------------------------------------- from end to end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+def test_wide_images_from_pretraining_to_export(objective, program_of, images, run_program, tmp_path):
+    data = images(20, 44, count=24)
+    common = ["modality=vision", "data=hf", f"data.path={data}", "data.num_workers=0", f"cache_dir={tmp_path}/cache"]
+    tiny = ["modality.image_px=[16,32]", "modality.patch_px=4", "size.dim=32", "size.depth=4", "size.num_heads=4"]
+    tiny += ["size.ffn_dim=48", "modality.visible_block_patches=2", f"objective={objective}", "precision=fp32"]
+    tiny += ["modality.encoder.prenet_depth=0", "trainer.max_steps=3", "data.batch_size_per_device=4"]
+    done = run_program(*common, *tiny, f"hydra.run.dir={tmp_path}/pretrained", timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    status, run = fine_tuned(program_of, tmp_path, tmp_path / "pretrained", data)
+    assert status == 0
+    assert load_pretrained(run).get_encoder().image_size == (16, 32)
+    assert program_of("predict", *common, f"checkpoint={run}", f"out={tmp_path}/a.jsonl") == 0
+    for kind, status in (("hf", 2), ("safetensors", 0), ("onnx", 0)):
+        assert program_of("export", f"checkpoint={run}", f"format={kind}", f"out={tmp_path}/{kind}") == status
+    again = [*common, *tiny, f"init_from={tmp_path}/pretrained", f"hydra.run.dir={tmp_path}/again"]
+    again[again.index("modality.image_px=[16,32]")] = "modality.image_px=[32,16]"
+    done = run_program(*again, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "images of 32x16 pixels" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_maps_of_wide_images(program_of, folder, tmp_path, records):
+    weights, data = folder(version_two([32, 64]), size=[32, 64]), records("segmentation", tmp_path / "maps.parquet")
+    given = ["modality=vision", "data=hf", f"data.path={data}", "data.num_workers=0", f"cache_dir={tmp_path}/cache"]
+    head = ["head=segmentation", "head.map_column=map", "head.classes=3", f"init_from={weights}", "trainer.max_steps=2"]
+    head += [f"data.test_source={{path:{data}}}", f"hydra.run.dir={tmp_path}/run", "callbacks.monitor.progress=none"]
+    assert program_of("finetune", *given, *head) == 0
+    assert program_of("predict", *given, f"checkpoint={tmp_path}/run", f"out={tmp_path}/out") == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 16
+
+
+@pytest.mark.slow
+def test_a_folder_of_tiffs_with_five_bands(run_program, tmp_path):
+    pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number in range(12):
+        pixels = rng.integers(0, 4096, (20, 20, 5)).astype(np.uint16)
+        (tmp_path / "data" / f"{number}.tif").write_bytes(tiff(pixels, extra=(0, 0)))
+    given = ["modality=vision", "data=folder", f"data.path={tmp_path}/data", "data.num_workers=0", "precision=fp32"]
+    given += ["modality.channels=5", "modality.mean=[0.4]", "modality.std=[0.2]", f"hydra.run.dir={tmp_path}/run"]
+    given += ["modality.image_px=16", "modality.patch_px=4", "modality.visible_block_patches=2", "trainer.max_steps=2"]
+    given += ["data.batch_size_per_device=4"]
+    done = run_program(*given, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "less than a tenth of the range" in done.stdout + done.stderr
+    done = run_program(*given, "modality.max_value=4095", f"hydra.run.dir={tmp_path}/white", timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "less than a tenth" not in done.stdout + done.stderr
+    done = run_program(*given[:5], "trainer.max_steps=2", f"hydra.run.dir={tmp_path}/rgb", timeout=500)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "5 bands (RGB, unspecified, unspecified) of uint16" in done.stdout + done.stderr
