@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from data2vec_train.errors import Interrupted
+from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.stopping import listener, told
 
 _to_the_end = contextlib.ExitStack()
@@ -22,3 +22,5 @@ def run_command(task: Callable[[Any], object], **options: Any) -> None:
         main(task, **options)
     except Interrupted as error:
         sys.exit(told(error))
+    except ConfigError as error:  # another version of Hydra
+        sys.exit(f"error: {error}")

@@ -4,11 +4,67 @@ Nothing heavy is imported before it is asked for.
 """
 
 import errno
+import importlib
+import importlib.metadata
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from data2vec_train.errors import DataError, LostProcess
+from data2vec_train.errors import ConfigError, DataError, LostProcess
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: MODULE:NAME, with () where an object is made first. A new version may lack any of them.
+
+PRIVATE = (
+    "hydra._internal.utils:_run_hydra",
+    "hydra._internal.utils:get_args_parser",
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl",
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl._apply_overrides_to_config",
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl._parse_overrides_and_create_caching_repo",
+    "lightning.pytorch:Trainer()._signal_connector.register_signal_handlers",
+    "lightning.pytorch:Trainer().fit_loop.epoch_loop._broadcast_sigterm_tensor",
+    "lightning.pytorch.strategies.launchers:subprocess_script._launch_process_observer",
+    "lightning.pytorch.strategies:DDPStrategy()._ddp_kwargs",
+    "lightning.pytorch.strategies:ModelParallelStrategy()._data_parallel_size",
+    "lightning.pytorch.plugins:MixedPrecision._after_closure",
+    "torch:UntypedStorage()._cdata",
+    "torch:ops.aten._scaled_dot_product_efficient_attention",
+    "torch:ops.aten._scaled_dot_product_flash_attention",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "torch._dynamo:config.optimize_ddp",
+    "torch._dynamo:config.recompile_limit",
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    "torch.utils._pytree:tree_leaves",
+    "torch.utils._pytree:tree_map",
+    "datasets:IterableDataset._resolve_features",
+)
+_TESTED = {"hydra": "hydra-core==1.3.8", "lightning": "lightning==2.6.6", "torch": "torch==2.14.1"}
+_TESTED |= {"datasets": "datasets==5.2.0"}
+
+
+def private(path: str) -> Any:
+    """What a name of `PRIVATE` stands for.
+
+    Raises:
+        ConfigError: the installed version has it no more.
+    """
+    module, _, names = path.partition(":")
+    package = module.split(".")[0]
+    try:
+        found = importlib.import_module(module)
+        for name in names.split("."):
+            found = getattr(found, name.removesuffix("()"))
+            found = found() if name.endswith("()") else found
+    except (ImportError, AttributeError) as error:
+        tested = _TESTED[package]
+        version = importlib.metadata.version(tested.partition("==")[0])
+        raise ConfigError(
+            f"{package} {version} has no {path.replace(':', '.')}, which this program needs; it was tested with another: "
+            f"pip install {tested}"
+        ) from error
+    return found
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loader processes: torch says in words only what became of one

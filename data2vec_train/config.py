@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data2vec_train import launch
 from data2vec_train.allowed import nodes_of, plugin_modules, plugin_packages, target_fault
+from data2vec_train.compat import private
 from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.places import COMMAND, HEAL, config_directory, read_yaml, stay_off_the_network
 from data2vec_train.preflight import find_faults, preflight
@@ -124,7 +124,7 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     """
     # Hydra's own short form hides the frames that a bug report needs.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    parser = get_args_parser()
+    parser = private("hydra._internal.utils:get_args_parser")()
     # Overrides may stand on both sides of a flag, as in `modality=audio -m seed=0,1`.
     args, unknown = parser.parse_known_intermixed_args()
     unknown += ["--experimental-rerun"] if args.experimental_rerun else []  # unpickles whatever file it is given
@@ -151,7 +151,8 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         guarded.__module__ = f"{__package__}.{config_name}"  # after which hydra names the job, and so its log file
         directory, args.config_path = args.config_path or config_directory(), None
         with listener.listening():
-            _run_hydra(args, parser, guarded, str(Path(directory).absolute()), config_name)
+            run = private("hydra._internal.utils:_run_hydra")
+            run(args, parser, guarded, str(Path(directory).absolute()), config_name)
     except Interrupted as error:
         sys.exit(told(error))
     except KeyboardInterrupt:  # where signals are not heard, as in a thread

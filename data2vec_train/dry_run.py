@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from data2vec_train.compat import private
 from data2vec_train.data2vec import Data2Vec
 from data2vec_train.encoders import transformer
 from data2vec_train.encoders.base import Batch, Masks
@@ -31,6 +30,9 @@ from data2vec_train.flops import count_flops
 from data2vec_train.layers import attention
 from data2vec_train.layers.attention import Bias, case_of
 from data2vec_train.layers.backends import Case, able, refusal
+
+TorchDispatchMode = private("torch.utils._python_dispatch:TorchDispatchMode")
+tree_leaves, tree_map = (private(f"torch.utils._pytree:{name}") for name in ("tree_leaves", "tree_map"))
 
 GPU_BLOCK = 512  # bytes; PyTorch's allocator for GPUs rounds up to it
 FRONT_END, TEACHER, BLOCKS, DECODER = "front end", "teacher", "blocks", "decoder"

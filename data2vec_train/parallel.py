@@ -94,7 +94,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As one process writes it, in the host's memory of the first process; the others get nothing."""
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return gathered(plain.state_dict(), keep=self.is_global_zero)
 
     def save_checkpoint(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from data2vec_train.allowed import hydra_faults, nodes_of, search_path_faults, target_fault
+from data2vec_train.compat import private
 from data2vec_train.places import config_directory, expose_recipes, register_resolvers, text_of_recipe
 from data2vec_train.rules import (
     MACHINE_RULES,
@@ -66,6 +66,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("machine", "gpu_type"), "hardware"),
     "dataset": "data",
 }
+
+_apply_overrides = private("hydra._internal.config_loader_impl:ConfigLoaderImpl._apply_overrides_to_config")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
         if key.split(".")[0] in guessed:
             continue
         try:
-            ConfigLoaderImpl._apply_overrides_to_config([override], cfg)
+            _apply_overrides([override], cfg)
         except HydraException as error:
             faults.append(_setting_fault(override, error, cfg))
             continue

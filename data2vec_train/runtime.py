@@ -192,12 +192,13 @@ def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_va
     if not how or (how == "auto" and device != "cuda"):
         return
     # Code of earlier runs in this process, as in a sweep, counts against the limit and is of no use.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     # Buckets of gradients would cut blocks in two; they are small enough to overlap as they are.
-    torch._dynamo.config.optimize_ddp = False
+    settings = torch._dynamo.config
+    settings.optimize_ddp = False
     # Each drop-path rate makes code of its own, for student and teacher.
     blocks = [*blocks_of(objective.student), *blocks_of(objective.teacher)]
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    settings.recompile_limit = max(settings.recompile_limit, 4 * len(blocks))
     mode = "reduce-overhead" if how == "graphs" else None
     if how == "graphs":
         objective.register_forward_pre_hook(_begin_graphs)
