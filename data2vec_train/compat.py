@@ -60,8 +60,8 @@ def private(path: str) -> Any:
         tested = _TESTED[package]
         version = importlib.metadata.version(tested.partition("==")[0])
         raise ConfigError(
-            f"{package} {version} has no {path.replace(':', '.')}, which this program needs; it was tested with another: "
-            f"pip install {tested}"
+            f"{package} {version} has no {path.replace(':', '.')}, which this program needs; it was tested with "
+            f"another version: pip install {tested}"
         ) from error
     return found
 
