@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
 
 def _table(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     """Rows of a table whose first line names its columns; that line says what stands between them."""
-    first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    first = next(iter(text.lstrip("\r\n").replace("\r", "\n").split("\n", 1)))
     usual = "\t" if path.suffix == ".tsv" else ","
     between = next((one for one in (usual, *DELIMITERS) if _file_column(_cells(first, one))), None)
     if between is None:
@@ -187,7 +188,7 @@ def join_metadata(
     known = {*files, *(os.path.splitext(file)[0] for file in files)}
     absent = [name for name in described if name not in known]
     if absent:
-        described = _below_a_folder(files, described, known) or _with_slashes(described, known) or described
+        described = _below_a_folder(files, described, known) or _written_elsewhere(files, described) or described
         absent = [name for name in described if name not in known]
     if absent:
         raise DataError(
@@ -207,10 +208,15 @@ def _below_a_folder(
     return None
 
 
-def _with_slashes(described: Mapping[str, dict[str, Any]], known: set[str]) -> dict[str, dict[str, Any]] | None:
-    """The same with paths that Windows wrote."""
-    found = {name.replace("\\", "/"): row for name, row in described.items()}
-    return found if found.keys() <= known else None
+def _written_elsewhere(
+    files: Sequence[str], described: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]] | None:
+    """The same with the paths of files that Windows or macOS, whose letters with accents are two, write otherwise."""
+    common = {unicodedata.normalize("NFC", file): file for file in files}
+    names = {name: unicodedata.normalize("NFC", name.replace("\\", "/")) for name in described}
+    if not set(names.values()) <= common.keys():
+        return None
+    return {common[names[name]]: row for name, row in described.items()}
 
 
 def classes_of(values: Iterable[Any]) -> tuple[list[str], np.ndarray]:

@@ -243,13 +243,14 @@ class CTC(SpeechTask):
             self._use(_tokenizer_of(self.vocabulary, texts))
         if self.asked_metric == "auto":
             self.metric = "cer" if has_no_spaces(texts) else "wer"
-        changed = [text for text in map(self.text_of, texts) if self._is_changed(text)]
+        some = [self.writing(text) for text in texts[:: max(1, len(texts) // 500)]]
+        changed = list(filter(self._is_changed, some))
         if changed:
             ids = self.tokenizer(self._fitted(changed[0]))["input_ids"]
             log.warning(
                 "%d of %d transcripts do not come back from the symbols of head.vocabulary=%s as they were: %r as %r",
                 len(changed),
-                len(texts),
+                len(some),
                 self.vocabulary,
                 changed[0][:60],
                 self.tokenizer.decode(ids, group_tokens=False)[:60],
@@ -272,7 +273,7 @@ class CTC(SpeechTask):
 
     def _fitted(self, text: str) -> str:
         """The text in the Unicode forms that the vocabulary has its symbols in."""
-        if self.writing.unicode is None:
+        if self.writing.unicode is None or all(one in self.tokenizer.vocabulary for one in set(text) - {" "}):
             return text
         if self.tokenizer.phones:
             return " ".join(self._own_forms.get(one, one) for one in text.split())
@@ -545,6 +546,9 @@ class UtteranceClassification(SpeechTask):
         return classification_scores([one["index"] for one in predictions], references, len(self.class_names))
 
 
+NO_FRAME = "no frame has a class: its labels are empty, or cover no frame of the recording"
+
+
 class FrameClassification(SpeechTask):
     """A class for every frame.
 
@@ -602,9 +606,28 @@ class FrameClassification(SpeechTask):
         labels = raw.fields.get(self.labels_column)
         frames = int(self.inputs.token_count(wave.shape[-1]))
         classes = None if labels is None else self._classes(_list_of(labels), frames, wave.shape[-1])
-        if train and not (classes != NO_LABEL).any():
-            raise BadSample("no frame has a class")
+        if classes is not None and not (classes != NO_LABEL).any():
+            if train:
+                raise BadSample(NO_FRAME)
+            classes = None
         return {"key": raw.key, "wave": wave, "classes": classes}
+
+    def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
+        """Records whose labels fit no frame, or not their recording."""
+        if source.lengths is None:
+            return []
+        column = source.column(self.labels_column)
+        found = []
+        for row in rows:
+            samples = int(source.lengths[row])
+            try:
+                classes = self._classes(_list_of(column[row]), int(self.inputs.token_count(samples)), samples)
+                why = "" if (classes != NO_LABEL).any() else NO_FRAME
+            except BadSample as error:
+                why = str(error)
+            if why:
+                found.append((int(row), why))
+        return found
 
     def _classes(self, labels: list[Any], frames: int, samples: int) -> np.ndarray:
         """(T,) int64: the class at the middle of each frame."""
@@ -626,6 +649,13 @@ class FrameClassification(SpeechTask):
                 raise BadSample(f"a segment of {one!r}; expected start, end and label") from error
             if name not in number:
                 raise BadSample(f"the class {name} is none of {', '.join(self.class_names[:10])}")
+            if not 0 <= start < end < math.inf:
+                raise BadSample(f"a segment from {start:g} to {end:g} s")
+            if end > 2 * samples / self.inputs.sample_rate_hz + 1:
+                raise BadSample(
+                    f"a segment to {end:g} s of a recording of {samples / self.inputs.sample_rate_hz:.2f} s; are times "
+                    "in seconds?"
+                )
             classes[(middle >= start) & (middle < end)] = number[name]
         return classes
 
@@ -672,7 +702,7 @@ class FrameClassification(SpeechTask):
         """Over all frames that have a class."""
         found = np.concatenate([one["frames"] for one in predictions])
         wanted = np.concatenate(list(references))
-        real = wanted != NO_LABEL
+        real = wanted != NO_LABEL  # at least one, see `example`
         return classification_scores(found[real], wanted[real], len(self.class_names))
 
 

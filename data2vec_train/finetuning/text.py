@@ -296,6 +296,8 @@ class TokenClassification(TextTask):
             if not found.special_tokens_mask[place] and found.offsets[place][1] > found.offsets[place][0]:
                 first[owner[place]] = place
         labels = np.full(len(found.ids), NO_LABEL, dtype=np.int64)
+        if not (first >= 0).any():
+            raise BadSample(f"no word begins within {self.max_tokens} tokens: there is no place for its class")
         reference = None
         if tags is not None:
             number = {name: index for index, name in enumerate(self.class_names)}
@@ -416,7 +418,10 @@ class QuestionAnswering(TextTask):
             raise BadSample(str(error)) from error
         windows = [self._window(one, texts, starts) for one in found]
         if train:
-            with_answer = [one for one in windows if one["start"] > 0] or windows
+            with_answer = [one for one in windows if one["start"] > 0]
+            if len(texts) and not with_answer:  # its windows would teach that there is none
+                raise BadSample(f"the answer {texts[0][:40]!r} lies whole in no window of {self.max_tokens} tokens")
+            with_answer = with_answer or windows
             windows = [with_answer[int(rng.integers(len(with_answer)))]]
         reference = None if answers is None else (list(texts) or [""])
         return {"key": raw.key, "windows": windows, "context": context, "answers": reference}
@@ -599,9 +604,14 @@ class LanguageMeter(Meter):
         self.right += int((logits.argmax(dim=-1) == labels).sum())
 
     def compute(self) -> Scores:
-        """See `Meter.compute`."""
-        count = max(self.count, 1)
-        return {"perplexity": float(np.exp(min(self.nats / count, 700.0))), "accuracy": self.right / count}
+        """See `Meter.compute`.
+
+        Raises:
+            DataError: there was no token to guess.
+        """
+        if not self.count:
+            raise DataError("no test text has a token to guess; give longer ones")
+        return {"perplexity": float(np.exp(min(self.nats / self.count, 700.0))), "accuracy": self.right / self.count}
 
 
 class LanguageTask(TextTask):
@@ -650,6 +660,8 @@ class MaskedLM(LanguageTask):
         if isinstance(raw.value, np.ndarray):
             order = rng.permutation(np.arange(1, len(ids)))  # never the token that starts a text
             hidden = order[: max(1, round(self.hidden_fraction * len(ids)))]
+            if not len(hidden):
+                raise BadSample(f"a text of {len(ids)} tokens: there is none to hide")
             labels[hidden] = ids[hidden]
             ids = ids.copy()
             what = rng.random(len(hidden))
@@ -704,7 +716,10 @@ class CausalLM(LanguageTask):
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """Blocks as they are; of a text that leaves no room for `continue_tokens`, its end."""
         if isinstance(raw.value, np.ndarray):
-            return {"key": raw.key, "ids": self._ids(raw)}
+            ids = self._ids(raw)
+            if len(ids) < 2:
+                raise BadSample(f"a text of {len(ids)} tokens: there is no next one")
+            return {"key": raw.key, "ids": ids}
         text = text_of(raw.value, self.inputs.encodings)
         room = max(self.max_tokens - self.continue_tokens, self.max_tokens // 2)
         return {"key": raw.key, "ids": np.array(self.inputs.tokenizer.end(text, room), dtype=np.int64)}

@@ -14,6 +14,8 @@ CASES = ("auto", "upper", "lower", "keep")
 INVISIBLE = dict.fromkeys(
     [0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 )
+# Control characters but for white space, and halves of surrogate pairs.
+NO_LETTERS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 APOSTROPHES = "'\u2019\u02bc\uff07"
 DOTTED = {"i": "İ", "ı": "I"}  # Turkish, Azerbaijani: the dot is part of the letter
 TURKIC = ("tr", "az")
@@ -58,9 +60,9 @@ class Writing:
         """The text, with one space between words."""
         if self.unicode is not None:
             text = unicodedata.normalize(self.unicode, text.translate(INVISIBLE))
-            text = "".join(one for one in text if one.isspace() or unicodedata.category(one) != "Cc")
+            text = NO_LETTERS.sub("", text)
         text = self._cased(text)
-        if self.unicode is not None and self.letters is not None:
+        if self.unicode is not None and self.letters is not None and not set(text).isdisjoint(APOSTROPHES):
             text = "".join(self._apostrophe(one) if one in APOSTROPHES else one for one in text)
         return " ".join(text.split())
 
@@ -76,8 +78,11 @@ class Writing:
         lower = _lower(text, turkic=turkic)
         if self.case == "lower":
             return lower
+        for whole in (text, upper, lower):
+            if all(one in known for one in set(whole) - {" "}):
+                return whole
         if len(upper) != len(text):  # ß as SS, or an accent less
-            return upper if set(upper) - {" "} <= set(known) else text
+            return text
         choices = zip(text, upper, lower, strict=True)
         return "".join(next((one for one in three if one in known), three[0]) for three in choices)
 
@@ -88,6 +93,8 @@ class Writing:
         known = self.letters or ()
         if code == "de" and "ß" not in known:
             text = text.replace("ß", "ẞ" if "ẞ" in known else "SS" if self.letters else "ß")
+        if not turkic and len(text.upper()) == len(text):
+            return text.upper()
         pairs = ((one, DOTTED[one] if turkic and one in DOTTED else one.upper()) for one in text)
         return "".join(capital if len(capital) == 1 else one for one, capital in pairs)
 

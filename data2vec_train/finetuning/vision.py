@@ -266,6 +266,10 @@ class SemanticSegmentation(HeadTask):
         classes = self._classes(raw)
         if train and classes is None:
             raise BadSample("it has no map")
+        if classes is not None and not (classes != NO_CLASS).any():
+            if train:
+                raise BadSample("no pixel of its map has a class")
+            classes = None
         if classes is not None and classes.shape != pixels.shape[1:]:
             raise BadSample(f"a map of {classes.shape} pixels for an image of {tuple(pixels.shape[1:])}")
         size = pixels.shape[1:]
@@ -277,7 +281,10 @@ class SemanticSegmentation(HeadTask):
         if classes is None:
             pixels = change(tv_tensors.Image(pixels))
         else:
-            pixels, mask = change(tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(classes)))
+            whole = tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(classes))
+            pixels, mask = change(*whole)
+            if train and not bool((mask != NO_CLASS).any()):  # a crop of nothing that has a class
+                pixels, mask = v2.Resize(transform.size, antialias=True)(*whole)
             classes = mask.as_subclass(torch.Tensor).long()
         pixels = transform.normalise(pixels.as_subclass(torch.Tensor))
         return {"key": raw.key, "pixels": pixels, "classes": classes, "reference": reference, "size": tuple(size)}

@@ -340,9 +340,13 @@ class CTCTokenizer:
     ) -> None:
         self.hf_compat = hf_compat
         self.vocabulary = dict(vocabulary or {symbol: i for i, symbol in enumerate(LIBRISPEECH_SYMBOLS)})
-        odd = next((one for one, number in self.vocabulary.items() if type(number) is not int or number < 0), None)
+        numbers = self.vocabulary | dict(added or {})
+        odd = next((one for one, number in numbers.items() if type(number) is not int or number < 0), None)
         if odd is not None:
-            raise ConfigError(f"the vocabulary says that {odd!r} is {self.vocabulary[odd]!r}; expected a number from 0")
+            raise ConfigError(f"the vocabulary says that {odd!r} is {numbers[odd]!r}; expected a number from 0")
+        for name, symbol in {"pad": pad, "unk": unk, "replace_word_delimiter_char": space}.items():
+            if not isinstance(symbol, str):
+                raise ConfigError(f"the symbol {name} is {symbol!r}; expected a text")
         if pad not in self.vocabulary:
             raise ConfigError(
                 f"the vocabulary lacks {pad}, which is CTC's blank; name the symbol that is it as pad_token in "
@@ -369,7 +373,7 @@ class CTCTokenizer:
 
     def _pattern(self) -> re.Pattern:
         """What texts are cut at before they are read letter by letter."""
-        whole = {*self.special_symbols, *self.added}
+        whole = {*self.special_symbols, *filter(None, self.added)}
         if not self.phones:
             whole |= {one for one in self.vocabulary if len(one) > 1}
         return re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True))))
@@ -493,9 +497,9 @@ class CTCTokenizer:
             for name, usual in USUAL_SYMBOLS.items()
         }
         phones = settings.get("tokenizer_class") in PHONE_CLASSES
-        added = {_content(one): int(number) for number, one in settings.get("added_tokens_decoder", {}).items()}
-        added |= _mapping(folder / "added_tokens.json")
         try:
+            listed = settings.get("added_tokens_decoder", {}).items()
+            added = {_content(one): int(number) for number, one in listed} | _mapping(folder / "added_tokens.json")
             return cls(
                 vocabulary,
                 do_lower_case=bool(settings.get("do_lower_case", False)),
@@ -505,8 +509,8 @@ class CTCTokenizer:
                 added=added,
                 **named,
             )
-        except ConfigError as error:
-            raise ConfigError(f"{folder / 'vocab.json'}: {error}") from error
+        except (ConfigError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"the tokenizer in {folder}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write vocab.json, tokenizer_config.json and, for symbols beyond the vocabulary, added_tokens.json."""
@@ -529,10 +533,7 @@ class CTCTokenizer:
 
 def _mapping(path: Path) -> dict[str, Any]:
     """The object in a file of JSON; nothing if there is no such file."""
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}; expected an object")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -47,6 +47,7 @@ from data2vec_train.tasks.run_directory import (
 
 log = logging.getLogger(__name__)
 
+WHOLE = 2**60  # samples: longer than any recording
 FACTS_NAME = "finetuning.json"  # beside the weights: the head's settings, and how inputs are prepared
 
 
@@ -203,8 +204,11 @@ def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
     def samples(seconds: float) -> int:
         return round(seconds * task.inputs.sample_rate_hz / hop) * hop
 
-    window, stride = samples(cfg.window_seconds), samples(cfg.stride_seconds)
-    if task.inputs.token_count(window) * hop < window - stride:
+    if cfg.stride_seconds is None:
+        raise ConfigError("stride_seconds: expected a number above 0, got null")
+    never = cfg.window_seconds is None
+    window, stride = (WHOLE, 0) if never else (samples(cfg.window_seconds), samples(cfg.stride_seconds))
+    if not never and task.inputs.token_count(window) * hop < window - stride:
         raise ConfigError(
             f"stride_seconds={cfg.stride_seconds:g}: less than the encoder hears at once; expected at least "
             f"{(window / hop - task.inputs.token_count(window)) * hop / task.inputs.sample_rate_hz:.2g}"

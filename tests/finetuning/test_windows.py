@@ -97,6 +97,7 @@ def test_a_short_recording_is_read_in_one_pass_and_a_long_one_nearly_so(said, tm
     save(tmp_path / "data" / "short.wav", speech_like(1.9))
     parts, whole = said(*WINDOWS), said()
     assert parts["short.wav"] == whole["short.wav"]
+    assert said("window_seconds=null") == whole
     assert abs(len(parts["long.wav"]["prediction"]) - len(whole["long.wav"]["prediction"])) <= 20
     assert len(whole["long.wav"]["prediction"]) > 100
 
