@@ -293,10 +293,11 @@ class CTC(SpeechTask):
         if delimiter and not self.tokenizer.phones and delimiter in text:
             return [], f"its transcript holds {delimiter}, which stands for the space between words; see head.remove"
         symbols = self.tokenizer.split(self._fitted(text))
-        special = [one for one in symbols if one in self.tokenizer.special_symbols and one != delimiter]
+        different = set(symbols)
+        special = [one for one in self.tokenizer.special_symbols if one in different and one != delimiter]
         if special:
             return [], f"its transcript holds {special[0]}, which stands for no sound; see head.remove"
-        unknown = sorted({one for one in symbols if one not in self.tokenizer.vocabulary})
+        unknown = sorted(different - self.tokenizer.vocabulary.keys())
         if unknown:
             names = " ".join("(the space)" if one in (" ", delimiter) else one for one in unknown[:10])
             return [], (
@@ -487,7 +488,8 @@ def _tokenizer_beside(model: PretrainedModel) -> CTCTokenizer:
 
 def _too_short(ids: Sequence[int], frames: int) -> str:
     """Why CTC cannot spell the symbols in so many frames; "" if it can."""
-    repeats = sum(one == other for one, other in zip(ids[:-1], ids[1:], strict=True))
+    numbers = np.asarray(ids)
+    repeats = int((numbers[:-1] == numbers[1:]).sum())
     if len(ids) + repeats <= frames:
         return ""
     between = f" and {repeats} blanks between equal ones" if repeats else ""

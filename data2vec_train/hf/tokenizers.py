@@ -447,7 +447,7 @@ class CTCTokenizer:
         start = 0
         found: list[dict[str, Any]] = []
         for symbol, run in groupby(self.symbols.get(number, self.unk) for number in numbers):
-            length = sum(1 for _ in run)
+            length = len(list(run))
             pieces = [(start, start + length)] if group_tokens else [(start + i, start + i + 1) for i in range(length)]
             start += length
             if symbol == self.pad or (self.phones and symbol == self.word_delimiter):
