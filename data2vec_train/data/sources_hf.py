@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
+from data2vec_train.data.metadata import text_column
 from data2vec_train.data.sources import (
     RawSample,
     Source,
@@ -122,6 +123,9 @@ class HFSource(Source):
         self._columns = columns
         self._name = _record_name(path, data_files, split)
         self._asked = _asked_places(path, data_files)
+        for name in fields:
+            meant = text_column(name, dataset.features, path)
+            dataset = dataset if meant == name else dataset.rename_column(meant, name)
         absent = [name for name in fields if name not in dataset.features]
         if absent:
             listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())

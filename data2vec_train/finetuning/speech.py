@@ -120,8 +120,10 @@ class SpeechTask(HeadTask):
             inputs["mask_feature_indices"] = padded(rows, False)
         return inputs
 
-    def frames(self, model: PretrainedModel, batch: Examples) -> list[Tensor]:
-        """What `read` needs of each example's frames, (T, ...) on the host; where `reads_frames`."""
+    def predict(self, model: PretrainedModel, batch: Examples) -> list[Any]:
+        """Predictions; where `reads_frames`, what `read` needs of each example's frames, (T, ...) on the host."""
+        if not self.reads_frames:
+            return super().predict(model, batch)
         _, outputs = self.loss(model, batch)
         return [
             row[:count] for row, count in zip(self.frame_values(outputs), batch.host["frames"].tolist(), strict=True)

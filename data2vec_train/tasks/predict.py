@@ -146,7 +146,7 @@ class Joined:
             batch: those that could be read.
             device: see `predict`.
         """
-        frames = self.task.frames(model, batch.to(device)) if len(batch) else []
+        frames = self.task.predict(model, batch.to(device)) if len(batch) else []
         sounds = [bool(one.any()) for one in batch.inputs.get("input_values", ())]
         found: dict[int, tuple[Tensor | str, bool]] = {
             row: pair for row, *pair in zip(batch.places, frames, sounds, strict=True)

@@ -327,3 +327,8 @@ def test_settings_that_mean_nothing(wrong):
 def test_a_transcript_of_forms_is_as_it_is_where_nothing_is_asked_for():
     writing = Writing(unicode=None, case="keep", language=None)
     assert writing("cafe\u0301 \u200b") == "cafe\u0301 \u200b"
+
+
+def test_transcripts_in_a_column_of_another_usual_name(command, rows):
+    changed = [{("sentence" if name == "text" else name): one for name, one in row.items()} for row in rows("ctc")]
+    assert command("ctc", "report=false", steps=1, rows=changed)[0] == 0
