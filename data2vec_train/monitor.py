@@ -284,8 +284,8 @@ class Monitor(L.Callback):
                     "or a longer warm-up"
                 )
             # Untrained predictions are small and shrink before they grow: where the grace period outlasts the run, only
-            # what has fallen to a tenth is a collapse.
-            fallen = last and row[name] < self.first.get(name, 0.0) / 10
+            # what has fallen to a twentieth is a collapse (healthy images of 1.0 fall to a seventh in their first steps).
+            fallen = last and row[name] < self.first.get(name, 0.0) / 20
             if (step >= self.grace_steps or fallen) and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "

@@ -160,7 +160,7 @@ def test_the_last_step_of_a_run_shorter_than_the_grace_period_is_judged():
         features(run, 100, 1e-6)
 
 
-@pytest.mark.parametrize("low", [{"target_std": 0.009}, {"prediction_std": 0.0027}])
+@pytest.mark.parametrize("low", [{"target_std": 0.009}, {"prediction_std": 0.001}])
 def test_both_deviations_are_judged_at_the_end_of_a_short_run(low):
     run = Run(monitor(grace_steps=500))
     run.step(1, target_std=0.32, prediction_std=0.0475)
