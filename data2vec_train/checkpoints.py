@@ -28,6 +28,7 @@ from data2vec_train.outputs import UNFINISHED, replace_file, sync_directory
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # of a run directory
+GONE = "was removed while it was looked at, as a run that goes on does with older ones; give the command again"
 STATE, MANIFEST = "state.ckpt", "manifest.json"
 POINTERS = ("last", "best")
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
@@ -171,13 +172,16 @@ def check(folder: Path) -> Path:
     try:
         expected = json.loads(manifest.read_bytes())[STATE]
         size, digest = expected["bytes"], expected["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError) as error:
         raise DamagedCheckpoint(f"{manifest} cannot be read ({type(error).__name__})") from None
-    if state.stat().st_size != size:
-        raise DamagedCheckpoint(f"{state} has {state.stat().st_size} bytes, {size} were written")
-    with state.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise DamagedCheckpoint(f"{state}: the bytes are not those that were written (SHA-256 differs)")
+    try:
+        if state.stat().st_size != size:
+            raise DamagedCheckpoint(f"{state} has {state.stat().st_size} bytes, {size} were written")
+        with state.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise DamagedCheckpoint(f"{state}: the bytes are not those that were written (SHA-256 differs)")
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{folder} {GONE}") from error
     return state
 
 
@@ -247,5 +251,7 @@ def read(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} {GONE}") from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

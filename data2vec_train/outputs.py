@@ -290,9 +290,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what interrupted writers left behind in a directory that no other process writes."""
+    """Remove what interrupted writers left behind in a directory whose lock this process has.
+
+    Outputs that other commands make there have locks of their own, and stay.
+    """
     for path in directory.glob(f".*{UNFINISHED}"):
-        remove(path)
+        name = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", path.name)
+        if name is None or not (directory / f".{name[1]}.lock").exists():
+            remove(path)
 
 
 def _unfinished(out: Path) -> list[Path]:

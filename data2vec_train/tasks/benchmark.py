@@ -35,7 +35,7 @@ from data2vec_train.bench.timing import Effort
 from data2vec_train.bench.whole_step import EAGER, FP32, ORIGINAL, OURS, StepRun, measure_step
 from data2vec_train.config import build
 from data2vec_train.errors import ConfigError
-from data2vec_train.outputs import replace_file
+from data2vec_train.outputs import lock_directory, replace_file
 from data2vec_train.places import config_directory
 from data2vec_train.preflight import find_faults
 from data2vec_train.tasks.published import RECIPES, base_batch, base_config, base_objective, base_update
@@ -57,6 +57,7 @@ def benchmark(cfg: DictConfig) -> None:
         ConfigError: a setting of `loader.settings` is wrong.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    lock_directory(run_dir)
     kinds = _chosen(cfg.what, MEASURES)
     peers, left_out = installed(_chosen(cfg.against, PEERS), kinds)
     if cfg.threads is not None:

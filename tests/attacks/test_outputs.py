@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -779,6 +780,38 @@ def test_a_member_in_tensorboard_closes_its_file(arguments, tmp_path):
         if os.path.exists(f"/proc/self/fd/{one}")
     }
     assert not opened & set(map(str, events))
+
+
+def test_a_run_that_goes_on_leaves_what_other_commands_write_in_its_directory(tmp_path):
+    with sole_writer(tmp_path / "features.parquet"), writing(tmp_path / "features.parquet") as unfinished:
+        unfinished.write_text("x")
+        (tmp_path / ".metrics.csv.0badcafe.unfinished").write_text("x")
+        outputs.sweep(tmp_path)
+        assert unfinished.exists()
+    assert os.listdir(tmp_path) == ["features.parquet"]
+
+
+@pytest.mark.parametrize("when", ["hashed", "read"])
+def test_a_checkpoint_that_training_removes_while_export_reads_it(when, run, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    folder = run / "checkpoints" / f"step-{STEPS:08d}"
+    load, digest = torch.load, hashlib.file_digest
+
+    def gone(function: Callable) -> Callable:
+        def call(*given, **options):
+            shutil.rmtree(folder, ignore_errors=True)
+            if when == "hashed":
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder / "state.ckpt"))
+            return function(*given, **options)
+
+        return call
+
+    owner, name, function = (hashlib, "file_digest", digest) if when == "hashed" else (torch, "load", load)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, gone(function))
+        assert program(f"checkpoint={run}", f"out={tmp_path}/out", "format=safetensors", command="export") == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_of_an_interrupted_output_is_left(tmp_path):
