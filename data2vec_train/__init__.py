@@ -1,7 +1,18 @@
 """Self-supervised pretraining of image, speech and text encoders with data2vec 1.0 and 2.0."""
 
 import importlib
+import os
+import sys
 import time
+
+if sys.argv[0] == "-m" and not sys.flags.safe_path:
+    # `python -m data2vec_train` is being started, and has put the working directory in front of everything. A file in a
+    # folder of data may be called as one of our libraries is: neither we nor the processes that we start look there.
+    sys.path.pop(0)
+    if os.path.dirname(__path__[0]) == os.getcwd():  # a checkout that is not installed is looked into last
+        sys.path.append(os.getcwd())
+    else:
+        os.environ["PYTHONSAFEPATH"] = "1"
 
 STARTED = time.perf_counter()  # of the process, nearly; see `timing`
 __version__ = "0.1.0"

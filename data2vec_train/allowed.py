@@ -1,35 +1,61 @@
-"""What a config may run: a file of settings can come from anybody, and must not be able to do more than set things.
+"""What a config may do: a file of settings can come from anybody, and must not be able to do more than set things.
 
-Three places of a config name code: `_target_`, `hydra.searchpath` (a `pkg://` is imported), and logging, whose
-dictionaries call any class. Nothing is imported here to find out.
+Only the command line says where something is written and what Hydra itself does. A file of configs, a recipe and the
+command that a run directory keeps set the rest, and call only the classes that are listed here; `hydra.searchpath`
+imports nothing that the user has not named. Nothing is imported here to find out.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from data2vec_train.signatures import did_you_mean, file_of, find, public_names, show
 
-# Modules whose classes, and ours whose functions, `_target_` may name. What writes wherever it is told, loads files or
-# downloads is left out: tasks, hf, lightning's command line and its demos, torchvision's data sets.
+# What `_target_` may name: modules without anything that writes, loads or downloads, and of other modules single names.
 OURS = (
-    *("data2vec", "data", "decoders", "encoders", "finetuning", "heads", "layers", "masking", "module", "monitor"),
-    *("optim", "parallel", "pictures", "probes", "saving", "targets", "teacher", "hf.preprocessing", "tasks.sweep"),
+    *("data2vec", "decoders", "encoders", "heads", "layers", "masking", "optim", "targets", "teacher", "pictures"),
+    *("finetuning.speech", "finetuning.text", "finetuning.vision", "finetuning.transcribe", "probes.raw"),
+    *("finetuning.module.Evaluation", "probes.callback.ProbeCallback", "data.sampler.LengthBatching"),
+    *(f"data.audio.{name}" for name in ("AudioTransform", "decode_audio", "prepare_audio")),
+    *(f"data.text.{name}" for name in ("TokenTransform", "decode_text", "decode_tokens", "prepare_text")),
+    *(f"data.vision.{name}" for name in ("ImageTransform", "decode_image")),
+    *(f"data.sources.{name}" for name in ("ArraySource", "FolderSource", "ManifestSource")),
+    *(f"data.sources_hf.{name}" for name in ("HFSource", "HFStreamingSource")),
+    *(f"hf.preprocessing.{name}" for name in ("AudioFeatureExtractor", "ImageProcessor")),
+    *(f"monitor.{name}" for name in ("Monitor", "tensorboard_logger", "wandb_logger")),
+    *(f"parallel.{name}" for name in ("ReplicatedStrategy", "ShardedStrategy")),
+    *(f"saving.{name}" for name in ("Checkpointing", "FiniteSteps")),
+    "tasks.sweep.SweepTable",
 )
 LIBRARIES = (
     *("lightning.Trainer", "lightning.pytorch.Trainer", "lightning.pytorch.trainer.Trainer"),
-    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
     *("torch.optim", "torchvision.transforms"),
 )
 _DEFINED_IN = ("lightning.", "torch.optim.", "torchvision.transforms.")
 plugin_packages: set[str] = set()
 plugin_modules: list[str] = []  # which loader processes import too
 
-_LOGGING = (
-    *("logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Filter"),
-    *("logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler"),
-    *("logging.handlers.WatchedFileHandler", "colorlog.ColoredFormatter"),
-)
-_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+# Arguments that the program gives, most of them places in the run directory.
+SUPPLIED = {
+    "data2vec_train.saving.Checkpointing": ("directory", "config"),
+    "data2vec_train.saving.FiniteSteps": ("path", "checkpointing"),
+    "data2vec_train.monitor.tensorboard_logger": ("save_dir", "step"),
+    "data2vec_train.monitor.wandb_logger": ("save_dir", "step"),
+}
+
+ONLY_TYPED = "only the command line may say this, and a file of configs does; add it to the command, if you mean it"
+_DEFAULT_PLACES = (None, "???", "${cache_dir}", "${data.cache_dir}")
+_DEFAULT_PLACES += ("${oc.env:DATA2VEC_CACHE,'~/.cache/data2vec_train'}",)
+
+_LEVELS = ("NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+# Hydra's part that is filled in when a command starts, is only printed, or is looked at by `search_path_faults`.
+_FREE_OF_HYDRA = ("runtime", "overrides", "searchpath", "help", "hydra_help", "verbose")
+_FREE_OF_JOB = ("id", "num", "config_name", "override_dirname")
+# Of a launcher a file may say how much a job gets: these are numbers, or plain names of the cluster.
+_RESOURCES = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "timeout_min", "array_parallelism")
+_RESOURCES += ("partition", "qos", "account", "constraint", "gres")
+_PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.:,-]*"
 
 
 def target_fault(target: object) -> str | None:
@@ -52,7 +78,8 @@ def target_fault(target: object) -> str | None:
     # An import can lead anywhere (`torchvision.io.os.system`), so the definition has to be in an allowed place as well.
     ours = top in {"data2vec_train", *plugin_packages}
     kinds = ("ClassDef", "FunctionDef") if ours else ("ClassDef",)
-    is_home = _is_allowed(found.module) if ours else f"{found.module}.".startswith(_DEFINED_IN)
+    home = f"{found.module}.{getattr(found.node, 'name', '')}"
+    is_home = _is_allowed(home) if ours else f"{found.module}.".startswith(_DEFINED_IN)
     if type(found.node).__name__ not in kinds or not is_home:
         return f"'{target}' is not a {' or '.join(kinds)} of {top}"
     return None
@@ -79,23 +106,106 @@ def search_path_faults(entries: object) -> list[str]:
     return faults
 
 
-def hydra_faults(part: dict) -> dict[str, str]:
-    """Dotted path -> sentence for what hydra's own part of a config may not hold; references filled in before."""
+def hydra_faults(part: dict, own: Sequence[dict]) -> dict[str, str]:
+    """Dotted path -> sentence for what hydra's own part of a config holds and may not.
+
+    Args:
+        part: references not filled in.
+        own: what the program's own configs and the command line make of it, any of which is right.
+    """
+    faults: dict[str, str] = {}
+    for group, now in part.items():
+        if group in _FREE_OF_HYDRA:
+            continue
+        differing = _differing(now, [one[group] for one in own if group in one], f"hydra.{group}")
+        foreign = [path for path, value in differing if not _is_harmless(path, value)]
+        if foreign and group in ("job_logging", "hydra_logging"):
+            faults[foreign[0]] = f"{foreign[0]}: of logging only levels can be set, each one of {', '.join(_LEVELS)}"
+        elif foreign:
+            faults[foreign[0]] = f"{foreign[0]}: {ONLY_TYPED}"
+    return faults
+
+
+def _differing(now: object, own: list[object], path: str) -> Iterator[tuple[str, object]]:
+    """(dotted path, value) of what is in `now` and in none of `own`; what is missing does no harm."""
+    if isinstance(now, dict) and (trees := [one for one in own if isinstance(one, dict)]):
+        for key, value in now.items():
+            yield from _differing(value, [tree[key] for tree in trees if key in tree], f"{path}.{key}")
+    elif not any(type(one) is type(now) and one == now for one in own):
+        yield path, now
+
+
+def _is_harmless(path: str, value: object) -> bool:
+    group, last = path.split(".")[1], path.rpartition(".")[2]
+    if group in ("job_logging", "hydra_logging"):
+        below = dict(nodes_of(value, path)) if ".loggers" in path else {}
+        levels = {key: one for key, one in below.items() if not isinstance(one, dict)} or {path: value}
+        return all(key.endswith(".level") and one in _LEVELS for key, one in levels.items())
+    if group == "job":
+        return last in _FREE_OF_JOB
+    return group == "launcher" and is_resource(last, value)
+
+
+def is_resource(name: str, value: object) -> bool:
+    """Whether it only says how much a job of a launcher gets, or where on the cluster."""
+    is_plain = type(value) is int or (isinstance(value, str) and re.fullmatch(_PLAIN, value) is not None)
+    return name in _RESOURCES and is_plain
+
+
+def place_faults(tree: dict, typed: Collection[str]) -> dict[str, str]:
+    """Dotted path -> sentence for places to write that a file of configs names; references not filled in.
+
+    Args:
+        tree: the config without hydra's own part.
+        typed: settings that the command line names.
+    """
+    return {
+        path: f"{path}: {ONLY_TYPED}"
+        for path, value in nodes_of(tree)
+        if (path == "out" or path.rpartition(".")[2] == "cache_dir")
+        and value not in _DEFAULT_PLACES
+        and not any(path == name or path.startswith(f"{name}.") for name in typed)
+    }
+
+
+def saved_faults(overrides: list[object], typed: Collection[str], file: Path) -> list[str]:
+    """What is wrong with the command that a run directory keeps: it can come from anybody, as a file of configs can.
+
+    Args:
+        overrides: what the file holds.
+        typed: settings that the command line names itself, which count then.
+        file: for the message.
+    """
+    faults = []
+    for line in overrides:
+        key, sign, value = str(line).partition("=")
+        name = key.strip("+~ ")
+        if not isinstance(line, str) or not (sign or key.startswith("~")):
+            faults.append(f"{file}: expected settings such as seed=0, got {show(line)}")
+        elif name not in typed and not _may_be_saved(name, value):
+            faults.append(f"{name}: {file} says {value}, and only the command line may; add {line} if you mean it")
+    return faults
+
+
+def _may_be_saved(name: str, value: str) -> bool:
+    if name.startswith("hydra.launcher."):
+        return is_resource(name.rpartition(".")[2], int(value) if value.isdecimal() else value)
+    return re.match(r"hydra(\.|$)", name) is None and name not in ("resume", "out") and not name.endswith("cache_dir")
+
+
+def links_out(directory: Path) -> Path | None:
+    """The first link below a directory that leads out of it: what is written there would be written elsewhere."""
+    home = directory.resolve()
+    paths = (Path(folder, name) for folder, below, files in os.walk(home) for name in (*below, *files))
+    return next((path for path in paths if path.is_symlink() and not path.resolve().is_relative_to(home)), None)
+
+
+def called_hydra_faults(part: dict) -> dict[str, str]:
+    """What hydra's own part of a config may not call or change, the command line included; references filled in."""
     faults: dict[str, str] = {}
     for path, value in nodes_of(part, "hydra"):
         if path.endswith("._target_") and not _is_plugin_of_hydra(value, path):
             faults |= {path: f"{path}: {fault}"} if (fault := target_fault(value)) else {}
-    for group in ("job_logging", "hydra_logging"):
-        for path, value in nodes_of(part.get(group) or {}, f"hydra.{group}"):
-            key = path.rpartition(".")[2]
-            texts = value if isinstance(value, list) else [value]
-            refers = [one for one in texts if isinstance(one, str) and re.match(r"\w+://", one)]
-            if path.endswith((".()", "..")) and value not in _LOGGING:
-                faults[path] = f"{path}: {show(value)} may not be called from a config; set a class of logging instead"
-            elif key == "class" and value not in _LOGGING:
-                faults[path] = f"{path}: expected one of {', '.join(_LOGGING)}, got {show(value)}"
-            elif refers and refers[0] not in _STREAMS:
-                faults[path] = f"{path}: expected {' or '.join(_STREAMS)}, got {refers[0]}"
     for name in (part.get("job") or {}).get("env_set") or {}:
         path = f"hydra.job.env_set.{name}"
         faults[path] = f"{path}: a config does not change the environment; write {name}=VALUE before the command"

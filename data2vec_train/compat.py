@@ -18,6 +18,7 @@ from data2vec_train.errors import ConfigError, DataError, LostProcess
 PRIVATE = (
     "hydra._internal.utils:_run_hydra",
     "hydra._internal.utils:get_args_parser",
+    "hydra._internal.utils:create_config_search_path",
     "hydra._internal.config_loader_impl:ConfigLoaderImpl",
     "hydra._internal.config_loader_impl:ConfigLoaderImpl._apply_overrides_to_config",
     "hydra._internal.config_loader_impl:ConfigLoaderImpl._parse_overrides_and_create_caching_repo",

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data2vec_train import launch
-from data2vec_train.allowed import nodes_of, plugin_modules, plugin_packages, target_fault
+from data2vec_train.allowed import links_out, nodes_of, plugin_modules, plugin_packages, saved_faults, target_fault
 from data2vec_train.compat import private
 from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.places import COMMAND, HEAL, config_directory, read_yaml, stay_off_the_network
@@ -178,11 +178,19 @@ def _resume(args: argparse.Namespace) -> None:
     if run is not None:
         saved, place = _saved_overrides(run, read_yaml(run)), "hydra.run.dir"
     elif sweep.is_file():
-        saved, place = _overrides_of_sweep(sweep), "hydra.sweep.dir"
+        run, saved, place = sweep, _overrides_of_sweep(sweep), "hydra.sweep.dir"
         args.multirun = True
     else:
         raise ConfigError(f"resume={value}: expected auto, never, changed, or the directory of a run or a sweep")
     added = [one for one in args.overrides if not one.startswith("resume=")]
+    typed = {one.partition("=")[0].strip("+~ ") for one in added}
+    faults = saved_faults(saved, typed, run)
+    if (link := links_out(directory)) is not None:
+        faults.append(
+            f"{link} leads to {link.resolve()}, outside of the run; give the run's own command to go on there"
+        )
+    if faults:
+        raise ConfigError("; ".join(faults))
     args.overrides = [*saved, f"{place}='{directory}'", *added]
 
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -21,11 +21,21 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from data2vec_train.allowed import hydra_faults, nodes_of, search_path_faults, target_fault
+from data2vec_train.allowed import (
+    SUPPLIED,
+    called_hydra_faults,
+    hydra_faults,
+    nodes_of,
+    place_faults,
+    search_path_faults,
+    target_fault,
+)
 from data2vec_train.compat import private
+from data2vec_train.errors import ConfigError
 from data2vec_train.places import config_directory, expose_recipes, register_resolvers, text_of_recipe
 from data2vec_train.rules import (
     MACHINE_RULES,
@@ -38,14 +48,16 @@ from data2vec_train.rules import (
 )
 from data2vec_train.signatures import Parameter, did_you_mean, find, mismatch, show, signature
 
-_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
-MAX_MEMBERS_CHECKED = 32  # of a sweep, before it starts; the others are checked when their turn comes
+_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError)
+MAX_MEMBERS_CHECKED = (
+    32  # of a sweep, before it starts, and one for each combination of files; the others in their turn
+)
 
 _MAY_BE_LEFT_OUT = ("debug", "sample", "supervised", "pieces", "recipes")  # groups; the others are read by the program
 _TAKES_SEVERAL = ("logger", "recipes", "debug")
 # Mappings whose settings the program knows by name: one more would be read by nobody.
-_FIXED = ("attention", "attentive", "data", "freeze", "hardware", "layer_decay", "modality", "precision", "rates")
-_FIXED += ("reserve", "size")
+_FIXED = ("attention", "attentive", "callbacks", "data", "freeze", "hardware", "layer_decay", "modality", "precision")
+_FIXED += ("rates", "reserve", "size")
 _FIXED += ("peak", "step", "encoder", "backends", "loader", "ema", "startup", "seed_table")  # of a benchmark
 # What other programs call it.
 _ELSEWHERE = {
@@ -199,6 +211,11 @@ class _Configs:
             cfg = compose(self.name, overrides=[*self.always, *choices], return_hydra_config=True)
         except _COMPOSE_ERRORS as error:
             return error
+        except KeyError as error:
+            return ConfigError(f"hydra.job.env_copy: there is no environment variable {error}")
+        said = _plain(cfg.hydra.overrides)
+        if len(said["hydra"]) + len(said["task"]) != len(self.always) + len(choices):
+            return ConfigError("hydra.overrides: a file of configs says what the command line is")
         OmegaConf.set_readonly(cfg.hydra, False)
         with read_write(cfg), open_dict(cfg):
             # Known only once a job runs; settings may refer to them, so any value will do here.
@@ -299,6 +316,12 @@ def _command(configs: _Configs) -> str:
 def _faults_of_members(variants: list[list[Override]], configs: _Configs, *, on_this_machine: bool) -> list[str]:
     """What is wrong with the run, or with the members of the sweep that the values in `variants` make."""
     members = list(itertools.islice(itertools.product(*variants), MAX_MEMBERS_CHECKED))
+    # One more for each combination of files: what a file says about Hydra counts before a member can be checked.
+    plain = [values if configs.is_choice(values[0]) else values[:1] for values in variants]
+    seen = {tuple(one.input_line for one in member if configs.is_choice(one)) for member in members}
+    for member in itertools.product(*plain) if len(members) == MAX_MEMBERS_CHECKED else ():
+        if tuple(one.input_line for one in member if configs.is_choice(one)) not in seen:
+            members.append(member)
     found: dict[str, list[str]] = {}
     for member in members:
         swept = [one.input_line for one, values in zip(member, variants, strict=True) if len(values) > 1]
@@ -327,6 +350,7 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
             return faults
     cfg = copy.deepcopy(base)
     retyped: dict[str, str] = {}
+    wrong: list[Override] = []
     for override in (one for one in member if not configs.is_choice(one)):
         key = override.key_or_group
         if key.split(".")[0] in guessed:
@@ -335,17 +359,25 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
             _apply_overrides([override], cfg)
         except HydraException as error:
             faults.append(_setting_fault(override, error, cfg))
+            wrong.append(override)
             continue
         retyped |= _retyped(base, cfg, key)
-        if fault := _unread_fault(override, base, cfg):
+        if fault := _unread_fault(override, base):
             faults.append(fault)
     if guessed:
         absent = weights_can_be_read(cfg)  # which would have said the modality
         return faults if absent is None else [*faults, absent]
+    said = [one.input_line for one in member if one not in wrong]
+    cfg.hydra.overrides.hydra = [line for line in said if _is_hydras(line)]
+    cfg.hydra.overrides.task = [line for line in said if not _is_hydras(line)]
+    cfg.hydra.job.config_name = configs.name
     shown = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+    unread = {} if any(" no setting called " in one for one in faults) else _unread_settings(cfg, configs, said)
     try:
-        return [*faults, *_inspect(cfg, retyped, on_this_machine=on_this_machine)]
+        more = _inspect(cfg, retyped, on_this_machine=on_this_machine)
+        below = tuple(f"{path}." for path in unread)
+        return [*faults, *unread.values(), *(one for one in more if not one.startswith(below))]
     finally:
         HydraConfig.instance().cfg = shown
 
@@ -371,8 +403,8 @@ def _choice_fault(choice: Override, error: Exception, configs: _Configs) -> str:
     return f"{line}: {_one_line(error)}"
 
 
-def _unread_fault(override: Override, base: DictConfig, cfg: DictConfig) -> str | None:
-    """A setting that nobody would read, or the removal of one that the program reads."""
+def _unread_fault(override: Override, base: DictConfig) -> str | None:
+    """The removal of a setting that the program reads, or a misspelt one of the top level."""
     key, line = override.key_or_group, override.input_line
     parent, _, last = key.rpartition(".")
     above = OmegaConf.select(base, parent) if parent else base
@@ -380,15 +412,43 @@ def _unread_fault(override: Override, base: DictConfig, cfg: DictConfig) -> str 
         return None
     if override.is_delete():
         return f"{line}: {key} cannot be left out; set it to another value" if last in above else None
-    if last in above or not (override.is_add() or override.is_force_add()):
+    if parent or last in above or not (override.is_add() or override.is_force_add()):
         return None
-    if not parent:
-        near = difflib.get_close_matches(key, ["recipes", *map(str, base)], n=1, cutoff=0.75)
-        return f"{line}: there is no setting called '{key}'; did you mean {near[0]}?" if near else None
-    is_used = any(f"${{{key}}}" in str(value) for _, value in nodes_of(OmegaConf.to_container(cfg, resolve=False)))
-    if key.split(".")[0] not in _FIXED or is_used or "name" not in base.get("modality", {"name": 0}):
-        return None
-    return f"{line}: there is no setting called '{key}'{_did_you_mean_setting(base, key)}"
+    near = difflib.get_close_matches(key, ["recipes", *map(str, base)], n=1, cutoff=0.75)
+    return f"{line}: there is no setting called '{key}'; did you mean {near[0]}?" if near else None
+
+
+def _unread_settings(cfg: DictConfig, configs: _Configs, said: list[str]) -> dict[str, str]:
+    """Path -> sentence for what a file of configs or the command adds and nobody reads: misspelt, as a rule."""
+    chosen = cfg.hydra.runtime.choices.items()
+    choices = [f"{group}={one}" for group, one in chosen if group in configs.own_groups and isinstance(one, str)]
+    plainest = configs.compose(tuple(choices))  # the same groups, and nothing on top
+    if isinstance(plainest, Exception) or "name" not in cfg.get("modality", {"name": 0}):
+        return {}
+    known, tree = (_plain(one) for one in (plainest, cfg))
+    values = " ".join(str(value) for _, value in nodes_of(tree) if isinstance(value, str))
+    lines = {line.partition("=")[0].lstrip("+"): line for line in said}
+    faults = {}
+    for path in _added(tree, known, ""):
+        parent, _, last = path.rpartition(".")
+        siblings = list(map(str, OmegaConf.select(plainest, parent) if parent else plainest))
+        near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6 if parent else 0.75)
+        is_open = parent.split(".")[0] not in _FIXED if parent else not near  # any name may stand at the top
+        if path != "hydra" and not is_open and f"${{{path}}}" not in values:
+            meant = f"{parent}.{near[0]}".lstrip(".") if near else ""
+            instead = f"did you mean {meant}?" if meant else f"{parent} has {', '.join(siblings)}"
+            faults[path] = f"{lines.get(path, path)}: there is no setting called '{path}'; {instead}"
+    return faults
+
+
+def _added(tree: dict, known: dict, path: str) -> Iterator[str]:
+    """Paths that are in `tree` and not in `known`; what a class takes is judged by its signature."""
+    for key, value in tree.items():
+        here = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            yield here
+        elif isinstance(value, dict) and isinstance(known[key], dict) and "_target_" not in value and here != "hydra":
+            yield from _added(value, known[key], here)
 
 
 def _setting_fault(override: Override, error: HydraException, cfg: DictConfig) -> str:
@@ -474,8 +534,11 @@ def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool)
     walk.visit(cfg, walk.plain, "")
     faults = {path: text for path, text in retyped.items() if path not in walk.accepted} | walk.faults
     underived = _first_causes(walk.derived, faults)
+    foreign = _foreign_faults(cfg, walk.plain) if "hydra" in cfg else {}
+    faults |= foreign
     try:
-        faults |= hydra_faults(OmegaConf.to_container(cfg.hydra, resolve=True)) if "hydra" in cfg else {}
+        called = {} if foreign or "hydra" not in cfg else called_hydra_faults(_plain(cfg.hydra, resolve=True))
+        faults |= called
     except OmegaConfBaseException as error:  # no part of it may stay unseen
         if not (faults or underived):
             faults["hydra"] = f"hydra: {_one_line(error)}"
@@ -489,6 +552,55 @@ def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool)
         first, underived = {misfit.partition(":")[0]: misfit}, []
     own = [text for path, text in reversed(first.items()) if walk.passes_on(path) not in first]
     return list(dict.fromkeys([*faults.values(), *underived, *own]))
+
+
+def _foreign_faults(cfg: DictConfig, plain: dict) -> dict[str, str]:
+    """What a file of configs sets and only the command line may: Hydra's own part, and places to write."""
+    said = _plain(cfg.hydra.overrides)
+    choices = {name: one for name, one in cfg.hydra.runtime.choices.items() if name.startswith("hydra/") and one}
+    own = _own_hydra(config_directory(), cfg.hydra.job.config_name, tuple(said["hydra"]), tuple(choices.items()))
+    typed = {line.partition("=")[0].lstrip("+") for line in said["task"]}
+    tree = {key: value for key, value in plain.items() if key != "hydra"}
+    return hydra_faults(_plain(cfg.hydra), own) | place_faults(tree, typed)
+
+
+@functools.cache
+def _own_hydra(
+    folder: Path, name: str, overrides: tuple[str, ...], choices: tuple[tuple[str, str], ...]
+) -> tuple[dict, ...]:
+    """Hydra's part as our own configs, and as Hydra's alone, make it of a command line; no other folder is read.
+
+    Args:
+        folder: Our own configs.
+        name: The primary config of the command.
+        overrides: Those of Hydra's part that were typed.
+        choices: Group of Hydra's -> what was chosen, by whomever: nothing but what Hydra and we offer is found here.
+    """
+    search_path = private("hydra._internal.utils:create_config_search_path")(str(folder))
+    loader = private("hydra._internal.config_loader_impl:ConfigLoaderImpl")(config_search_path=search_path)
+    chosen = [f"{group}={choice}" for group, choice in choices]
+    try:
+        alone = loader.load_configuration(None, chosen, RunMode.RUN)
+    except _COMPOSE_ERRORS:  # a choice that only another folder has
+        alone = loader.load_configuration(None, [], RunMode.RUN)
+    file = folder / (f"{name}.yaml" if (folder / f"{name}.yaml").is_file() else "train.yaml")
+    ours = OmegaConf.merge({"hydra": alone.hydra}, {"hydra": OmegaConf.load(file).get("hydra", {})})
+    typed = [line for line in overrides if not line.lstrip("+~").startswith(_NEVER_TYPED)]
+    for cfg in (alone, ours):
+        _apply_overrides(OverridesParser.create().parse_overrides(typed), cfg)
+    return tuple(_plain(cfg.hydra) for cfg in (alone, ours))
+
+
+# Looked at elsewhere, chosen above, or never to be changed.
+_NEVER_TYPED = ("hydra/", "hydra.searchpath", "hydra.job_logging", "hydra.hydra_logging")
+
+
+def _plain(node: DictConfig, *, resolve: bool = False) -> dict:
+    return OmegaConf.to_container(node, resolve=resolve)
+
+
+def _is_hydras(line: str) -> bool:
+    return re.match(r"[+~]*hydra[./]", line) is not None
 
 
 def _first_causes(derived: list[tuple[str, str, str]], faults: dict[str, str]) -> list[str]:
@@ -576,6 +688,11 @@ class _Walk:
             return
         takes, short = signature(find(target)), target.rpartition(".")[2]
         given = {name: value for name, value in arguments.items() if not re.fullmatch(r"_\w+_", name)}
+        if "_args_" in arguments:
+            self.faults.setdefault(f"{prefix}_args_", f"{prefix}_args_: {short} takes its settings by name")
+        supplied = [name for name in SUPPLIED.get(target, ()) if name in given]
+        for name in supplied:
+            self.faults.setdefault(f"{prefix}{name}", f"{prefix}{name}: the program says this itself; leave it out")
         for name, (label, value) in given.items():
             parameter = takes.parameters.get(name)
             if parameter is None and not takes.is_open:

@@ -189,7 +189,7 @@ def _one_of(path: str, cfg: DictConfig, *, names: Callable[[], Iterable[str]]) -
     return f"{path}: expected one of {', '.join(known)}, got {show(wrong[0])}{hint}"
 
 
-_PRECISIONS = ("auto", "32-true", "32-tf32", "bf16-mixed", "16-mixed", "fp8-mixed", "bf16-true", "16-true", "64-true")
+_PRECISIONS = ("auto", "32-true", "32-tf32", "bf16-mixed", "16-mixed", "fp8-mixed")  # see `runtime`
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "weights": lambda: ("student", "teacher"),
     "format": lambda: ("hf", "safetensors", "onnx", "torch_export"),
@@ -199,7 +199,7 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "compile": lambda: ("true", "false", "auto", "graphs"),
     "probes": lambda: keys_of("data2vec_train.tasks.probe", "NAMES"),
     "precision.trainer": lambda: _PRECISIONS,
-    "strategy.accelerator": lambda: ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "strategy.accelerator": lambda: ("auto", "cpu", "gpu", "cuda", "mps"),
     "callbacks.monitor.progress": lambda: ("auto", "bar", "lines", "none"),
     "modality.encoder.activation": lambda: keys_of("data2vec_train.layers.misc", "ACTIVATIONS"),
     "attention.backend": lambda: (*backends.NAMES, "auto"),
@@ -579,6 +579,52 @@ def _trainer_is_told_once(cfg: DictConfig) -> str | None:
     return None
 
 
+# Of Lightning's trainer: what a run reads, and what others set or have no use for here.
+_READ = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "log_every_n_steps")
+_READ += ("overfit_batches", "deterministic", "benchmark", "detect_anomaly", "enable_model_summary")
+_READ += ("accelerator", "devices", "num_nodes", "strategy", "precision", "logger", "callbacks")  # told once
+_CONSTANT = {"enable_progress_bar": False, "use_distributed_sampler": False}
+_CONSTANT |= {"num_sanity_val_steps": 0, "limit_val_batches": 0, "limit_test_batches": 0, "limit_predict_batches": 0}
+_INSTEAD = {
+    "profiler": "choose debug=profile",
+    "enable_progress_bar": "choose callbacks.monitor.progress=bar",
+    "default_root_dir": "write hydra.run.dir=DIR",
+    "enable_checkpointing": "see callbacks.checkpoint",
+    "min_steps": "set trainer.max_steps",
+}
+
+
+def _trainer_settings_are_read(cfg: DictConfig) -> str | None:
+    """Others are overwritten by the program, or concern a validation loop that there is none of."""
+    settings = _get(cfg, "trainer", dict) or {}
+    if settings.get("gradient_clip_algorithm") not in (None, "norm"):
+        return f"trainer.gradient_clip_algorithm: expected norm, got {show(settings['gradient_clip_algorithm'])}"
+    takes = signature(find(_TRAINER)).parameters
+    for name, value in settings.items():
+        is_default = name in _CONSTANT and value == _CONSTANT[name]
+        if name not in takes or name in _READ or name in _OTHER_ENDS or is_default or value is None:
+            continue
+        return f"trainer.{name}: has no effect in these runs; {_INSTEAD.get(name, 'leave it out')}"
+    return None
+
+
+def _loggers_can_be_made(cfg: DictConfig) -> str | None:
+    for name, node in (_get(cfg, "logger", dict) or {}).items():
+        if not isinstance(node, dict) or "_target_" not in node or node.get("_partial_") is not True:
+            return (
+                f"logger.{name}: expected the settings of a logger, with _target_ and _partial_: true, got {show(node)}"
+            )
+    return None
+
+
+def _modality_has_a_plain_name(cfg: DictConfig) -> str | None:
+    """The run directory is named after it."""
+    name = _get(cfg, "modality.name", object)
+    if name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)):
+        return None
+    return f"modality.name: expected letters, digits and dashes, got {show(name)}"
+
+
 _OTHER_ENDS = {
     "max_time": "the run would count as finished; stop it with SIGTERM, which saves it, and give the command again",
     "fast_dev_run": "a run of a step would count as finished; choose debug=smoke",
@@ -607,11 +653,16 @@ def _devices_are_countable(cfg: DictConfig) -> str | None:
 
 
 def _strategy_exists(cfg: DictConfig) -> str | None:
+    """Lightning's own strategies lack what these models need: checkpoints, weights that rest, shared teachers."""
     name = _get(cfg, "strategy.strategy", str)
-    known = r"auto|single_device|(ddp|fsdp|deepspeed|xla|single_xla|model_parallel)(_\w+)?"
-    if name is None or re.fullmatch(known, name):
+    if name in (None, "auto"):
         return None
-    return f"strategy.strategy: there is no strategy {show(name)}; auto, ddp, fsdp and deepspeed are some"
+    group = next((group for group in ("ddp", "fsdp") if name.startswith(group)), None)
+    if group is not None:
+        return f"strategy.strategy: {name} would be Lightning's own; write strategy={group}"
+    return (
+        f"strategy.strategy: there is no strategy {show(name)}; auto, ddp (strategy=ddp) and fsdp (strategy=fsdp) are"
+    )
 
 
 def _strategy_is_what_the_trainer_takes(cfg: DictConfig) -> str | None:
@@ -651,6 +702,9 @@ def _gpu_is_there(cfg: DictConfig) -> str | None:
         return f"device: {device}, and this machine has no GPU; choose auto or cpu"
     elif accelerator in ("gpu", "cuda"):
         return f"strategy.accelerator: {accelerator}, and this machine has no GPU; choose auto or cpu"
+    for setting, value in (("device", device), ("strategy.accelerator", accelerator)):
+        if value == "mps" and sys.platform != "darwin":
+            return f"{setting}: mps is of Apple's computers; choose auto or cpu"
     precision = _get(cfg, "precision.trainer", str)
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_a_gpu())
     if precision in ("16-mixed", "16-true", "32-tf32", "fp8-mixed") and on_cpu:
@@ -692,7 +746,7 @@ def _attention_can(cfg: DictConfig) -> str | None:
     rate = _get(cfg, "modality.encoder.attention_dropout", (int, float))
     case = backends.Case(
         device="cuda" if on_gpu else "cpu",
-        dtype="float32" if precision.startswith(("32", "64")) or not on_gpu else low,
+        dtype="float32" if precision.startswith("32") or not on_gpu else low,
         head_dim=dim // heads if dim and heads else None,
         bias=any(bias not in (None, "none") for bias in biases),
         padding=_get(cfg, "modality.batching", object) is not None,
@@ -703,6 +757,43 @@ def _attention_can(cfg: DictConfig) -> str | None:
     if reason is None:
         return None
     return f"attention={backend}: {reason}; choose one of {', '.join(backends.able(case))}, auto"
+
+
+def _all_devices(cfg: DictConfig) -> int:
+    """Of a run, on all nodes; 1 where that cannot be told."""
+    started, nodes = launch.started_processes(), _get(cfg, "strategy.num_nodes") or 1
+    if started is not None and not plans_only(cfg):
+        return started[1]
+    planned = _get(cfg, "hardware.devices") or 1
+    is_open = _get(cfg, "strategy.devices", (int, str)) in ("auto", "-1", -1)
+    return (planned if plans_only(cfg) and is_open else _device_count(cfg) or 1) * nodes
+
+
+_BATCH = ("trainer.accumulate_grad_batches", "data.batch_size_per_device", "modality.batch_seconds")
+_BATCH += ("modality.batch_size_per_device",)
+
+
+def _published_batch_is_of_one_device(cfg: DictConfig) -> str | None:
+    """A recipe makes its batch on one device; on many it would be as many times larger, with the same learning rate."""
+    recipes = _choices(cfg).get("recipes")
+    texts = [text_of_recipe(str(name)) for name in (recipes if isinstance(recipes, list) else [recipes])]
+    has_batch = any(re.search(r"accumulate_grad_batches:|batch_size_per_device:|batch_seconds:", one) for one in texts)
+    is_for_many = any(re.search(r"(?m)^\s+devices:", one) for one in texts)
+    devices = _all_devices(cfg) if has_batch and not is_for_many else 1
+    said = {line.partition("=")[0].lstrip("+") for line in _get(cfg, "hydra.overrides.task", list) or []}
+    if devices == 1 or said & set(_BATCH):
+        return None
+    micro, size = _get(cfg, "trainer.accumulate_grad_batches") or 1, _get(cfg, "data.batch_size_per_device")
+    if micro % devices == 0:
+        instead = f"trainer.accumulate_grad_batches={micro // devices} keeps it"
+    elif size is not None and size * micro % devices == 0:
+        instead = f"trainer.accumulate_grad_batches=1 data.batch_size_per_device={size * micro // devices} keeps it"
+    else:
+        instead = "say trainer.accumulate_grad_batches and data.batch_size_per_device yourself"
+    return (
+        f"trainer.accumulate_grad_batches: recipes={recipes} makes its batch on one device, in {micro} "
+        f"micro-batch{'es' * (micro != 1)}, and on {devices} devices it would be {devices} times as large; {instead}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,6 +861,10 @@ RULES: list[Rule] = [
     _groups_are_told_once,
     _trainer_is_told_once,
     _steps_end_a_run,
+    _trainer_settings_are_read,
+    _loggers_can_be_made,
+    _modality_has_a_plain_name,
+    _published_batch_is_of_one_device,
     _devices_are_countable,
     _strategy_exists,
     _strategy_is_what_the_trainer_takes,
@@ -892,6 +987,13 @@ def _device_count(cfg: DictConfig) -> int | None:
     return len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*"))) or None
 
 
+def _many_devices_have_a_strategy(cfg: DictConfig) -> str | None:
+    nodes, count = _get(cfg, "strategy.num_nodes") or 1, _device_count(cfg)
+    if _get(cfg, "strategy.strategy", str) != "auto" or count is None or count * nodes == 1:
+        return None
+    return f"strategy.devices: {count * nodes} devices need strategy=ddp or strategy=fsdp; or set strategy.devices=1"
+
+
 def _sweep_can_start_its_processes(cfg: DictConfig) -> str | None:
     is_sweep = str(_get(cfg, "hydra.mode", object)).endswith("MULTIRUN")
     if not is_sweep or _name(cfg, "hydra.launcher") == "SlurmLauncher":
@@ -953,6 +1055,7 @@ MACHINE_RULES: list[Rule] = [
     _sweep_can_start_its_processes,
     _processes_match_the_devices,
     _nodes_share_a_directory,
+    _many_devices_have_a_strategy,
     _gpu_is_there,
     _attention_can,
     _float8_is_possible,

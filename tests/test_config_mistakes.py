@@ -20,6 +20,7 @@ FOLDER = "data=folder data.path=FOLDER "
 FINETUNE = "finetune modality=vision head=image init_from=FOLDER " + FOLDER
 HEARD = "finetune modality=audio head=ctc init_from=FOLDER " + FOLDER
 READ = "finetune modality=text head=sequence init_from=FOLDER " + FOLDER
+PUBLISHED = "+recipes=vision/base_imagenet_v2 data.path=FOLDER "
 PROBE = "probe modality=vision checkpoint=FOLDER " + FOLDER
 EMBED = "embed modality=vision checkpoint=FOLDER out=FOLDER/new.parquet " + FOLDER
 
@@ -89,6 +90,31 @@ MISTAKES = {
     "strategy.num_nodes=0": "strategy.num_nodes: expected a whole number of at least 1, got 0",
     "strategy.strategy=dpp": "strategy.strategy: there is no strategy 'dpp'; auto, ddp",
     "strategy.accelerator=gpuu": "strategy.accelerator: expected one of auto, cpu, gpu",
+    "strategy.strategy=ddp": "strategy.strategy: ddp would be Lightning's own; write strategy=ddp",
+    "strategy.devices=2": "strategy.devices: 2 devices need strategy=ddp or strategy=fsdp",
+    "precision.trainer=bf16-true": "precision.trainer: expected one of auto, 32-true, 32-tf32, bf16-mixed, 16-mixed",
+    "strategy.accelerator=mps": "strategy.accelerator: mps is of Apple's computers",
+    # what nobody reads
+    "+callbacks.mine._target_=data2vec_train.monitor.Monitor": "there is no setting called 'callbacks.mine'",
+    "+callbacks.monitr.grace_steps=3": "'callbacks.monitr'; did you mean callbacks.monitor?",
+    "+callbacks.x=1": "callbacks has probe, monitor, checkpoint, timing, finite",
+    "+modality.probes.raw=1": "'modality.probes'; did you mean modality.probe?",
+    "+data.workers=3": "there is no setting called 'data.workers'",
+    "+trainer.profiler=simple": "trainer.profiler: has no effect in these runs; choose debug=profile",
+    "+trainer.val_check_interval=5": "trainer.val_check_interval: has no effect",
+    "trainer.enable_progress_bar=true": "has no effect in these runs; choose callbacks.monitor.progress=bar",
+    "+trainer.gradient_clip_algorithm=value": "trainer.gradient_clip_algorithm: expected norm, got 'value'",
+    "+logger.x=3": "logger.x: expected the settings of a logger",
+    # a recipe's batch on many devices
+    PUBLISHED + "strategy=ddp strategy.devices=16": "16 times as large; trainer.accumulate_grad_batches=1 keeps it",
+    PUBLISHED + "strategy=ddp strategy.devices=[0,1]": "2 times as large; trainer.accumulate_grad_batches=8 keeps it",
+    PUBLISHED + "strategy=fsdp strategy.devices=3": "3 times as large; say trainer.accumulate_grad_batches and data.",
+    PUBLISHED + "strategy=ddp strategy.devices=64": "=1 data.batch_size_per_device=4 keeps it",
+    "plan +recipes=vision/base_imagenet_v2 strategy.devices=8": "on 8 devices it would be 8 times as large",
+    "plan +recipes=vision/base_imagenet_v2 strategy.devices=auto hardware.devices=4": "on 4 devices it would be",
+    "finetune +recipes=text/glue_rte init_from=FOLDER data.path=FOLDER strategy=ddp strategy.devices=2": (
+        "=1 data.batch_size_per_device=8 keeps it"
+    ),
     "seed=-1": "seed: expected a whole number from 0 to 4294967295, got -1",
     "size.depth=-3": "size.depth: expected a whole number of at least 1, got -3",
     "size.dim=0": "size.dim: expected a whole number of at least 1, got 0",
@@ -166,6 +192,21 @@ MISTAKES = {
 }
 
 
+def test_a_batch_that_is_said_is_taken_on_many_devices():
+    for said in ("trainer.accumulate_grad_batches=1", "data.batch_size_per_device=4"):
+        given = ["+recipes=vision/base_imagenet_v2", "strategy=ddp", "strategy.devices=16", said]
+        assert find_faults(given, config_name="plan", multirun=False, on_this_machine=True) == []
+
+
+def test_torchrun_counts_as_many_devices(monkeypatch, tmp_path):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    given = ["+recipes=vision/base_imagenet_v2", f"data.path={tmp_path}", "strategy=ddp", f"hydra.run.dir={tmp_path}"]
+    given += ["strategy.devices=4", "strategy.num_nodes=2"]
+    [fault] = find_faults(given, config_name="train", multirun=False, on_this_machine=True)
+    assert "on 8 devices it would be 8 times as large; trainer.accumulate_grad_batches=2 keeps it" in fault
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("folder")
@@ -178,7 +219,9 @@ def words_of(command, folder):
     words = command.replace("FOLDER", str(folder)).replace("'('", "\"'('\"").split()
     words = ["head.remove='('" if word.startswith("head.remove") else word for word in words]
     return (
-        (words[0], words[1:]) if words[0] in ("finetune", "probe", "embed", "export", "benchmark") else ("train", words)
+        (words[0], words[1:])
+        if words[0] in ("finetune", "probe", "embed", "export", "benchmark", "plan")
+        else ("train", words)
     )
 
 

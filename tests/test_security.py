@@ -152,7 +152,7 @@ def test_everything_that_the_configs_and_recipes_name_is_allowed():
     assert {one: fault for one in named if (fault := target_fault(one))} == {}
 
 
-# Each is a file of a stranger's folder of configs, chosen with +evil=NAME: it can set hydra's own part as well.
+# Each is a stranger's recipe, chosen with +recipes=NAME: it can set hydra's own part as well.
 TOUCHING = "{_target_: os.system, command: touch CANARY}"
 HANDLER = "job_logging: {handlers: {x: %s}, root: {handlers: [x]}}"
 HYDRA = {
@@ -186,7 +186,7 @@ results = {}
 for name in sys.argv[3:]:
     sweeps = name.startswith(("launcher", "sweeper"))
     for flags in ([], ["-m", "seed=0,1"]) if sweeps else ([],):
-        sys.argv = ["train", "--config-dir", str(folder), f"+evil={name}", *flags, f"hydra.run.dir={folder}/run"]
+        sys.argv = ["train", f"+recipes={name}", *flags, f"hydra.run.dir={folder}/run"]
         sys.argv += [f"hydra.sweep.dir={folder}/run"]
         try:
             config.main(lambda cfg: None, config_name="train")
@@ -201,10 +201,10 @@ print(json.dumps(results))
 
 @pytest.fixture
 def evil_folder(tmp_path):
-    (tmp_path / "configs" / "evil").mkdir(parents=True)
+    (tmp_path / "configs" / "recipes").mkdir(parents=True)
     for name, text in HYDRA.items():
         body = text.replace("CANARY", str(tmp_path / "canary"))
-        (tmp_path / "configs" / "evil" / f"{name}.yaml").write_text(f"# @package _global_\nhydra:\n  {body}\n")
+        (tmp_path / "configs" / "recipes" / f"{name}.yaml").write_text(f"# @package _global_\nhydra:\n  {body}\n")
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nx = F = None\n")
     return tmp_path
 
@@ -224,7 +224,7 @@ def python(*arguments, cwd, paths=(), timeout=300, **environment):
 
 def test_hydras_own_part_of_a_strangers_config_runs_nothing(evil_folder):
     configs, canary = evil_folder / "configs", evil_folder / "canary"
-    done = python("-c", CHILD, configs, canary, *HYDRA, cwd=evil_folder)
+    done = python("-c", CHILD, configs, canary, *HYDRA, cwd=evil_folder, DATA2VEC_RECIPES=str(configs))
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == len(HYDRA) + 4
     assert {name: found for name, found in results.items() if found != [2, False]} == {}
@@ -234,8 +234,8 @@ def test_hydras_own_part_of_a_strangers_config_runs_nothing(evil_folder):
 
 @pytest.mark.parametrize("name", ["logging_class", "callback_of_a_resolver"])
 def test_as_a_real_command_it_runs_nothing(evil_folder, name):
-    command = ["-m", "data2vec_train", "--config-dir", evil_folder / "configs", f"+evil={name}"]
-    done = python(*command, cwd=evil_folder)
+    command = ["-m", "data2vec_train", f"+recipes={name}"]
+    done = python(*command, cwd=evil_folder, DATA2VEC_RECIPES=str(evil_folder / "configs"))
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 2
     assert not (evil_folder / "canary").exists()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data2vec_train.embedding import layer_tokens, pool
 from data2vec_train.encoders.base import Batch, ModalityEncoder
 from data2vec_train.probes.callback import Pooling
-from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
+from data2vec_train.probes.measures import knn_hits, linear_hits
 
 Batches = Callable[[int], Iterable[Batch]]  # number of the pass -> its batches
 
@@ -39,11 +39,11 @@ def simple_probes(
     *,
     neighbours: int,
     l2: float,
-) -> dict[str, list[float]]:
-    """Test accuracy of `knn` and `linear` for each layer; see `probes.measures`."""
+) -> dict[str, list[np.ndarray]]:
+    """Which test records `knn` and `linear` classify right, (m,) bool for each layer; see `probes.measures`."""
     pairs = list(zip(fit[0], test[0], strict=True))
-    knn = [knn_accuracy(one, fit[1], other, test[1], neighbours=neighbours) for one, other in pairs]
-    linear = [linear_accuracy(one, fit[1], other, test[1], l2=l2) for one, other in pairs]
+    knn = [knn_hits(one, fit[1], other, test[1], neighbours=neighbours) for one, other in pairs]
+    linear = [linear_hits(one, fit[1], other, test[1], l2=l2) for one, other in pairs]
     return {"knn": knn, "linear": linear}
 
 
@@ -86,8 +86,8 @@ def attentive_probes(
     lr: float,
     weight_decay: float,
     seed: int,
-) -> list[float]:
-    """Test accuracy of an `AttentiveProbe` on each layer.
+) -> list[np.ndarray]:
+    """Which test records an `AttentiveProbe` classifies right, (m,) bool for each layer.
 
     All are trained in the same passes over the data, each on its own layer: tokens are never kept. The encoder's
     batches are learnt from in steps of `batch_size` records: how many it can take at once is no rule for the probes.
@@ -116,13 +116,12 @@ def attentive_probes(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    right, count = np.zeros(len(layers)), 0
+    hits: list[list[np.ndarray]] = [[] for _ in layers]
     heads.eval()
     with torch.no_grad():
         for batch in test(0):
             moved = batch.to(device)
             tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
-            count += len(batch)
-            for place, (head, one) in enumerate(zip(heads, tokens, strict=True)):
-                right[place] += float((head(one, mask).argmax(dim=-1) == moved.labels).sum())
-    return (right / max(count, 1)).tolist()
+            for row, head, one in zip(hits, heads, tokens, strict=True):
+                row.append((head(one, mask).argmax(dim=-1) == moved.labels).cpu().numpy())
+    return [np.concatenate(row) for row in hits]

@@ -17,7 +17,14 @@ MAX_ITERATIONS = 2000  # of the linear probe; 5,000 raw photographs of 32 px, th
 def knn_accuracy(
     fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, neighbours: int
 ) -> float:
-    """Share of test samples whose class wins the vote of the nearest fitting samples, weighted by cosine similarity.
+    """Share of test samples that `knn_hits` classifies right; arguments as there."""
+    return float(knn_hits(fit, fit_labels, test, test_labels, neighbours=neighbours).mean())
+
+
+def knn_hits(
+    fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, neighbours: int
+) -> np.ndarray:
+    """(m,) bool: whose class wins the vote of the nearest fitting samples, weighted by cosine similarity.
 
     Args:
         fit: (n, D) features.
@@ -30,15 +37,22 @@ def knn_accuracy(
 
     mean = fit.mean(axis=0)
     model = KNeighborsClassifier(min(neighbours, len(fit)), metric="cosine", weights=_similarity)
-    return float(model.fit(fit - mean, fit_labels).score(test - mean, test_labels))
+    return model.fit(fit - mean, fit_labels).predict(test - mean) == test_labels
 
 
 def linear_accuracy(
     fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, l2: float
 ) -> float:
-    """Test accuracy of multinomial logistic regression on standardised features, `l2` the weight of the penalty.
+    """Share of test samples that `linear_hits` classifies right; arguments as there."""
+    return float(linear_hits(fit, fit_labels, test, test_labels, l2=l2).mean())
 
-    The loss that is minimised is the sum over fitting samples plus l2/2 * |weights|^2. Shapes as in `knn_accuracy`.
+
+def linear_hits(
+    fit: np.ndarray, fit_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, l2: float
+) -> np.ndarray:
+    """(m,) bool: right by multinomial logistic regression on standardised features, `l2` the weight of the penalty.
+
+    The loss that is minimised is the sum over fitting samples plus l2/2 * |weights|^2. Shapes as in `knn_hits`.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -47,7 +61,7 @@ def linear_accuracy(
     from threadpoolctl import threadpool_limits
 
     if len(np.unique(fit_labels)) < 2:
-        return float((test_labels == fit_labels[0]).mean())
+        return test_labels == fit_labels[0]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / l2, max_iter=MAX_ITERATIONS))
     # The matrices are small: on a busy machine a second thread made the fit ten times slower.
     with threadpool_limits(1), warnings.catch_warnings():
@@ -55,7 +69,12 @@ def linear_accuracy(
         model.fit(fit, fit_labels)
         if model[-1].n_iter_.max() >= MAX_ITERATIONS:
             log.warning("the linear probe stopped after %d iterations, short of its optimum", MAX_ITERATIONS)
-        return float(model.score(test, test_labels))
+        return model.predict(test) == test_labels
+
+
+def standard_error(accuracy: float, records: int) -> float:
+    """Of a share of so many records: what another draw of as many would differ by, two times out of three."""
+    return float(np.sqrt(accuracy * (1 - accuracy) / max(records, 1)))
 
 
 def rankme(features: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from data2vec_train.outputs import writing
 from data2vec_train.runtime import choose_precision, device_type
 from data2vec_train.saving import Checkpointing
 from data2vec_train.tasks.inputs import inherit, inputs_of, look_at_images
-from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, quiet_libraries
+from data2vec_train.tasks.pretrain import build_trainer, fit_or_collapse, global_batch, quiet_libraries
 from data2vec_train.tasks.records import same_data, same_outputs
 from data2vec_train.tasks.run_directory import (
     QUARANTINE,
@@ -118,6 +118,7 @@ def finetune(cfg: DictConfig) -> float | None:
     precision = choose_precision(cfg.precision.trainer, device_type(cfg.strategy.accelerator))
     trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing, precision)
     _describe(task, model, data, run_dir)
+    log.info("global batch: %s", global_batch(cfg, trainer.world_size))
     collapse = fit_or_collapse(trainer, module, data, run)
     if collapse is not None:
         raise collapse

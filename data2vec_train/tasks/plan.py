@@ -20,7 +20,7 @@ from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.outputs import replace_file
 from data2vec_train.planning import GIB, Hardware, Planner, Reserve, Setup, largest_that_fits
-from data2vec_train.tasks.pretrain import build_collator
+from data2vec_train.tasks.pretrain import build_collator, global_batch
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
         "devices": setup.devices,
         "samples_per_device": setup.samples,
         "sample": _sample_size(cfg, objective.student),
+        "global_batch": global_batch(cfg, setup.devices),
         "views": setup.views,
         "activation_checkpointing": setup.checkpointing,
         "parameters": {
@@ -302,6 +303,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         f"{facts['modality']}: {facts['objective']}, {facts['precision']}, attention={facts['attention']}"
         f"{', activation checkpointing' if facts['activation_checkpointing'] else ''}; {where}",
         f"batch of a device: {facts['samples_per_device']} x {facts['sample']}",
+        f"global batch: {facts['global_batch']}",
         "",
     ]
     rows = [[f"parameters, {part}", f"{count / 1e6:.1f} M"] for part, count in facts["parameters"].items()]

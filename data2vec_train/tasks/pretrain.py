@@ -206,7 +206,7 @@ def pretrain(cfg: DictConfig) -> float | None:
         config=OmegaConf.to_container(cfg, resolve=True),
     )
     trainer = build_trainer(cfg, run, [probe, monitor], checkpointing, precision)
-    _describe(cfg, objective, data, run_dir)
+    _describe(cfg, objective, data, run_dir, trainer.world_size)
     if timing is not None:
         timing.watch(trainer, module, data)
     collapse = fit_or_collapse(trainer, module, data, run)
@@ -329,7 +329,7 @@ def _summary(
     }
 
 
-def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: Path) -> None:
+def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: Path, devices: int) -> None:
     millions = sum(p.numel() for p in objective.student.parameters()) / 1e6
     samples = "a stream of samples" if data.num_samples is None else f"{data.num_samples} samples"
     log.info(
@@ -340,7 +340,24 @@ def _describe(cfg: DictConfig, objective: Data2Vec, data: DataModule, run_dir: P
         samples,
         data.probe_note,
     )
+    log.info("global batch: %s", global_batch(cfg, devices))
     log.info("run directory: %s", run_dir)
+
+
+def global_batch(cfg: DictConfig, devices: int) -> str:
+    """What all devices learn from in one optimizer step, in words; lengths that vary have only an upper limit."""
+    size, micro, batching = (
+        cfg.data.batch_size_per_device,
+        cfg.trainer.accumulate_grad_batches,
+        build(cfg.modality.batching),
+    )
+    times = f"{micro} micro-batch{'es' * (micro != 1)} x {devices} device{'s' * (devices != 1)}"
+    amounts = [] if size is None else [f"{size * micro * devices:,} samples ({size} x {times})"]
+    if batching is not None:
+        rate = cfg.modality.get("sample_rate_hz")
+        unit, budget = ("s of sound", batching.budget / rate) if rate else ("tokens", batching.budget)
+        amounts.append(f"{budget * micro * devices:,.10g} {unit} ({budget:,.10g} x {times})")
+    return f"{'at most ' * (batching is not None)}{' and '.join(amounts)} in an optimizer step"
 
 
 def quiet_libraries() -> None:

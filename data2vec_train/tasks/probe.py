@@ -28,7 +28,7 @@ from data2vec_train.hf.convert import FAMILIES, load_pretrained
 from data2vec_train.outputs import lock_directory, replace_file
 from data2vec_train.probes.callback import raw_input
 from data2vec_train.probes.layers import attentive_probes, layer_features, simple_probes
-from data2vec_train.probes.measures import knn_accuracy, linear_accuracy
+from data2vec_train.probes.measures import knn_accuracy, linear_accuracy, standard_error
 from data2vec_train.report import Section, image_tag, table, write_report
 from data2vec_train.tasks.inputs import inherit, look_at_images
 from data2vec_train.tasks.pretrain import quiet_libraries
@@ -41,7 +41,7 @@ NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 
 
 def probe(cfg: DictConfig) -> float:
-    """Probe every layer and return the best linear accuracy.
+    """Probe every layer and return the linear accuracy of the one that was chosen.
 
     Writes into Hydra's run directory: `probe.json`, `probe.csv`, and `probe.html` with the picture.
 
@@ -74,9 +74,14 @@ def probe(cfg: DictConfig) -> float:
             "linear": linear_accuracy(*pairs, l2=cfg.l2),
         }
     }
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for which, one in (("untrained", _untrained(model, cfg.seed).to(device)), ("trained", encoder)):
-        results[which] = _measure(cfg, one, data, layers, measures)
-        log.info("%s: %s", which, _best_line(results[which], layers))
+        hits = _measure(cfg, one, data, layers, measures)
+        results[which] = {name: [float(row.mean()) for row in rows] for name, rows in hits.items()}
+        chosen[which] = {name: choose_layer(rows, layers, cfg.seed) for name, rows in hits.items()}
+    sentences = [comparison(NAMES[name], *(chosen[one][name] for one in ("untrained", "trained"))) for name in measures]
+    for sentence in sentences:
+        log.info("%s", sentence)
     facts = {
         "checkpoint": str(cfg.checkpoint),
         "layers": layers,
@@ -86,6 +91,7 @@ def probe(cfg: DictConfig) -> float:
         "test_records": len(data.test_set),
         "pooling": cfg.modality.probe.pooling,
         "seed": cfg.seed,
+        "chosen": chosen,
         "seconds": round(seconds_since(started), 1),
     }
     replace_file(run_dir / "probe.json", json.dumps(facts | results, indent=2).encode() + b"\n")
@@ -94,8 +100,8 @@ def probe(cfg: DictConfig) -> float:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         log.info("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    log.info("report: %s", _write_page(cfg, run_dir, facts, results, layers, measures, lines))
-    return max(results["trained"].get("linear") or results["trained"][measures[0]])
+    log.info("report: %s", _write_page(cfg, run_dir, facts, results, layers, measures, lines, sentences))
+    return chosen["trained"]["linear" if "linear" in measures else measures[0]]["accuracy"]
 
 
 def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> DataModule:
@@ -142,8 +148,9 @@ def _untrained(model: Any, seed: int) -> ModalityEncoder:
 
 def _measure(
     cfg: DictConfig, encoder: ModalityEncoder, data: DataModule, layers: list[int], measures: list[str]
-) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+) -> dict[str, list[np.ndarray]]:
+    """Measure -> which test records are classified right, (m,) bool for each layer."""
+    found: dict[str, list[np.ndarray]] = {}
     if {"knn", "linear"} & set(measures):
         fit, test = (
             layer_features(encoder, data.evaluation_batches(one), layers, cfg.modality.probe.pooling)
@@ -179,9 +186,45 @@ def _shuffled(data: DataModule, dataset: EvaluationDataset, seed: int, epoch: in
         yield from data.evaluation_batches(dataset, shuffle=order)
 
 
-def _best_line(found: dict[str, list[float]], layers: list[int]) -> str:
-    best = {name: int(np.argmax(values)) for name, values in found.items()}
-    return ", ".join(f"{NAMES[name]} {found[name][place]:.1%} (layer {layers[place]})" for name, place in best.items())
+def choose_layer(hits: list[np.ndarray], layers: list[int], seed: int) -> dict[str, Any]:
+    """The layer that is right most often, and its accuracy on records that it was not chosen on, if there are enough.
+
+    Args:
+        hits: which test records are classified right, (m,) bool for each layer.
+        layers: their numbers.
+        seed: of the halves: one chooses the layer, the other says how good it is.
+    """
+    rows = np.random.default_rng((seed, len(hits[0]))).permutation(len(hits[0]))
+    is_apart = len(rows) >= 2 * _ENOUGH and len(layers) > 1
+    choosing, testing = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if is_apart else (rows, rows)
+    place = int(np.argmax([row[choosing].mean() for row in hits]))
+    accuracy = float(hits[place][testing].mean())
+    return {
+        "layer": layers[place],
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, len(testing)),
+        "records": len(testing),
+        "chosen_on_the_same_records": len(layers) > 1 and not is_apart,
+    }
+
+
+def comparison(name: str, untrained: dict[str, Any], trained: dict[str, Any]) -> str:
+    """Both in a sentence, with what a difference of so few records is worth."""
+    errors = [one["standard_error"] for one in (untrained, trained)]
+    texts = [
+        f"{one['accuracy']:.1%} +- {one['standard_error']:.1%} (layer {one['layer']})" for one in (untrained, trained)
+    ]
+    text = f"{name}: {texts[0]} untrained -> {texts[1]} trained, on {trained['records']} test records"
+    notes = []
+    if abs(trained["accuracy"] - untrained["accuracy"]) < 2 * float(np.hypot(*errors)) or trained["records"] < _FEW:
+        notes.append("the difference is within what chance makes of so few records")
+    if trained["chosen_on_the_same_records"]:
+        notes.append("the layers were chosen on these same records, which flatters both")
+    return "; ".join([text, *notes])
+
+
+_FEW = 30  # records below which no difference is worth anything
+_ENOUGH = 100  # records that choose the layer, and as many that test it
 
 
 def _table(results: dict[str, Any], layers: list[int], measures: list[str]) -> list[list[str]]:
@@ -207,6 +250,7 @@ def _write_page(
     layers: list[int],
     measures: list[str],
     lines: list[list[str]],
+    sentences: list[str],
 ) -> Path:
     pictures = "".join(
         f"<figure><figcaption>{NAMES[name]}</figcaption>"
@@ -221,7 +265,8 @@ def _write_page(
         f"{facts['fit_records']} records to fit on, {facts['test_records']} to test on, {facts['classes']} classes. "
         f"Raw input: {facts['raw_name']}."
     )
-    html = f'<div class="charts">{pictures}</div>' + table([escape(one) for one in lines[0]], rows)
+    said = "".join(f"<p>{escape(one)}.</p>" for one in sentences)
+    html = said + f'<div class="charts">{pictures}</div>' + table([escape(one) for one in lines[0]], rows)
     command = f"<pre>{escape(command_line('data2vec_train.probe'))}</pre>"
     return write_report(
         run_dir / "probe.html",
