@@ -283,8 +283,8 @@ class Monitor(L.Callback):
                     f"at step {step} {name} is {row[name]}, not a number: training diverged. Try a lower optimizer.lr "
                     "or a longer warm-up"
                 )
-            # Untrained predictions are small and shrink before they grow, with images of 1.0 to a seventh: where the grace
-            # period outlasts the run, only what has fallen to a twentieth is a collapse.
+            # Untrained predictions are small and shrink before they grow, with images of 1.0 to a seventh: where the
+            # grace period outlasts the run, only what has fallen to a twentieth is a collapse.
             fallen = last and row[name] < self.first.get(name, 0.0) / 20
             if (step >= self.grace_steps or fallen) and row[name] < limit:
                 raise CollapseError(
