@@ -391,8 +391,13 @@ def is_animation(value: object) -> bool:
 
     if not isinstance(value, (bytes, Path)):
         return False
-    with Image.open(BytesIO(value) if isinstance(value, bytes) else value, formats=known_formats()) as image:
-        return image.format in ("GIF", "WEBP", "PNG", "AVIF") and getattr(image, "n_frames", 1) > 1
+    file = BytesIO(value) if isinstance(value, bytes) else value
+    formats = [name for name in known_formats() if name in ("GIF", "WEBP", "PNG", "AVIF")]
+    try:
+        with Image.open(file, formats=formats) as image:
+            return getattr(image, "is_animated", False)
+    except (OSError, Image.DecompressionBombError, *BROKEN):  # another format, too large for PIL, or broken further on
+        return False
 
 
 @functools.cache

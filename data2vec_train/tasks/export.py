@@ -382,9 +382,14 @@ def _card(
             "No preprocessor or tokenizer was found beside the weights: inputs have to be prepared as in training.",
             "",
         ]
-    images = folder / PREPROCESSOR_NAME
-    kept_aspect = images.is_file() and read_json(images).get("fit") == "cover"
-    if kept_aspect and not name.endswith("SemanticSegmentation"):
+    images = read_json(folder / PREPROCESSOR_NAME) if (folder / PREPROCESSOR_NAME).is_file() else {}
+    if images.get("max_value") is not None:
+        lines += [
+            f"The stored value {images['max_value']:g} is white: values were brought to 0 to 255 by it before what",
+            "preprocessor_config.json says, as `decode_image` of `data2vec_train.data.vision` does.",
+            "",
+        ]
+    if images.get("fit") == "cover" and not name.endswith("SemanticSegmentation"):
         lines += [
             "transformers stretches images to the size in preprocessor_config.json. This model was trained on images",
             "that keep their aspect: others than of that size have to be cropped before, as `ImageTransform.evaluate`",

@@ -357,6 +357,14 @@ def test_what_is_unusual_about_images_is_said():
     assert remarks_on([PIXELS, b"broken"], decode) == []
 
 
+def test_files_that_pil_does_not_open_are_looked_at_too(tmp_path, monkeypatch):
+    pytest.importorskip("tifffile")
+    (tmp_path / "a.tif").write_bytes(tiff(BANDS.astype(np.uint16), extra=(0,) * 3))  # of 16 bits, six bands
+    assert "values are 0 to 1 of 0 to 255" in remarks_on([tmp_path / "a.tif"], lambda one: decode(one, 6))[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert remarks_on([encode(Image.fromarray(PIXELS))], decode) == []
+
+
 # --------------------------------------------------------------------------------------------------------- transform
 
 

@@ -194,6 +194,15 @@ def test_export_of_images_that_are_not_square(shape, program_of, folder, tmp_pat
     assert program_of("export", f"checkpoint={plain}", "format=hf", f"out={tmp_path}/theirs") == 0
 
 
+def test_the_card_says_which_stored_value_is_white(program_of, tmp_path):
+    small(32).save_pretrained(tmp_path / "weights")
+    ImageProcessor(size=32, max_value=4095).save_pretrained(tmp_path / "weights")
+    given = [f"checkpoint={tmp_path}/weights", "format=safetensors", f"out={tmp_path}/out"]
+    assert program_of("export", *given) == 0
+    assert "The stored value 4095 is white" in (tmp_path / "out" / "README.md").read_text()
+    assert ImageProcessor.from_pretrained(tmp_path / "out").notes == {"max_value": 4095, "pages": None}
+
+
 def test_five_channels_from_pretraining_to_predictions(program_of, images, run_program, tmp_path):
     data = images(24, 24, channels=5, count=24)
     common = ["modality=vision", "data=hf", f"data.path={data}", "data.num_workers=0", f"cache_dir={tmp_path}/cache"]
