@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,3 +264,66 @@ def test_the_demo_learns(seed, run_program, tmp_path):
     probe = json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]
     assert probe["knn"]["trained"] >= probe["knn"]["untrained"] + 0.15
     assert probe["linear"]["trained"] >= 0.80
+
+
+def _grouped_images(folder, numbers):
+    for number in numbers:
+        path = folder / f"film{number // 4}_frame{number % 4}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+def _state(run_dir):
+    return checkpoints.read(checkpoints.newest(run_dir / "checkpoints") / "state.ckpt")["DataModule"]
+
+
+def test_a_run_goes_on_with_its_own_data_and_a_finished_one_needs_no_checkpoints(run_program, tmp_path):
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    _grouped_images(data, range(40))
+    command = ["modality=vision", "data=folder", f"data.path={data}", *TINY, "trainer.max_steps=1", "report=false",
+               r"data.group_pattern='^(film\d+)_'", f"hydra.run.dir={run_dir}"]  # fmt: skip
+    first = run_program(*command)
+    assert first.returncode == 0, first.stderr
+    assert "40 records in 10 groups" in first.stdout
+    split = _state(run_dir)["split"]
+    (run_dir / "summary.json").unlink()  # as if it had been killed
+    _grouped_images(data, range(40, 44))
+    before = {path: path.read_bytes() for path in run_dir.glob("*.csv")}
+    refused = run_program(*command)
+    assert refused.returncode == 2
+    assert re.fullmatch(
+        r"error: data.source is not what it was .*: 40 records then, 44 now: 4 new .*\n", refused.stderr
+    )
+    assert {path: path.read_bytes() for path in run_dir.glob("*.csv")} == before
+    changed = run_program(*command, "resume=changed", "trainer.max_steps=2")
+    assert changed.returncode == 0, changed.stderr
+    assert _state(run_dir)["split"] == split
+    shutil.rmtree(run_dir / "checkpoints")
+    names = ("metrics.csv", "summary.json", "config.yaml")
+    before = {run_dir / name: (run_dir / name).read_bytes() for name in names}
+    again = run_program(*command, "trainer.max_steps=2")
+    assert (again.returncode, "is finished already" in again.stdout) == (0, True), again.stderr
+    assert {
+        path: path.read_bytes() for path in run_dir.glob("*.*") if path.is_file() and path.suffix != ".log"
+    } == before
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_removed_while_the_run_is_in_it_stays_removed(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ["modality=vision", *TINY, "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=5",
+                 "report=false", f"hydra.run.dir={run_dir}"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "data2vec_train", *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        while not (run_dir / "checkpoints/last").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        for _ in range(50):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        error = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 2, error
+    assert "was removed, or replaced by another directory" in error
+    assert not (run_dir / "checkpoints").exists()
+    assert not (run_dir / "metrics.csv").exists()

@@ -378,9 +378,9 @@ class FolderSource(Source):
 
     def column(self, name: str) -> list[Any]:
         """See `Source.column`."""
-        if self._fields and name not in self._fields[0]:
+        if not self._fields or name not in self._fields[0]:
             raise KeyError(name)
-        return [one[name] for one in self._fields or ()]
+        return [one[name] for one in self._fields]
 
 
 class ManifestSource(Source):
