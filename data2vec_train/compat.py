@@ -7,6 +7,7 @@ import errno
 import importlib
 import importlib.metadata
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,8 +90,9 @@ CRASHED = (
 )
 _NO_ROOM = r"No space left on device|unable to (allocate|resize|mmap|write to file).*(shared|shm|torch_)|Bus error"
 _NO_FILES = r"Too many open files|received \d+ items of ancdata"
+_BROKEN = (ConnectionError, EOFError, FileNotFoundError)  # a batch was to be fetched from a process that is gone
 _NO_PROCESS = (errno.EAGAIN, errno.ENOMEM)
-_WORKER = r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly)"
+_WORKER = r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
 
 
 def loader_fault(error: BaseException, exit_code: int | None = None) -> DataError | LostProcess | None:
@@ -106,14 +108,23 @@ def loader_fault(error: BaseException, exit_code: int | None = None) -> DataErro
     if re.search(_NO_ROOM, text) and ("DataLoader" in text or "torch_" in text or "shared memory" in text):
         return DataError(SHARED_MEMORY)
     found = re.search(_WORKER, text)
-    if found is None:
+    broken = is_broken(error)
+    if found is None and not broken:
         return None
-    if found["signal"] == "Killed" or exit_code == -9 or (found["signal"] is None and exit_code is None):
+    said = None if found is None else found["signal"]
+    if exit_code is None and found is not None and found["code"]:
+        exit_code = int(found["code"])
+    if said == "Killed" or exit_code == -9 or (said is None and exit_code is None):
         return LostProcess(KILLED)
     if exit_code == -7:
         return DataError(SHARED_MEMORY)
-    how = found["signal"] or (f"signal {-exit_code}" if exit_code and exit_code < 0 else f"exit status {exit_code}")
+    how = said or (f"signal {-exit_code}" if exit_code and exit_code < 0 else f"exit status {exit_code}")
     return DataError(CRASHED.format(how.strip()))
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether a batch could not be fetched from its loader process; errors that come from there say so."""
+    return isinstance(error, _BROKEN) and " in DataLoader worker process" not in str(error)
 
 
 def start_fault(error: OSError) -> DataError | None:
@@ -125,10 +136,15 @@ def start_fault(error: OSError) -> DataError | None:
     return None
 
 
-def exit_codes(batches: Iterator) -> list[int]:
-    """Of those loader processes behind an iterator of torch that have ended."""
-    codes = (worker.exitcode for worker in getattr(batches, "_workers", ()))
-    return [code for code in codes if code is not None]
+def exit_code(batches: Iterator | None, *, wait_s: float) -> int | None:
+    """Of a loader process behind an iterator of torch that has ended, waiting so long for it; None = of none."""
+    workers, end = getattr(batches, "_workers", ()), time.monotonic() + wait_s
+    while workers:
+        codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+        if codes or time.monotonic() > end:
+            return min(codes, default=None)
+        time.sleep(0.02)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NoReturn
 
 from data2vec_train import launch
-from data2vec_train.compat import loader_fault
+from data2vec_train.compat import is_broken, loader_fault
 from data2vec_train.errors import CollapseError, ConfigError, DataError, Interrupted, LostProcess, SaveError, disk_fault
 
 # Windows has the first two only.
@@ -212,9 +212,25 @@ class Listener:
 
 
 listener = Listener()
+_masks: list[set[int]] = []
+
+
+def _before_fork() -> None:
+    _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
+def _in_child() -> None:
+    """What a forked process is told would be heard by this one, too: one Ctrl-C of a terminal would count twice."""
+    signal.set_wakeup_fd(-1)
+    _after_fork()
+
+
 if hasattr(os, "register_at_fork"):
-    # Until a forked process has handlers of its own, what it is told would be heard by this one.
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def told(error: Interrupted) -> int:
@@ -234,7 +250,7 @@ def judged(error: BaseException) -> tuple[BaseException, int]:
     failure = error
     if not isinstance(error, tuple(known)):
         fault = disk_fault(error)
-        failure = loader_fault(error) or (error if fault is None else DataError(fault))
+        failure = (None if is_broken(error) else loader_fault(error)) or (error if fault is None else DataError(fault))
     return failure, next((status for kind, status in known.items() if isinstance(failure, kind)), 1)
 
 
@@ -249,12 +265,15 @@ def look_after(processes: Sequence[subprocess.Popen]) -> None:
     listener.accompanied = True
 
     def watch() -> None:
-        while any(one.poll() is None for one in processes):
-            for rank, one in enumerate(processes, start=1):
-                if one.returncode:
-                    status = LOST if one.returncode < 0 else one.returncode
-                    listener.lose(Gone(status, lost_line(rank) if one.returncode < 0 else left_line(rank, status)))
+        running = True
+        while running:
+            codes = [one.poll() for one in processes]
+            for rank, code in enumerate(codes, start=1):
+                if code:
+                    status = LOST if code < 0 else code
+                    listener.lose(Gone(status, lost_line(rank) if code < 0 else left_line(rank, status)))
                     return
+            running = None in codes
             time.sleep(0.5)
 
     threading.Thread(target=watch, daemon=True, name="children").start()

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data2vec_train.allowed import plugin_modules
-from data2vec_train.compat import OPEN_FILES, SHARED_MEMORY, exit_codes, loader_fault, start_fault
+from data2vec_train.compat import OPEN_FILES, SHARED_MEMORY, exit_code, is_broken, loader_fault, start_fault
 from data2vec_train.errors import DataError
 from data2vec_train.stopping import SIGNALS, end_loaders, listener
 
@@ -88,11 +88,14 @@ class Loader(DataLoader):
                 if isinstance(batch, _Unsent):
                     raise DataError(batch.why)
                 yield batch
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, DataError):
                 raise
-            codes = exit_codes(batches)
-            fault = loader_fault(error, min(codes, default=None))
+            fault = None
+            if batches is not None and self.num_workers:
+                fault = loader_fault(error, exit_code(batches, wait_s=3.0 if is_broken(error) else 0.5))
+            elif not is_broken(error):
+                fault = loader_fault(error)
             if fault is None and batches is None and isinstance(error, OSError):
                 fault = start_fault(error)
             if fault is None:
