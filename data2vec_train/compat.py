@@ -92,7 +92,10 @@ _NO_ROOM = r"No space left on device|unable to (allocate|resize|mmap|write to fi
 _NO_FILES = r"Too many open files|received \d+ items of ancdata"
 _BROKEN = (ConnectionError, EOFError, FileNotFoundError)  # a batch was to be fetched from a process that is gone
 _NO_PROCESS = (errno.EAGAIN, errno.ENOMEM)
-_WORKER = r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
+_WORKER = (
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) "
+    r"(?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
+)
 
 
 def loader_fault(error: BaseException, exit_code: int | None = None) -> DataError | LostProcess | None:
