@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from data2vec_train.errors import ConfigError
 from data2vec_train.layers.misc import ACTIVATIONS
@@ -87,7 +88,7 @@ def check_size(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], whe
     Raises:
         ConfigError: the model is far larger than the file.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = make()
     wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
     held = sum(one.numel() for one in tensors.values())
@@ -96,6 +97,18 @@ def check_size(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], whe
             f"{where} describes a model of {wanted:,} numbers, and the weights beside it hold {held:,}: one of the "
             "two is of another model"
         )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills tensors with random numbers: without memory there is nothing to fill.
+
+    torch would load its compiler, for seconds, to learn the shape of what such an operation gives.
+    """
+
+    def __torch_function__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "erfinv_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _fault(name: str, value: Any, hint: Any) -> str | None:
