@@ -266,9 +266,9 @@ def swallowing(kind: type[BaseException]):
 
 
 def noted() -> None:
-    listener.noting = True
+    listener.noting, listener.patience_s = True, 60.0
     told(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(2)
     assert listener.received == signal.SIGTERM
 
 

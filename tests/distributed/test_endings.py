@@ -1,6 +1,7 @@
 """Runs whose processes, shared memory or open files are taken away, and runs that are told to stop: how they end."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -157,3 +158,30 @@ def test_a_signal_while_a_command_starts_ends_it_with_the_same_status(number, de
     process.send_signal(number)
     assert process.wait(30) == 75, (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+# ------------------------------------------------------------------------------------- loader processes not forked
+
+
+def test_what_loader_processes_get_knows_nothing_of_the_run(tmp_path):
+    """Pickled for a spawned process: the DataModule and the trainer behind it cannot be, and must not be."""
+    from tests.test_module import data_of
+
+    module = data_of(2, tmp_path, batch=4, num_workers=0)
+    subset = module.training_subset(8)
+    loader = module.train_dataloader().loader
+    for one in (subset, loader.dataset, loader.collate_fn):
+        assert b"DataModule" not in pickle.dumps(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["vision", "audio", "text"])
+def test_loader_processes_that_are_spawned_give_the_same_bits(modality, start):
+    runs = []
+    for method in ("fork", "spawn", "forkserver"):
+        arguments = ["trainer.max_steps=3", "data.num_workers=1"]
+        runs.append(start(*arguments, modality=modality, prepare=endings.started_by(method)))
+        found = endings.outcome(runs[-1], 250)
+        assert found["statuses"] == [0], found
+    assert not tiny.differences(runs[1].run, runs[0].run)
+    assert not tiny.differences(runs[2].run, runs[0].run)
