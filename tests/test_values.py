@@ -43,7 +43,7 @@ SLOWLY = ("compile", "modality.encoder.activation", "attention.backend")
 GROUPS = ("objective", "attention", "precision", "strategy", "optimizer", "scheduler", "logger", "debug")
 # What is no setting of pretraining, or has a test of its own where the command is tested.
 ELSEWHERE = {"weights", "format", "pooling", "dtype", "probes", "what", "against", "modalities"}
-ELSEWHERE |= {"step.objectives", "encoder.modes", "step.beside", "backends.names", "backends.bias"}
+ELSEWHERE |= {"modality.pages", "step.objectives", "encoder.modes", "step.beside", "backends.names", "backends.bias"}
 
 
 def values_of(setting):
@@ -80,6 +80,7 @@ def test_every_enumerated_setting_is_looked_at():
     assert set(rules._NAMES) == {*RUNNING, *SLOWLY, *ELSEWHERE}
 
 
+@pytest.mark.slow
 def test_precisions_accelerators_and_progress_run_or_are_refused(tmp_path):
     refused = run_or_refuse([value for setting in RUNNING for value in values_of(setting)], tmp_path)
     assert all(one.startswith(("precision", "strategy")) for one in refused)
