@@ -74,6 +74,7 @@ class Listener:
         self.decided = False
         self.children: list[subprocess.Popen] = []
         self._raised = False
+        self._announced = False
         self._interrupts = 0
         self._moved = time.monotonic()
         self._leave_at: float | None = None  # because another process is gone
@@ -185,7 +186,9 @@ class Listener:
             self._interrupts += 1
             if self._interrupts > 1:
                 leave(INTERRUPTED_BY_USER, wait_s=0)
-        if not self.received or number == signal.SIGINT:
+        # Not by `received`: the handler, in the other thread, may have set it already.
+        if not self._announced or number == signal.SIGINT:
+            self._announced = True
             self.moved()
             again = "; press Ctrl-C again to leave without saving" if number == signal.SIGINT else ""
             self._say(f"\nstopping{' after this step' if self.noting else ''}{again}")

@@ -381,7 +381,7 @@ def test_windows_that_cannot_be(reader, tmp_path, capsys, wrong):
 
 def test_a_day_of_sound_is_cut_without_being_read(tmp_path):
     source = Rows([None])
-    source.class_names, source.rejected = None, ()
+    source.class_names, source.rejected, source.grouped = None, (), None
     source.labels = lambda: None
     day = np.broadcast_to(np.float32(0), (24 * 3600 * RATE,))  # of no memory
     source.__class__ = type("Day", (Rows,), {"__getitem__": lambda self, row: RawSample("day", day, None, {})})

@@ -936,13 +936,13 @@ def test_a_shard_that_breaks_within_a_worker_stays_one_line():
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("metadata.csv", b"", "is empty"),
+        ("metadata.csv", b"", "its first line is ''; expected the names of the columns"),
         ("metadata.csv", "file_name\ncafé\n".encode("latin-1"), "cannot be read: 'utf-8' codec"),
-        ("metadata.csv", b"name,text\na.wav,hello\n", "line 2: no file_name"),
-        ("metadata.csv", b'file_name,text\na.wav,"' + b"x" * 200_000 + b'"\n', "line 1: not a table"),
+        ("metadata.csv", b"name,text\na.wav,hello\n", "its first line is 'name,text'; expected .* file_name"),
+        ("metadata.csv", b'file_name,text\na.wav,"' + b"x" * 200_000 + b'"\n', "line 2: not a table"),
         ("metadata.jsonl", b"words\n", "line 1: not a line of JSON"),
         ("metadata.jsonl", b"[" * 90_000 + b"\n", "line 1: not a line of JSON"),
-        ("metadata.jsonl", b"[1, 2]\n", "line 1: no file_name"),
+        ("metadata.jsonl", b"[1, 2]\n", "line 1: no file name"),
     ],
 )
 def test_broken_metadata_is_one_clear_line(tmp_path, name, content, reason):

@@ -342,4 +342,4 @@ def test_parts_of_another_folder_are_not_taken_over(program_of, weights, tmp_pat
     monkeypatch.setattr(embedding_task, "_merge", stop)
     assert program_of("embed", *given, f"data.path={tmp_path}/a", "data.num_workers=0") == 130
     assert program_of("embed", *given, f"data.path={tmp_path}/b", "data.num_workers=0") == 2
-    assert "made with other weights, data or settings" in capsys.readouterr().err
+    assert "holds parts made with other data and settings" in capsys.readouterr().err

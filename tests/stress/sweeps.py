@@ -19,6 +19,7 @@ def main() -> None:
     tiny.import_everything()
     arguments = [*tiny.make_data(options.folder / "data")["vision"], "callbacks.checkpoint.every_n_steps=2"]
     arguments += ["data.num_workers=0"]
+    cache = [one for one in arguments if one.startswith("cache_dir=")]  # a saved command may not say where to write
     seeds = range(4)
     whole = [
         tiny.reference([*arguments, f"seed={seed}"], options.folder / "whole" / str(seed), count=1) for seed in seeds
@@ -35,7 +36,7 @@ def main() -> None:
             time.sleep(0.0005)
         processes.kill()
         finished = {one: (one / "summary.json").stat().st_mtime_ns for one in sweep.glob("*") if _finished(one)}
-        again = swept if rng.random() < 0.5 else [f"resume={sweep}"]
+        again = swept if rng.random() < 0.5 else [f"resume={sweep}", *cache]
         processes = tiny.Processes(again, None, count=1, log=log)
         if not processes.wait(300) or any(processes.statuses.values()):
             wrong.append(f"{log}: did not go on: {processes.statuses}")
