@@ -503,6 +503,25 @@ def _corruption_and_mask_mode_agree(cfg: DictConfig) -> str | None:
     return None
 
 
+def _replacing_needs_a_mask_token(cfg: DictConfig) -> str | None:
+    encoder = _get(cfg, "modality.encoder", dict)
+    if _get(cfg, "objective.mask_mode", str) != "replace" or encoder is None:
+        return None
+    if _get(cfg, "modality.name", str) == "text":
+        if _get(cfg, "modality.corruption", dict) is not None:
+            return None  # said by the rule above
+        return (
+            "objective.mask_mode: replace is for images and speech, the text encoder has no mask token; choose corrupt "
+            "with objective=data2vec, or drop with objective=data2vec2"
+        )
+    if encoder.get("mask_token") is not False:
+        return None
+    return (
+        "modality.encoder.mask_token: false, and objective.mask_mode=replace puts this token in place of hidden ones; "
+        "write modality.encoder.mask_token=true, or choose another mask mode"
+    )
+
+
 def _tau_rises(cfg: DictConfig) -> str | None:
     start, end = _get(cfg, "objective.tau_start", (int, float)), _get(cfg, "objective.tau_end", (int, float))
     if start is None or end is None or not 0 <= end < start <= 1:
@@ -848,6 +867,7 @@ RULES: list[Rule] = [
     _a_batch_has_a_size,
     _dropping_needs_a_constant_count,
     _corruption_and_mask_mode_agree,
+    _replacing_needs_a_mask_token,
     _tau_rises,
     _warm_up_ends_in_time,
     _encodings_exist,

@@ -504,6 +504,13 @@ def test_features_of_every_token_and_of_texts(program_of, weights, tmp_path):
     out = tmp_path / "out.parquet"
     assert program_of("embed", *embed_command(weights("vision"), folder, out, "pooling=none", "dtype=float16")) == 0
     assert np.array(parquet.read_table(out)["layer_4"][0].as_py()).shape == (64, 64)
+    spread = tmp_path / "spread.parquet"
+    assert program_of("embed", *embed_command(weights("vision"), folder, spread, "pooling=mean_std")) == 0
+    tokens = np.array(parquet.read_table(out)["layer_4"][0].as_py(), np.float32)
+    found = np.array(parquet.read_table(spread)["layer_4"][0].as_py())
+    assert np.allclose(found[:64], tokens.mean(axis=0), atol=2e-3)
+    assert found.shape == (128,)
+    assert np.allclose(found[64:], tokens.std(axis=0), atol=2e-2)
 
 
 def test_features_of_texts_are_those_of_the_command(program_of, weights, tmp_path):
