@@ -349,7 +349,7 @@ def at_fork_of_a_command() -> None:
 
 SIGNALLED = {
     "SIGTERM while the main thread is stuck in C": (while_stuck(signal.SIGTERM), 75, "nothing moved for 1 s"),
-    "SIGUSR1 while the main thread is stuck in C": (while_stuck(signal.SIGUSR1), 75, "stuck (attacks/test_processes.py"),
+    "SIGUSR1 while the main thread is stuck in C": (while_stuck(signal.SIGUSR1), 75, "stuck (attacks/test_proc"),
     "SIGHUP while the main thread is stuck in C": (while_stuck(signal.SIGHUP), 75, "SIGHUP"),
     "Ctrl-C twice while stuck, with patience": (while_stuck(signal.SIGINT, signal.SIGINT, patience=600), 130, ""),
     "SIGTERM, then Ctrl-C twice": (while_stuck(signal.SIGTERM, signal.SIGINT, signal.SIGINT, patience=600), 130, ""),
