@@ -59,7 +59,7 @@ class Data2Vec(nn.Module):
         loss_beta: width of the smooth L1 loss; 0 = squared error.
         channel_reduction: sum over channels divided by sqrt(D), mean, or sum (s in the equations above).
         class_token_weight: w. The originals sum the term over rows instead: their 0.01 with 16 images and 16 masks per
-            device is w = 2.56 (spec section 7, row 5).
+            device is w = 2.56 (ALGORITHM.md 7, row 5).
         tau_start: EMA decay at step 0.
         tau_end: EMA decay from `tau_anneal_steps` on.
         tau_anneal_steps: optimizer steps of linear annealing.
@@ -217,7 +217,7 @@ def std_over_rows(x: Tensor, *, everywhere: bool = False) -> Tensor:
 
     With `everywhere` the rows are those of all processes, each of which has to ask.
 
-    Source: `compute_var` of the originals (spec 1.4), called a variance there.
+    Source: `compute_var` of the originals (ALGORITHM.md 1.4), called a variance there.
     """
     if not everywhere:
         return (x.float().var(dim=0) + 1e-6).sqrt().mean()

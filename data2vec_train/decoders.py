@@ -110,7 +110,7 @@ class ConvDecoder(Decoder):
         noise_std: of the vectors at hidden positions; there is no learned mask token.
         init_std: width of the initial normal weights of the linear layers; None = torch's default.
         reference_padding: leave padding as it is, so that convolutions carry it into real positions, as the originals
-            do (spec section 7, row 15). False zeroes it before every layer.
+            do (ALGORITHM.md 7, row 15). False zeroes it before every layer.
     """
 
     restores_dropped = True

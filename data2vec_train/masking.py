@@ -33,8 +33,8 @@ class BlockMasker(Masker):
     between `min_aspect` and its inverse, uniform in the logarithm. Ten tries each; when none adds anything the mask
     stays below the wanted number, so counts differ.
 
-    Source: BEiT's mask generator as used by data2vec 1.0 (spec 2.3), where 120 of 196 patches are wanted and blocks
-    have at least 16.
+    Source: BEiT's mask generator as used by data2vec 1.0 (ALGORITHM.md 2.3), where 120 of 196 patches are wanted and
+    blocks have at least 16.
     """
 
     constant_count = False
@@ -85,8 +85,8 @@ class InverseBlockMasker(Masker):
     Squares are drawn with replacement around uniform centres and cut at the border; then single patches are taken
     away or added at random until exactly int(T * (1 - hidden_fraction)) are visible.
 
-    Source: `compute_block_mask_2d` of data2vec 2.0 with the inverse mask (spec 3.6); `block_patches` is the side of a
-    square (3) and `adjust_fraction` raises the number of squares to make up for overlaps.
+    Source: `compute_block_mask_2d` of data2vec 2.0 with the inverse mask (ALGORITHM.md 3.6); `block_patches` is the
+    side of a square (3) and `adjust_fraction` raises the number of squares to make up for overlaps.
     """
 
     constant_count = True
@@ -129,11 +129,11 @@ class SpanMasker(Masker):
 
     Of n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1), each
     hides `span_tokens` positions. With starts "inside" (speech) they come from 0 ... T - span - 1, so that the last
-    position is never hidden (spec section 7, row 13); with "anywhere" (text) from all positions, and the last spans are
+    position is never hidden (ALGORITHM.md 7, row 13); with "anywhere" (text) from all positions, and the last spans are
     cut off.
 
-    Source: fairseq's span masks as used by data2vec 1.0 (spec 2.1, 2.2): 0.65 and 10 for speech, of which about 49 %
-    end up hidden; 0.35 and 4 for text, about 31 %.
+    Source: fairseq's span masks as used by data2vec 1.0 (ALGORITHM.md 2.1, 2.2): 0.65 and 10 for speech, of which about
+    49 % end up hidden; 0.35 and 4 for text, about 31 %.
 
     Args:
         nominal_fraction: share of the positions that the spans would hide if none overlapped.
@@ -142,8 +142,8 @@ class SpanMasker(Masker):
         starts: see above.
         equalise_by: what the rows of a batch have in common after `equalise`. "count" = as many hidden positions as the
             row with the fewest, as in the original: beside a short row a long one loses most of its mask. "fraction" =
-            the smallest share of hidden positions, the same thing for rows of equal length and safe with padding (spec
-            section 7, row 12). "none".
+            the smallest share of hidden positions, the same thing for rows of equal length and safe with padding
+            (ALGORITHM.md 7, row 12). "none".
 
     Raises:
         ValueError: a value that cannot work.
@@ -212,7 +212,7 @@ class Block1dMasker(Masker):
     span around it, pushed in at the edges; random single positions are then hidden or shown again until the number is
     exact.
 
-    Source: `compute_block_mask_1d` of data2vec 2.0 (spec 3.6).
+    Source: `compute_block_mask_1d` of data2vec 2.0 (ALGORITHM.md 3.6).
     """
 
     constant_count = True
@@ -239,7 +239,8 @@ class TokenCorruption:
     """What the student reads at hidden positions: mostly the mask token (data2vec 1.0 text).
 
     Of the hidden positions a share gets a random token and a share keeps its own; on these the original has no loss
-    (spec 2.2), so they are no longer counted as hidden. BERT's 80/10/10 is 0.1 and 0.1; data2vec itself uses 0 and 0.
+    (ALGORITHM.md 2.2), so they are no longer counted as hidden. BERT's 80/10/10 is 0.1 and 0.1; data2vec itself uses 0
+    and 0.
 
     Args:
         mask_id: the mask token.

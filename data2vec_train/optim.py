@@ -1,7 +1,8 @@
 """Optimizer groups and learning-rate schedules.
 
 A schedule is a pure function of the number n of finished optimizer steps: it gives the learning rate of step n + 1, so
-that there is no scheduler state to save or to restore. Formulas and sampled values: spec 2 and 3.7, statistics.json.
+that there is no scheduler state to save or to restore. Formulas and sampled values: ALGORITHM.md 2 and 3.7,
+statistics.json.
 """
 
 import math
@@ -88,7 +89,7 @@ def parameter_groups(
     Args:
         modules: whose parameters; frozen ones are left out.
         weight_decay: of the first group.
-        decay_all: decay everything, as the originals of 2.0 do through a bug (spec section 7, row 3).
+        decay_all: decay everything, as the originals of 2.0 do through a bug (ALGORITHM.md 7, row 3).
         no_decay: names of parameters, or ends of names at a dot, that are exempt, besides biases and 1-d tensors.
 
     Returns:
@@ -125,7 +126,7 @@ def adamw(
     """AdamW over `parameter_groups`.
 
     torch's AdamW adds eps after the bias correction, fairseq's Adam before it; with the published eps of 1e-8 to 1e-6
-    the difference is negligible after the first steps (spec 3.8).
+    the difference is negligible after the first steps (ALGORITHM.md 3.8).
     """
     groups = parameter_groups(modules, weight_decay=weight_decay, decay_all=decay_all, no_decay=no_decay)
     return _with_own_settings(AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused))
@@ -158,7 +159,7 @@ def layered_adamw(
         fused: see `adamw`.
         layer_decay: rate of a layer as a share of that of the layer above; 1 = all alike.
 
-    Source: BEiT (spec 4.3).
+    Source: BEiT (ALGORITHM.md 4.3).
     """
     rows: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

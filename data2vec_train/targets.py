@@ -3,8 +3,8 @@
     y = N_mean( 1/K sum_k N_layer(a_k) ),  a_k (B, T, D) the tapped tensor of layer k
 
 N_layer and N_mean are sequences of norms without parameters: "instance" (each channel of a sample over time), "layer"
-(each position over channels) and "batch" (each channel over samples and time). Which model uses which: spec 1.2, and
-the presets. All in float32 with eps 1e-5.
+(each position over channels) and "batch" (each channel over samples and time). Which model uses which: ALGORITHM.md
+1.2, and the presets. All in float32 with eps 1e-5.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
     teacher <- tau(n) * teacher + (1 - tau(n)) * student      once, after optimizer step n = 1, 2, ...
 
-Which parts are averaged depends on modality and version (spec 1.1): the rest is either copied, or shared, which means
-that the teacher starts from the student's own token embeddings.
+Which parts are averaged depends on modality and version (ALGORITHM.md 1.1): the rest is either copied, or shared, which
+means that the teacher starts from the student's own token embeddings.
 """
 
 import copy
@@ -89,7 +89,7 @@ class EMATeacher(nn.Module):
         elif tau < 1.0:
             weight = torch.where(unusable, 0.0, 1.0 - tau)
             torch._foreach_lerp_(averaged, towards, [weight] * len(averaged))
-        # Averaging an integer buffer shifts indices by one now and then: buffers are copied (spec section 7, row 8).
+        # Averaging an integer buffer shifts indices by one now and then: buffers are copied (ALGORITHM.md 7, row 8).
         buffers = dict(student.named_buffers())
         for name, buffer in self.encoder.named_buffers():
             buffer.copy_(buffers[name])

@@ -146,7 +146,7 @@ def test_kept_patches_lie_where_the_original_puts_them(squares):
 # ----------------------------------------------------------------------------------------------------------- random
 
 
-@pytest.mark.parametrize(("hidden_fraction", "kept"), [(0.48, 266), (0.5, 256)])  # of 512, spec 3.6
+@pytest.mark.parametrize(("hidden_fraction", "kept"), [(0.48, 266), (0.5, 256)])  # of 512, ALGORITHM.md 3.6
 def test_random_masks_keep_the_published_number(hidden_fraction, kept):
     masker = RandomMasker(hidden_fraction=hidden_fraction)
     rng = np.random.default_rng(0)
@@ -273,7 +273,7 @@ def test_speech_spans_are_the_originals(case):
     assert_same_spans(hidden, recorded, DRAWS // rows)
     if rows == 1:
         assert min(run_lengths(hidden)) == recorded["run_len_min"] == 10
-    assert not hidden[:, -1].any()  # spec section 7, row 13
+    assert not hidden[:, -1].any()  # ALGORITHM.md 7, row 13
 
 
 def run_lengths(hidden: np.ndarray) -> np.ndarray:

@@ -95,7 +95,8 @@ def test_recipe_headers_say_how_to_run_them_and_whether_they_were_run():
         assert ("Not run" in text) != ("Measured: see README" in " ".join(text.replace("#", " ").split())), recipe
 
 
-# (recipe, student parameters of the original in millions, without the decoder): spec 3.5 and the BEiT base and large.
+# (recipe, student parameters of the original in millions, without the decoder): ALGORITHM.md 3.5 and the BEiT base and
+# large.
 PARAMETERS = [
     ("vision/base_imagenet_v2", 88.4 - 2.6),
     ("vision/large_imagenet_v2", 309.3 - 6.0),
@@ -113,7 +114,7 @@ def test_parameter_counts_are_the_originals(recipe, millions, composed):
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-# The tables of spec 2.3 and 3.7, as (setting, base v1, large v1, base v2, large v2, huge14 v2).
+# The tables of ALGORITHM.md 2.3 and 3.7, as (setting, base v1, large v1, base v2, large v2, huge14 v2).
 PUBLISHED = {
     "size.dim": (768, 1024, 768, 1024, 1280),
     "size.num_heads": (12, 16, 12, 16, 16),
@@ -168,7 +169,7 @@ def test_a_recipe_holds_every_published_number(which, composed):
         assert masker(num_tokens, (side, side), np.random.default_rng(0)).sum() == HIDDEN[which]
 
 
-# The tables of spec 1.2, 2.1, 2.2, 3.5 and 3.7 for speech and text.
+# The tables of ALGORITHM.md 1.2, 2.1, 2.2, 3.5 and 3.7 for speech and text.
 SEQUENCES = ("base_librispeech_v1", "base_audioset_v1", "base_librispeech_v2", "large_librilight_v2")
 SEQUENCES = tuple(f"audio/{name}" for name in SEQUENCES)
 SEQUENCES += tuple(f"text/{name}" for name in ("base_books_wiki_v1", "base_books_wiki_v2", "large_books_wiki_v2"))
@@ -227,7 +228,7 @@ SEQUENCE_DECODERS = {
 }
 # Hidden positions of 499 frames or 512 tokens.
 SEQUENCE_HIDDEN = {2: 249, 3: 274, 5: 246, 6: 256}
-# Millions of parameters without and with the decoder (spec 3.5); the vocabulary there has 50,265 entries.
+# Millions of parameters without and with the decoder (ALGORITHM.md 3.5); the vocabulary there has 50,265 entries.
 SEQUENCE_MILLIONS = {2: (93.16, 93.78), 3: (313.3, 315.2), 5: (124.05, 153.0)}
 
 
@@ -311,7 +312,8 @@ def test_the_report_can_rebuild_the_untrained_encoder_from_the_seed(objective, m
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
-# The tables of spec 4.3, as (setting, base v1, large v1, base v2, large v2); 1,251 steps of 1,024 images are an epoch.
+# The tables of ALGORITHM.md 4.3, as (setting, base v1, large v1, base v2, large v2); 1,251 steps of 1,024 images are an
+# epoch.
 FINETUNED_IMAGES = {
     "optimizer.lr": (4e-3, 5e-3, 1e-3, 5e-4),
     "optimizer.betas": ([0.9, 0.999], [0.9, 0.999], [0.9, 0.95], [0.9, 0.95]),
@@ -349,7 +351,7 @@ def test_a_recipe_for_image_classes_holds_every_published_number(which, composed
     assert per_step == (1024, 1024, 512, 512)[which]
 
 
-# The table of spec 4.1: learning rate, steps, shares of frames and of channels, layer drop, frozen steps.
+# The table of ALGORITHM.md 4.1: learning rate, steps, shares of frames and of channels, layer drop, frozen steps.
 FINETUNED_SPEECH = {
     "10m": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
     "1h": (5e-5, 13_000, 0.65, 0.25, 0.1, 10_000),
@@ -402,7 +404,7 @@ def test_a_recipe_for_transcripts_of_2_holds_every_published_number(split, compo
     assert cfg.trainer.gradient_clip_val is None
 
 
-# The table of spec 4.2: batch, warm-up, steps, and the rate of 1.0.
+# The table of ALGORITHM.md 4.2: batch, warm-up, steps, and the rate of 1.0.
 FINETUNED_TEXT = {
     "cola": (16, 320, 5336, 1e-5),
     "mnli": (32, 7432, 123_873, 1e-5),

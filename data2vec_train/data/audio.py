@@ -221,7 +221,7 @@ class AudioTransform:
     """From a decoded waveform to the tensor a model takes.
 
     Cropping to the length of a batch happens afterwards, so that an utterance is normalised as a whole, as in the
-    originals (spec 2.1).
+    originals (ALGORITHM.md 2.1).
 
     Args:
         normalise: every channel to mean 0 and variance 1 over the utterance (eps 1e-5).

@@ -28,7 +28,7 @@ class Collator:
         pad_value: what shorter samples are filled up with at their end.
         corruption: changes token ids where they are hidden; None where the encoder does the hiding.
         legacy_teacher_input: show the teacher the hidden tokens only, all others being padding, as the released code
-            of 1.0 text does by mistake (spec section 7, row 1).
+            of 1.0 text does by mistake (ALGORITHM.md 7, row 1).
 
     Raises:
         ConfigError: `legacy_teacher_input` with several views.

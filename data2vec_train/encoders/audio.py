@@ -87,7 +87,7 @@ class ConvLayer(nn.Module):
         # Exported programs take any length, which `unfold` does not say in general.
         as_matmul = self.as_matmul and not torch.compiler.is_exporting()
         x = self._multiply(x) if as_matmul else self.conv(x.mT).mT
-        # In half precision the squares overflow (spec section 7, row 16).
+        # In half precision the squares overflow (ALGORITHM.md 7, row 16).
         x = F.layer_norm(
             x.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps
         ).to(x.dtype)
@@ -303,7 +303,7 @@ class AudioEncoder(ModalityEncoder):
             activation_checkpointing=activation_checkpointing,
             backend=attention,
         )
-        # Projection and positional convolutions keep torch's defaults (spec 2.1, 3.4).
+        # Projection and positional convolutions keep torch's defaults (ALGORITHM.md 2.1, 3.4).
         init_bert(self.transformer)
         for layer in self.embedder.features:
             nn.init.kaiming_normal_(layer.conv.weight)

@@ -15,7 +15,7 @@ class TextEmbedding(nn.Module):
     """Token plus position (plus token type), layer norm, dropout; zero at padding.
 
     Position numbers start behind the padding id: the first real token has `pad_id` + 1, and padding has `pad_id`
-    (spec 2.2), hence `max_tokens` + `pad_id` + 1 rows.
+    (ALGORITHM.md 2.2), hence `max_tokens` + `pad_id` + 1 rows.
     """
 
     def __init__(

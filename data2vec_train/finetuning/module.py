@@ -28,8 +28,8 @@ class FinetuneModule(TrainingModule):
         optimizer: makes the optimizer, such as `optim.layered_adamw`.
         encoder_frozen_steps: optimizer steps before the encoder learns too; None = it never does.
         front_end_frozen: whether what turns inputs into tokens never learns (speech: the convolutions).
-        decay_embeddings: whether layer-wise decay slows embeddings too; the originals of 2.0 leave them out (spec
-            section 7, row 22).
+        decay_embeddings: whether layer-wise decay slows embeddings too; the originals of 2.0 leave them out
+            (ALGORITHM.md 7, row 22).
         schedule, seed, log_every_n_steps: see `TrainingModule`.
     """
 

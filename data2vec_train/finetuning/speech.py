@@ -45,7 +45,7 @@ FIRST_SYMBOLS = LIBRISPEECH_SYMBOLS[:5]  # blank, start, end, unknown, word boun
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugment:
-    """What is hidden from the encoder in training: spans of frames, and of channels in all frames (spec 4.1).
+    """What is hidden from the encoder in training: spans of frames, and of channels in all frames (ALGORITHM.md 4.1).
 
     Attributes:
         time_fraction: share of the frames that spans would hide if none overlapped; 0 = none.
@@ -145,11 +145,11 @@ class SpeechTask(HeadTask):
 class CTC(SpeechTask):
     """Speech to text by connectionist temporal classification: a symbol or nothing for every frame.
 
-    Source: spec 4.1: the loss is a sum over symbols, divided by the number of recordings. A transcript can be spelt in
-    as many frames as it has symbols, and one more, for nothing, between two that are the same. Records whose transcript
-    cannot be spelt are left out of training, counted as broken and listed with the reason. As test records they are
-    listed too, and scored by what the model says, but have no part in the loss; those without a transcript are not
-    scored.
+    Source: ALGORITHM.md 4.1: the loss is a sum over symbols, divided by the number of recordings. A transcript can be
+    spelt in as many frames as it has symbols, and one more, for nothing, between two that are the same. Records whose
+    transcript cannot be spelt are left out of training, counted as broken and listed with the reason. As test records
+    they are listed too, and scored by what the model says, but have no part in the loss; those without a transcript are
+    not scored.
 
     Args:
         text_column: of the transcripts.

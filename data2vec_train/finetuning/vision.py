@@ -24,7 +24,7 @@ NO_CLASS = 255  # of a pixel
 
 
 class ImageClassification(HeadTask):
-    """A class for an image, trained on mixtures of images where asked (spec 4.3).
+    """A class for an image, trained on mixtures of images where asked (ALGORITHM.md 4.3).
 
     Args:
         inputs: see `Inputs`; augmentation of single images is its transform's.
@@ -153,7 +153,7 @@ def map_of(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SemanticSegmentation(HeadTask):
-    """A class for every pixel (spec 4.3: UPerNet as configured for BEiT).
+    """A class for every pixel (ALGORITHM.md 4.3: UPerNet as configured for BEiT).
 
     Training: a random crop of a random size, flipped half of the time. Scoring: the whole image at the model's size,
     the answer resized to the size of its map.

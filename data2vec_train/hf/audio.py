@@ -54,7 +54,7 @@ def encoder_arguments(config: Data2VecAudioConfig) -> dict[str, Any]:
         "alibi": "none",
         "mask_token": has_mask_token,
         # transformers lets the positional convolutions carry padding into real frames, so that a recording's features
-        # depend on what it shares a batch with (contract, bug 1). We do not.
+        # depend on what it shares a batch with (TRANSFORMERS.md, fault 1). We do not.
         "reference_padding": config.hf_compat,
         "embed_gradient": 1.0,
         "conv_as_matmul": False,
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
         self.proj_layer_norm = None if same else nn.LayerNorm(width)
         self.layers = nn.ModuleList(AdapterLayer(config) for _ in range(config.num_adapter_layers))
         # transformers skips layers at random in training, and each skipped one doubles the length of the output
-        # (contract, bug 6). We never do.
+        # (TRANSFORMERS.md, fault 6). We never do.
         self.layer_drop = config.layerdrop if config.hf_compat else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class AudioPretrainedModel(PretrainedModel):
         self.get_encoder().embedder.features.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Fresh weights as transformers draws them (contract section 3)."""
+        """Fresh weights as transformers draws them (TRANSFORMERS.md 3)."""
         super().init_weights()
         encoder = self.get_encoder()
         for module in self.modules():
@@ -202,7 +202,7 @@ class AudioPretrainedModel(PretrainedModel):
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int, add_adapter: bool | None = None) -> Any:
         """Samples -> frames after the front end, and after the adapter if there is one.
 
-        transformers counts the adapter's frames as if its kernel was 3 (contract 1.1).
+        transformers counts the adapter's frames as if its kernel was 3 (TRANSFORMERS.md 1.1).
         """
         lengths = self.get_encoder().token_count(input_lengths)
         if self.config.add_adapter if add_adapter is None else add_adapter:
@@ -249,7 +249,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
             input_values: (B, S) float.
             attention_mask: (B, S), 1 = real; padding at the end.
             mask_time_indices: (B, T) bool, frames to hide, in training and evaluation. transformers ignores it when
-                `config.apply_spec_augment` is off (contract, bug 10), we do so with `hf_compat` only.
+                `config.apply_spec_augment` is off (TRANSFORMERS.md, fault 10), we do so with `hf_compat` only.
             output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
             output_hidden_states: also return the first block's input and every block's output; numbers choose some.
             return_dict: False = a tuple of what is not None.
@@ -294,7 +294,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
                 raise ConfigError(
                     "frames are to be hidden, and the model has no mask token: set mask_time_prob above 0"
                 )
-            # 2.0 has no mask token; what is hidden from it is zero, or noise around it (spec 4.1).
+            # 2.0 has no mask token; what is hidden from it is zero, or noise around it (ALGORITHM.md 4.1).
             token = tokens.new_zeros(()) if self.encoder.mask_token is None else self.encoder.mask_token
             tokens = torch.where(hidden.bool()[..., None], token.to(tokens.dtype), tokens)
         if channels is None and random and config.mask_feature_prob > 0:
@@ -403,7 +403,7 @@ class Data2VecAudioForSequenceClassification(LayeredAudioModel):
     ) -> ModelOutput | tuple:
         """`logits` (B, C), and with labels the `loss` that `config.problem_type` asks for.
 
-        transformers knows cross entropy only (contract, bug 7), as do we with `hf_compat`. `more` goes to
+        transformers knows cross entropy only (TRANSFORMERS.md, fault 7), as do we with `hf_compat`. `more` goes to
         `Data2VecAudioModel.forward`.
         """
         return_dict = more.pop("return_dict", None)
@@ -432,8 +432,8 @@ class Data2VecAudioForAudioFrameClassification(LayeredAudioModel):
         """`logits` (B, T, C), and with labels the cross-entropy `loss`.
 
         Labels are (B, T) class numbers, -100 = none, or (B, T, C) with the class at its maximum. Padded frames do not
-        count; in transformers they do, and class numbers fail (contract 1.1): `hf_compat` counts them too. `more` goes
-        to `Data2VecAudioModel.forward`.
+        count; in transformers they do, and class numbers fail (TRANSFORMERS.md 1.1): `hf_compat` counts them too.
+        `more` goes to `Data2VecAudioModel.forward`.
         """
         return_dict = more.pop("return_dict", None)
         features, mask, rest = self._features(input_values, attention_mask, more)
@@ -468,7 +468,7 @@ class Data2VecAudioForXVector(LayeredAudioModel):
         """`embeddings` and `logits`, both (B, E), and with labels (B,) the additive-margin `loss`.
 
         With padding, transformers forgets the dilation of the time-delay layers and so counts some padded frames
-        (contract 1.1); `hf_compat` does the same. `more` goes to `Data2VecAudioModel.forward`.
+        (TRANSFORMERS.md 1.1); `hf_compat` does the same. `more` goes to `Data2VecAudioModel.forward`.
         """
         return_dict = more.pop("return_dict", None)
         features, mask, rest = self._features(input_values, attention_mask, more)

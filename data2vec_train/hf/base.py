@@ -127,7 +127,7 @@ class PretrainedModel(nn.Module):
         """Make tensors that the config ties one and the same; nothing to do for most models."""
 
     def init_weights(self) -> None:
-        """Fresh weights as transformers draws them (contract section 3)."""
+        """Fresh weights as transformers draws them (TRANSFORMERS.md 3)."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -342,7 +342,7 @@ class PretrainedModel(nn.Module):
             keep_attentions=config.output_attentions if output_attentions is None else output_attentions,
             keep_hidden_states=wanted is not False,
             # transformers leaves no trace of a block that layer drop skipped, and then averages fewer layers than it
-            # has weights for: an error (contract, bug 5).
+            # has weights for: an error (TRANSFORMERS.md, fault 5).
             omit_dropped=config.hf_compat,
             **more,
         )

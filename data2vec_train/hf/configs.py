@@ -1,6 +1,6 @@
 """Configurations of Hugging Face's Data2Vec models: the same names, defaults and files.
 
-Fields are those of transformers 5.23 (contract section 2). What a config.json holds beyond them is kept and written
+Fields are those of transformers 5.23 (TRANSFORMERS.md 2). What a config.json holds beyond them is kept and written
 back. Three fields are ours:
 
     encoder          arguments of our encoder, for models that the other fields cannot describe (data2vec 2.0)

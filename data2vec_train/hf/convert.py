@@ -313,8 +313,8 @@ def describe(
 
 
 def _needs_a_square(arguments: dict[str, Any]) -> bool:
-    """Whether transformers would take its positions for those of a square, or its biases the wrong way round (contract,
-    bug 4).
+    """Whether transformers would take its positions for those of a square, or its biases the wrong way round
+    (TRANSFORMERS.md, fault 4).
     """
     size = arguments.get("image_px", 0)
     height, width = (size, size) if isinstance(size, int) else size

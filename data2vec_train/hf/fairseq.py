@@ -1,7 +1,7 @@
 """Checkpoints of the original programs: fairseq's 1.0 and 2.0 for all modalities, and the BEiT-based 1.0 images.
 
 What a file is follows from the names of its tensors, most sizes from their shapes; the rest is in its config, if it
-holds one. Sources: spec section 5 and `checkpoint_names.json`.
+holds one. Sources: ALGORITHM.md 5 and `checkpoint_names.json`.
 """
 
 import ast

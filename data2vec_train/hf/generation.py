@@ -26,7 +26,7 @@ def generate(
     """Prompts (B, T) int64 continued, (B, T'); a row that has ended goes on with padding.
 
     Positions count real tokens, as in a plain forward pass. transformers counts them from 0 here and from
-    `pad_token_id` + 1 there, so that its `generate` disagrees with its own forward pass (contract, bug 2);
+    `pad_token_id` + 1 there, so that its `generate` disagrees with its own forward pass (TRANSFORMERS.md, fault 2);
     `config.hf_compat` does the same.
 
     Args:

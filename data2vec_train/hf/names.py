@@ -4,7 +4,7 @@ Each function returns {their name: our name}. For the original programs, ours ar
 `student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead. For Hugging Face's
 models they are relative to the encoder. Where they keep query, key and value apart, ours is `name#q`, `name#k`,
 `name#v`: rows of one tensor, see `to_ours` and `to_theirs`.
-Sources: spec section 5, `checkpoint_names.json`; for Hugging Face the contract, section 3, and its `hf_state`.
+Sources: ALGORITHM.md 5, `checkpoint_names.json`; for Hugging Face TRANSFORMERS.md 3, and its `hf_state`.
 """
 
 import re

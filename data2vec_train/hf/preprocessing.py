@@ -5,7 +5,7 @@
 
 Both are read from processor_config.json too, where transformers 5 puts the settings of all parts of a processor.
 
-Letters: B samples, S audio samples, C channels, (H, W) pixels. Source: contract section 4.
+Letters: B samples, S audio samples, C channels, (H, W) pixels. Source: TRANSFORMERS.md 4.
 """
 
 import logging
@@ -213,7 +213,8 @@ class ImageProcessor:
         image_mean: of each channel, after rescaling; None = do not normalise.
         image_std: likewise.
         do_reduce_labels: in segmentation maps, 0 becomes 255 (no class), the others decrease by 1.
-        hf_compat: resize segmentation maps bicubically, which invents classes (contract, bug 8), instead of taking the
+        hf_compat: resize segmentation maps bicubically, which invents classes (TRANSFORMERS.md, fault 8), instead of
+        taking the
             nearest pixel.
         fit: "stretch" resizes both sides to `size`; "cover", which transformers does not have, says that a model was
             trained on `data.vision.ImageTransform`, which keeps the aspect and cuts the middle out. It is a note for

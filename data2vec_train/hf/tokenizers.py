@@ -4,7 +4,7 @@
     CTCTokenizer    Wav2Vec2CTCTokenizer          vocab.json, tokenizer_config.json
                     Wav2Vec2PhonemeCTCTokenizer   (symbols between spaces)
 
-Letters: B texts, T tokens or frames, U symbols. Source: contract section 4.
+Letters: B texts, T tokens or frames, U symbols. Source: TRANSFORMERS.md 4.
 """
 
 import json

@@ -82,7 +82,7 @@ class VisionPretrainedModel(PretrainedModel):
         return self.get_encoder().embedder
 
     def init_weights(self) -> None:
-        """Fresh weights as transformers draws them (contract section 3)."""
+        """Fresh weights as transformers draws them (TRANSFORMERS.md 3)."""
         super().init_weights()
         encoder = self.get_encoder()
         for token in (encoder.class_token, encoder.mask_token):
@@ -96,7 +96,8 @@ class Data2VecVisionModel(VisionPretrainedModel):
     def __init__(self, config: Data2VecVisionConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.encoder = build_encoder(VisionEncoder, encoder_arguments(config))
-        # transformers resizes tables of biases for grids that are not square the wrong way round (contract, bug 4).
+        # transformers resizes tables of biases for grids that are not square the wrong way round (TRANSFORMERS.md,
+        # fault 4).
         for bias in self.encoder.relative_biases:
             bias.transposed = config.hf_compat
         self.pooler = None
@@ -126,7 +127,7 @@ class Data2VecVisionModel(VisionPretrainedModel):
             pixel_values: normalised.
             bool_masked_pos: (B, T) bool, patches that the mask token replaces.
             output_attentions: also return weights (B, H, S, S) of every block; transformers has None here under sdpa
-                (contract, bug 9).
+                (TRANSFORMERS.md, fault 9).
             output_hidden_states: also return the first block's input and every block's output, before the final norm.
             interpolate_pos_encoding: has no effect: positions and biases always follow the size of the images.
             return_dict: False = a tuple of what is not None.
@@ -236,7 +237,8 @@ class Data2VecVisionForSemanticSegmentation(VisionPretrainedModel):
 
         `config.out_indices` are blocks, counted from 0, whose outputs are read. transformers is off by two: it takes
         3, 5, 7, 11 for the outputs of blocks 1, 3, 5, 9, the last two blocks never learn, and an index of 0 is lost
-        (contract, bug 3); `hf_compat` does the same. The other arguments are those of `Data2VecVisionModel.forward`.
+        (TRANSFORMERS.md, fault 3); `hf_compat` does the same. The other arguments are those of
+        `Data2VecVisionModel.forward`.
 
         Raises:
             ValueError: labels with a single class.

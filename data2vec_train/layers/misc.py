@@ -50,7 +50,7 @@ class DropPath(nn.Module):
 def init_bert(module: nn.Module, *, std: float = 0.02) -> None:
     """N(0, std) for every linear and embedding weight, zero biases; convolutions keep torch's default.
 
-    Source: fairseq's BERT initialisation, as used by data2vec 2.0 (spec 3.4).
+    Source: fairseq's BERT initialisation, as used by data2vec 2.0 (ALGORITHM.md 3.4).
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
@@ -63,7 +63,7 @@ def init_bert(module: nn.Module, *, std: float = 0.02) -> None:
 def init_beit(module: nn.Module, *, std: float = 0.02) -> None:
     """Normal of width `std` cut at one sigma for linear and convolution weights, zero biases.
 
-    Source: the BEiT code that data2vec 1.0 vision builds on (spec 2.3).
+    Source: the BEiT code that data2vec 1.0 vision builds on (ALGORITHM.md 2.3).
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
@@ -74,7 +74,7 @@ def init_beit(module: nn.Module, *, std: float = 0.02) -> None:
 
 @torch.no_grad()
 def scale_down_by_depth(blocks: nn.ModuleList) -> None:
-    """Divide what each block adds to the stream by sqrt(2 * layer), layers counted from 1 (BEiT, spec 2.3)."""
+    """Divide what each block adds to the stream by sqrt(2 * layer), layers counted from 1 (BEiT, ALGORITHM.md 2.3)."""
     for layer, block in enumerate(blocks, start=1):
         block.attention.out.weight.div_(math.sqrt(2.0 * layer))
         block.ffn.fc2.weight.div_(math.sqrt(2.0 * layer))

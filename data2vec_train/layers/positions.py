@@ -19,7 +19,7 @@ def sincos_grid(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed two-dimensional positions, (T, D): the first half of D encodes the column, the second the row.
 
     Each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-k / (D/4)).
-    Source: data2vec 2.0 images (spec 3.4); the same as in MAE.
+    Source: data2vec 2.0 images (ALGORITHM.md 3.4); the same as in MAE.
 
     Raises:
         ValueError: `dim` is not a multiple of 4.
@@ -37,7 +37,7 @@ def relative_position_index(grid: tuple[int, int], num_prefix_tokens: int) -> Te
     """Row of the bias table for every (query, key) pair, (S, S) int64.
 
     Patches look up their offset (query minus key), of which there are (2 Hp - 1)(2 Wp - 1); three more rows serve
-    prefix -> patch, patch -> prefix and prefix -> prefix. Source: BEiT (spec 2.3).
+    prefix -> patch, patch -> prefix and prefix -> prefix. Source: BEiT (ALGORITHM.md 2.3).
     """
     rows, columns = grid
     row = torch.arange(rows).repeat_interleave(columns)
@@ -120,7 +120,7 @@ class ConvPositions(nn.Module):
     """Relative positions from a stack of grouped convolutions over time; the result is to be added to the tokens.
 
     Each layer is a convolution, a layer norm over channels without parameters and a GELU.
-    Source: data2vec 1.0 and 2.0 speech (spec 2.1), five layers with kernel 19.
+    Source: data2vec 1.0 and 2.0 speech (ALGORITHM.md 2.1), five layers with kernel 19.
 
     Args:
         dim: D.
@@ -128,7 +128,7 @@ class ConvPositions(nn.Module):
         depth: number of layers; 0 adds nothing.
         groups: of the convolutions.
         reference_padding: the originals zero padded frames before the first layer only, and what later layers then put
-            there leaks into real frames (spec section 7, row 14). False zeroes them before every layer, so that a
+            there leaks into real frames (ALGORITHM.md 7, row 14). False zeroes them before every layer, so that a
             padded sample gets the same result as a lone one.
         activation: instead of the GELU.
     """
@@ -160,7 +160,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     """(H,) float32: 2^(-8 i / H) for i = 1 ... H when H is a power of two.
 
     Otherwise the slopes for the largest power of two below, then every second one of those for twice that number.
-    Source: ALiBi (arXiv:2108.12409), as in data2vec 2.0 (spec 3.3).
+    Source: ALiBi (arXiv:2108.12409), as in data2vec 2.0 (ALGORITHM.md 3.3).
     """
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = 2.0 ** (-8 / lower * torch.arange(1, lower + 1, dtype=torch.float64))
@@ -196,7 +196,7 @@ class LinearBias(Bias):
 class ALiBi(nn.Module):
     """Symmetric linear bias -scale * slope * |i - j| on the attention logits, with a learned scale per head.
 
-    Scales start at 1 and act as 0 when they turn negative. Source: data2vec 2.0 speech (spec 3.3).
+    Scales start at 1 and act as 0 when they turn negative. Source: data2vec 2.0 speech (ALGORITHM.md 3.3).
 
     Args:
         num_heads: H.

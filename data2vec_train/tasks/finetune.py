@@ -138,7 +138,7 @@ def finetune(cfg: DictConfig) -> float | None:
 
 
 def _pooling(task: HeadTask) -> dict[str, Any]:
-    """Image classes read the normalised mean of the patches (spec 4.3); the class token was never trained for them."""
+    """Image classes read the normalised mean of the patches (ALGORITHM.md 4.3): the class token never saw a class."""
     return {"use_mean_pooling": True} if task.model_class.endswith("ImageClassification") else {}
 
 

@@ -107,8 +107,8 @@ def _adopt_tokenizer(cfg: DictConfig, arguments: dict, given: Collection[str]) -
 def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: bool = False) -> list[str]:
     """Put weights into student, teacher and decoder; returns what the file lacked, in sentences.
 
-    With `fresh_teacher` the teacher starts as a copy of the student, as in the second phase of 1.0's large images (spec
-    2.3), whatever the file has.
+    With `fresh_teacher` the teacher starts as a copy of the student, as in the second phase of 1.0's large images
+    (ALGORITHM.md 2.3), whatever the file has.
 
     Raises:
         ConfigError: the encoder in the file is another one.

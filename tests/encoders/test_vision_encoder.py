@@ -360,7 +360,7 @@ def test_what_cannot_be_built_is_refused(family, change, message):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_base_has_86_million_parameters(name):
-    """Counted by hand from spec 2.3 and 3.4."""
+    """Counted by hand from ALGORITHM.md 2.3 and 3.4."""
     dim, ffn, depth, tokens = 768, 3072, 12, 196
     block = 3 * dim * dim + dim * dim + dim + 2 * dim * ffn + ffn + dim + 2 * 2 * dim
     block += 2 * dim + 2 * dim if name == "1.0" else 3 * dim  # q and v biases, two layer scales; or q, k and v biases

@@ -191,7 +191,7 @@ def _names(config: dict, *, version: int, modality: str, depth: int) -> dict[str
     return fairseq_image(**decoder, **prenet)
 
 
-# What the teacher's names lack in front (spec 5.1), and what of it follows the student how (spec 1.1).
+# What the teacher's names lack in front (ALGORITHM.md 5.1), and what of it follows the student how (ALGORITHM.md 1.1).
 TEACHER = {
     ("vision", 1): {"prefix": "", "share_embeddings": False, "copied": []},
     ("vision", 2): {"prefix": "", "share_embeddings": False, "copied": []},
@@ -227,7 +227,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
     else:
         encoder = _text_encoder(config, **common)
         inputs = inputs.long()
-    # The originals sum the class-token term over rows; ours is a mean over rows (spec section 7, row 5).
+    # The originals sum the class-token term over rows; ours is a mean over rows (ALGORITHM.md 7, row 5).
     weight = _number_after("cls", config["loss"], 0.0) * inputs.shape[0] * views
     reduction = (
         "mean" if "mean over" in config["loss"] else "sum_over_sqrt_dim" if "sqrt(D)" in config["loss"] else "sum"

@@ -1,7 +1,7 @@
 """Our fifteen classes against transformers: the same weights give the same outputs, losses and gradients.
 
 Tiny random models with noise on every parameter, so that biases, tables and scales that start at zero matter. Weights
-go through real folders, in both directions. Tolerances are those of the contract, section 8.
+go through real folders, in both directions. Tolerances are those of TRANSFORMERS.md 6.
 """
 
 import copy
