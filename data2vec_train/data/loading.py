@@ -12,10 +12,13 @@ import io
 import os
 import shutil
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -83,7 +86,9 @@ class Loader(DataLoader):
                 _allow_files(_FILES_TO_START + 16 * self.num_workers)
                 self.need.free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else None
             batches = super().__iter__()
-            for batch in batches:
+            if self.num_workers:
+                _deaths.hear()
+            while (batch := _deaths.next(batches)) is not _END:
                 listener.moved()
                 if isinstance(batch, _Unsent):
                     raise DataError(batch.why)
@@ -101,6 +106,53 @@ class Loader(DataLoader):
             if fault is None:
                 raise
             raise fault from error
+
+
+class _Deaths:
+    """Hears that a loader process has died, and says so to who waits for a batch.
+
+    torch's handler of SIGCHLD raises wherever the main thread is: in a save, in an optimizer's step, in a callback that
+    takes the error for its own. The main thread may be stuck only where a batch is read from a pipe that nobody
+    finishes; there the handler is called at once, elsewhere before the next batch.
+    """
+
+    def __init__(self) -> None:
+        self._torchs: Callable[[int, FrameType | None], object] | None = None
+        self._waiting = self._died = False
+
+    def hear(self) -> None:
+        """Take the place of torch's handler, which is there once loader processes have been started."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        found = signal.getsignal(signal.SIGCHLD)
+        if callable(found) and found != self._handle:
+            self._torchs = found
+            signal.signal(signal.SIGCHLD, self._handle)
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, or `_END`.
+
+        Raises:
+            RuntimeError: of torch; a loader process has died.
+        """
+        self._waiting = True
+        try:
+            if self._died:
+                self._died = False
+                self._torchs(signal.SIGCHLD, None)
+            return next(batches, _END)
+        finally:
+            self._waiting = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._torchs(number, frame)
+        else:
+            self._died = True
+
+
+_END = object()
+_deaths = _Deaths()
 
 
 @dataclass
@@ -210,8 +262,15 @@ def begin_worker(worker: int, plugins: Sequence[str] = ()) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _excepthook
     for name in plugins:
         importlib.import_module(name)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a loader process: a thread of its own hands tensors over, and the main process may leave meanwhile."""
+    if threading.current_thread() is threading.main_thread() or not is_broken(error):
+        sys.__excepthook__(kind, error, trace)
 
 
 @atexit.register
