@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from data2vec_train.command import run_command
+from data2vec_train.config.command import run_command
 
 
 def _pretrain(cfg: Any) -> float | None:
     # Imported when the command is known to be right: torch and lightning take seconds to load.
-    from data2vec_train.tasks.pretrain import pretrain
+    from data2vec_train.pretrain.run import pretrain
 
     return pretrain(cfg)
 

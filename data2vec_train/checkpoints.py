@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data2vec_train.errors import ConfigError
-from data2vec_train.outputs import UNFINISHED, replace_file, sync_directory
+from data2vec_train.system.outputs import UNFINISHED, replace_file, sync_directory
 
 log = logging.getLogger(__name__)
 

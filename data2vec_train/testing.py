@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap
-from data2vec_train.masking import RandomMasker
+from data2vec_train.batch import Masks
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap
+from data2vec_train.objective.masking import RandomMasker
 
 VIEWS = 2
 

@@ -13,7 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from data2vec_train.places import config_directory, recipes_parent, register_resolvers
+from data2vec_train.config.resolvers import register_resolvers
+from data2vec_train.paths import config_directory, recipes_parent
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -23,7 +24,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let FlexAttention compute gradients without a GPU: torch has a plain implementation for it, and only refuses."""
     import torch.nn.attention.flex_attention as flex
 
-    from data2vec_train.layers import backends
+    from data2vec_train.encoders import backends
 
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(backends, "_flex", lambda case: "it drops no attention weights" if case.dropout else None)

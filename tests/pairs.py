@@ -8,13 +8,13 @@ import torch
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from data2vec_train.config import build
+from data2vec_train.batch import Batch
+from data2vec_train.config.build import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import Sample
-from data2vec_train.data2vec import Data2Vec
-from data2vec_train.encoders.base import Batch
-from data2vec_train.module import Data2VecModule
-from data2vec_train.optim import CosineSchedule, adamw
+from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.training.module import Data2VecModule
+from data2vec_train.training.optim import CosineSchedule, adamw
 
 PAIRS = [(modality, objective) for modality in ("vision", "audio", "text") for objective in ("data2vec", "data2vec2")]
 SMALL = ["size.dim=32", "size.num_heads=4", "size.ffn_dim=64", "size.conv_dim=16"]

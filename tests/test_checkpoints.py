@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data2vec_train import checkpoints, outputs
+from data2vec_train import checkpoints
 from data2vec_train.errors import ConfigError
+from data2vec_train.system import outputs
 
 
 def content(step: int) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import data2vec_train
-from data2vec_train import compat
 from data2vec_train.errors import ConfigError
+from data2vec_train.system import compat
 
 FILES = sorted(Path(data2vec_train.__file__).parent.rglob("*.py"))
 

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data2vec_train import config, places
-from data2vec_train import preflight as preflight_module
-from data2vec_train.config import build
+from data2vec_train import paths as places
+from data2vec_train.config import compose as config
+from data2vec_train.config.build import build
+from data2vec_train.config.check import overrides as preflight_module
+from data2vec_train.config.check.overrides import find_faults, preflight
+from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.errors import CollapseError, ConfigError, DataError
-from data2vec_train.preflight import find_faults, preflight
-from data2vec_train.tasks.sweep import SweepTable
+from data2vec_train.pretrain.sweep import SweepTable
+from data2vec_train.system.plugins import load_plugins
 
 TOY = '''
 """Stands for a third party's encoder in one file; importing it must not be needed to check a config."""
@@ -86,7 +89,7 @@ CONFIGS = {
         scheduler: {warmup_steps: "${share:0.1,${trainer.max_steps}}"}
         hydra:
           searchpath: ["file://${oc.env:DATA2VEC_RECIPES}"]
-          callbacks: {sweep_table: {_target_: data2vec_train.tasks.sweep.SweepTable}}
+          callbacks: {sweep_table: {_target_: data2vec_train.pretrain.sweep.SweepTable}}
     """,
     "modality/vision.yaml": """
         image_px: 32
@@ -121,7 +124,9 @@ RUN = """
 import json, sys
 from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
-from data2vec_train import config
+from data2vec_train.config import compose as config
+from data2vec_train.config.resolvers import register_resolvers
+from data2vec_train.system.plugins import load_plugins
 from data2vec_train.errors import CollapseError, ConfigError
 
 def task(cfg):
@@ -166,13 +171,13 @@ def toy(place, monkeypatch):
     monkeypatch.setenv("DATA2VEC_RECIPES", str(place))
     for module in (config, preflight_module):
         monkeypatch.setattr(module, "config_directory", lambda: place / "configs")
-    config.load_plugins()
+    load_plugins()
     return sys.modules["toy"]
 
 
 def run(place, *arguments, cwd=None, **environment):
     """`python run.py arguments` in a process of its own."""
-    paths = [str(Path(config.__file__).parents[1]), str(place / "plugins")]
+    paths = [str(Path(config.__file__).parents[2]), str(place / "plugins")]
     known = {"DATA2VEC_PLUGINS": "toy", "DATA2VEC_RECIPES": str(place), "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [sys.executable, str(place / "run.py"), "--config-path", str(place / "configs"), *arguments],
@@ -347,10 +352,10 @@ def test_an_extra_config_directory_adds_choices(toy, tmp_path):
         "torch.serialization.load",
         "subprocess.Popen",
         "torchvision.io.os.system",
-        "data2vec_train.config.os.system",
-        "data2vec_train.config.importlib.import_module",
-        "data2vec_train.config.instantiate",
-        "data2vec_train.config._find",
+        "data2vec_train.config.compose.os.system",
+        "data2vec_train.system.plugins.importlib.import_module",
+        "data2vec_train.config.build.instantiate",
+        "data2vec_train.config.check.schema._lookup",
         "lightning.fabric.utilities.cloud_io._load",
         "lightning.pytorch.LightningModule.load_from_checkpoint",
         "lightning.pytorch.cli.LightningCLI",
@@ -393,7 +398,7 @@ def test_a_plugin_registers_from_another_working_directory_and_nothing_heavy_is_
 
 def test_a_plugin_in_the_working_directory_needs_no_path(place, tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
-    done = run(place, "modality=eeg", cwd=tmp_path, PYTHONPATH=str(Path(config.__file__).parents[1]))
+    done = run(place, "modality=eeg", cwd=tmp_path, PYTHONPATH=str(Path(config.__file__).parents[2]))
     assert done.returncode == 0, done.stderr
 
 
@@ -451,7 +456,7 @@ def test_a_failing_member_does_not_stop_the_sweep(place, tmp_path):
 
 
 def test_members_beyond_those_composed_beforehand_are_checked_when_they_start(toy, monkeypatch, tmp_path):
-    monkeypatch.setattr("data2vec_train.preflight.MAX_MEMBERS_CHECKED", 2)
+    monkeypatch.setattr("data2vec_train.config.check.overrides.MAX_MEMBERS_CHECKED", 2)
     ran = []
     line = ["-m", "seed=1", "trainer.max_steps=2,1,0", f"hydra.sweep.dir={tmp_path}", *QUIET]
     with command(monkeypatch, *line) as (_, err), pytest.raises(SystemExit) as stopped:
@@ -518,7 +523,7 @@ def test_build_hands_on_what_is_supplied_untouched(toy):
 
 
 def test_the_share_of_a_number_is_at_least_one():
-    places.register_resolvers()
+    register_resolvers()
     cfg = OmegaConf.create({"n": 7, "a": "${share:0.1,${n}}", "b": "${share:0.01,${n}}", "c": "${share:0,${n}}"})
     assert (cfg.a, cfg.b, cfg.c) == (1, 1, 0)
 

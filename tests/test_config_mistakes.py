@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data2vec_train.config import _said_twice
-from data2vec_train.preflight import find_faults
+from data2vec_train.config.check.overrides import find_faults
+from data2vec_train.config.compose import _said_twice
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "data=folder data.path=FOLDER "
@@ -95,7 +95,7 @@ MISTAKES = {
     "precision.trainer=bf16-true": "precision.trainer: expected one of auto, 32-true, 32-tf32, bf16-mixed, 16-mixed",
     "strategy.accelerator=mps": "strategy.accelerator: mps is of Apple's computers",
     # what nobody reads
-    "+callbacks.mine._target_=data2vec_train.monitor.Monitor": "there is no setting called 'callbacks.mine'",
+    "+callbacks.mine._target_=data2vec_train.training.optim.adamw": "there is no setting called 'callbacks.mine'",
     "+callbacks.monitr.grace_steps=3": "'callbacks.monitr'; did you mean callbacks.monitor?",
     "+callbacks.x=1": "callbacks has probe, monitor, checkpoint, timing, finite",
     "+modality.probes.raw=1": "'modality.probes'; did you mean modality.probe?",

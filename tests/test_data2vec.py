@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data2vec_train.data2vec import Data2Vec, relative_std, std_over_rows
-from data2vec_train.decoders import Conv2dDecoder, Decoder, LinearDecoder
-from data2vec_train.encoders.base import Batch, EncoderOutput, Masks, ModalityEncoder, hide
+from data2vec_train.batch import Batch, Masks
+from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, hide
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
-from data2vec_train.masking import BlockMasker, InverseBlockMasker
-from data2vec_train.optim import adamw
-from data2vec_train.targets import TargetBuilder, normalise
+from data2vec_train.objective.data2vec import Data2Vec, relative_std, std_over_rows
+from data2vec_train.objective.decoders import Conv2dDecoder, Decoder, LinearDecoder
+from data2vec_train.objective.masking import BlockMasker, InverseBlockMasker
+from data2vec_train.objective.targets import TargetBuilder, normalise
+from data2vec_train.training.optim import adamw
 
 RECORDED = json.loads((Path(__file__).parent / "statistics.json").read_text())["target_ops"]
 X = torch.sin(0.7 * torch.arange(24)).view(2, 4, 3)  # (B, T, D), as recorded

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data2vec_train.decoders import Conv2dDecoder, LinearDecoder, MLPDecoder, put_back
+from data2vec_train.objective.decoders import Conv2dDecoder, LinearDecoder, MLPDecoder, put_back
 
 GRID = (3, 4)
 HIDDEN = torch.tensor([[0, 1, 2, 5, 6, 7, 10, 11], [0, 2, 3, 4, 5, 8, 9, 10]])  # of 12 positions, two rows

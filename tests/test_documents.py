@@ -24,7 +24,9 @@ def cited(document):
     return found
 
 
-@pytest.mark.parametrize("document", ["data2vec_train/ALGORITHM.md", "data2vec_train/hf/TRANSFORMERS.md"])
+@pytest.mark.parametrize(
+    "document", ["data2vec_train/objective/ALGORITHM.md", "data2vec_train/weights/TRANSFORMERS.md"]
+)
 def test_what_is_cited_is_there(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     sections = set(re.findall(r"^#{2,3} (\d(?:\.\d)?)", text, re.MULTILINE))

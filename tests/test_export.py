@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 import data2vec_train as ours
 from data2vec_train.errors import ConfigError
-from data2vec_train.hf.preprocessing import ImageProcessor
-from data2vec_train.tasks import export as module
-from data2vec_train.tasks.export import example_for, export
+from data2vec_train.export import run as module
+from data2vec_train.export.run import example_for, export
+from data2vec_train.weights.preprocessing import ImageProcessor
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 AUDIO = {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4, "vocab_size": 9}
@@ -27,14 +27,14 @@ VISION = {"image_size": 32, "patch_size": 8, "use_shared_relative_position_bias"
 def model_of(kind: str):
     torch.manual_seed(0)
     if kind == "audio 2.0":
-        from data2vec_train.hf.audio import encoder_arguments
+        from data2vec_train.weights.audio import encoder_arguments
 
         config = ours.Data2VecAudioConfig(**SIZE, **AUDIO)
         arguments = encoder_arguments(config) | {"alibi": "shared", "mask_token": False, "prenet_depth": 1}
         config.encoder = arguments
         return ours.Data2VecAudioForCTC(config)
     if kind == "vision 2.0":
-        from data2vec_train.hf.vision import encoder_arguments
+        from data2vec_train.weights.vision import encoder_arguments
 
         config = ours.Data2VecVisionConfig(**SIZE, **VISION)
         config.encoder = encoder_arguments(config) | {
@@ -107,7 +107,7 @@ def test_graphs_take_other_batches_and_lengths(kind, form, tmp_path):
 
 
 def test_preprocessing_stands_beside_the_weights(tmp_path):
-    from data2vec_train.hf.preprocessing import ImageProcessor
+    from data2vec_train.weights.preprocessing import ImageProcessor
 
     ours.save_pretrained(model_of("vision"), tmp_path / "source")
     ImageProcessor(size=32).save_pretrained(tmp_path / "source")
@@ -150,7 +150,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     ],
 )
 def test_commands_that_cannot_work_get_one_line(settings, message, tmp_path):
-    from data2vec_train.places import config_directory
+    from data2vec_train.paths import config_directory
 
     found = subprocess.run(
         [sys.executable, "-m", "data2vec_train.export", *settings],

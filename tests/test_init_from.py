@@ -8,15 +8,15 @@ from omegaconf import OmegaConf
 
 import data2vec_train as ours
 from data2vec_train import checkpoints
-from data2vec_train.encoders.audio import ConvLayer
-from data2vec_train.encoders.base import Batch, Masks
+from data2vec_train.batch import Batch, Masks
+from data2vec_train.encoders.waveform import ConvLayer
 from data2vec_train.errors import ConfigError
-from data2vec_train.hf.convert import load_pretrained
-from data2vec_train.hf.preprocessing import AudioFeatureExtractor
-from data2vec_train.tasks import init_from
-from data2vec_train.tasks.export import example_for
-from data2vec_train.tasks.init_from import adopt, initialise
-from data2vec_train.tasks.pretrain import build_objective
+from data2vec_train.export.run import example_for
+from data2vec_train.training import init_from
+from data2vec_train.training.assemble import build_objective
+from data2vec_train.training.init_from import adopt, initialise
+from data2vec_train.weights.convert import load_pretrained
+from data2vec_train.weights.preprocessing import AudioFeatureExtractor
 
 TINY = ("size.dim=32", "size.depth=3", "size.num_heads=4", "size.ffn_dim=48", "size.conv_dim=16")
 SMALL_INPUTS = {

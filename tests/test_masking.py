@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data2vec_train.masking as masking
-from data2vec_train.masking import (
+import data2vec_train.objective.masking as masking
+from data2vec_train.objective.masking import (
     Block1dMasker,
     BlockMasker,
     InverseBlockMasker,

@@ -11,14 +11,14 @@ from torch import nn
 
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
-from data2vec_train.data.sources import RawSample, Source
-from data2vec_train.data2vec import Data2Vec
-from data2vec_train.decoders import Conv2dDecoder, LinearDecoder
+from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.masking import BlockMasker, InverseBlockMasker
-from data2vec_train.module import Data2VecModule
-from data2vec_train.optim import CosineSchedule, adamw
-from data2vec_train.targets import TargetBuilder
+from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.objective.decoders import Conv2dDecoder, LinearDecoder
+from data2vec_train.objective.masking import BlockMasker, InverseBlockMasker
+from data2vec_train.objective.targets import TargetBuilder
+from data2vec_train.training.module import Data2VecModule
+from data2vec_train.training.optim import CosineSchedule, adamw
 
 GRID = (4, 6)
 SCHEDULE = CosineSchedule(lr=4e-3, start_lr=1e-3, min_lr=1e-4, warmup_steps=2, max_steps=8)

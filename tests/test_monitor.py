@@ -9,8 +9,8 @@ import torch
 
 from data2vec_train.data.datamodule import TimedLoader
 from data2vec_train.errors import CollapseError, ConfigError
-from data2vec_train.monitor import CSVLog, Monitor, describe, loader_advice, wandb_logger
-from data2vec_train.probes.callback import ProbeCallback
+from data2vec_train.training.callbacks.monitor import CSVLog, Monitor, describe, loader_advice, wandb_logger
+from data2vec_train.training.callbacks.probe import ProbeCallback
 
 
 def rows(path) -> list[dict]:
@@ -249,7 +249,7 @@ def test_only_complete_logged_steps_make_a_row():
 
 def test_throughput_and_waiting_are_since_the_last_row(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.time.perf_counter", lambda: now[0])
     run = Run(monitor())
     now[0] += 2.0
     run.trainer.datamodule.loader.waited_seconds = 0.5
@@ -281,11 +281,11 @@ class Slow(torch.utils.data.Dataset):
 @pytest.mark.parametrize(("seconds", "said"), [(0.005, 1), (0.0, 0)])
 def test_a_loader_that_is_the_brake_is_said_once_with_what_to_change(seconds, said, caplog, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("data2vec_train.monitor.cores_at_hand", lambda: 4)
+    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.cores_at_hand", lambda: 4)
     run = Run(monitor())
     run.trainer.datamodule.loader = TimedLoader(torch.utils.data.DataLoader(Slow(seconds, now), batch_size=2))
-    with caplog.at_level(logging.WARNING, logger="data2vec_train.monitor"):
+    with caplog.at_level(logging.WARNING, logger="data2vec_train.training.callbacks.monitor"):
         for step, _ in enumerate(itertools.islice(run.trainer.datamodule.loader, 8), start=1):
             now[0] += 0.01  # the step itself
             run.step(step)
@@ -298,7 +298,7 @@ def test_a_loader_that_is_the_brake_is_said_once_with_what_to_change(seconds, sa
 
 def test_waiting_for_the_first_logged_step_is_no_brake(caplog, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("data2vec_train.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.time.perf_counter", lambda: now[0])
     run = Run(monitor())
     for step in range(1, 8):
         now[0] += 100.0 if step == 1 else 1.0
@@ -341,7 +341,7 @@ def test_first_and_last_rows_are_kept_for_the_summary():
 
 def test_progress_as_lines_tells_step_loss_and_remaining_time(caplog):
     run = Run(monitor(progress="lines"))
-    with caplog.at_level(logging.INFO, logger="data2vec_train.monitor"):
+    with caplog.at_level(logging.INFO, logger="data2vec_train.training.callbacks.monitor"):
         run.step(10)
     assert "step 10/100" in caplog.text
     assert "loss 2.000" in caplog.text
@@ -360,6 +360,6 @@ def test_rows_in_words():
 
 
 def test_wandb_without_the_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("data2vec_train.monitor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"data2vec-train\[wandb\]"):
         wandb_logger(project="p", save_dir="d", step=0)

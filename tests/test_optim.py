@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from data2vec_train.data2vec import Data2Vec
-from data2vec_train.decoders import LinearDecoder
-from data2vec_train.encoders.audio import AudioEncoder
+from data2vec_train.encoders.positions import ALiBi
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.layers.positions import ALiBi
-from data2vec_train.module import Data2VecModule
-from data2vec_train.optim import (
+from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.objective.decoders import LinearDecoder
+from data2vec_train.objective.targets import TargetBuilder
+from data2vec_train.objective.teacher import tau_at
+from data2vec_train.training.module import Data2VecModule
+from data2vec_train.training.optim import (
     CosineSchedule,
     PolynomialSchedule,
     TriStageSchedule,
@@ -21,8 +23,6 @@ from data2vec_train.optim import (
     parameter_groups,
     set_lr,
 )
-from data2vec_train.targets import TargetBuilder
-from data2vec_train.teacher import tau_at
 
 RECORDED = json.loads((Path(__file__).parent / "statistics.json").read_text())
 

@@ -12,14 +12,22 @@ import time
 
 import pytest
 
-from data2vec_train import outputs
 from data2vec_train.errors import ConfigError, disk_fault
-from data2vec_train.outputs import Locked, cached_folder, lock_directory, replace_file, sole_writer, take_lock, writing
+from data2vec_train.system import outputs
+from data2vec_train.system.outputs import (
+    Locked,
+    cached_folder,
+    lock_directory,
+    replace_file,
+    sole_writer,
+    take_lock,
+    writing,
+)
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from data2vec_train.outputs import take_lock
+from data2vec_train.system.outputs import take_lock
 take_lock(Path(sys.argv[1]), "it")
 print("held", flush=True)
 time.sleep(600)
@@ -163,7 +171,7 @@ def test_who_needs_what_another_makes_waits_for_it(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from data2vec_train.outputs import cached_folder
+from data2vec_train.system.outputs import cached_folder
 def make(folder):
     print("making", flush=True)
     time.sleep(1)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data2vec_train.config import build
+from data2vec_train.batch import Batch
+from data2vec_train.config.build import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import Sample
-from data2vec_train.data2vec import Data2Vec
-from data2vec_train.encoders.base import Batch
+from data2vec_train.objective.data2vec import Data2Vec
 
 SMALL = ["size.dim=32", "size.num_heads=4", "size.ffn_dim=64", "size.conv_dim=16"]
 LENGTHS = {"audio": (9_000, 12_345, 16_000), "text": (40, 77, 128)}

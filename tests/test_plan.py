@@ -15,13 +15,13 @@ import torch
 from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
-from data2vec_train.config import build
-from data2vec_train.dry_run import BLOCKS, step_memory, tensors_of
+from data2vec_train.config.build import build
+from data2vec_train.config.check.overrides import find_faults
 from data2vec_train.errors import ConfigError
-from data2vec_train.places import recipes_parent
-from data2vec_train.planning import Hardware, Planner, Reserve, Setup, largest_that_fits
-from data2vec_train.preflight import find_faults
-from data2vec_train.tasks.plan import _stepped_optimizer, drawn_batch, lines_of, make_plan
+from data2vec_train.paths import recipes_parent
+from data2vec_train.plan.dry_run import BLOCKS, step_memory, tensors_of
+from data2vec_train.plan.planner import Hardware, Planner, Reserve, Setup, largest_that_fits
+from data2vec_train.plan.run import _stepped_optimizer, drawn_batch, lines_of, make_plan
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [(modality, objective) for modality in ("vision", "audio", "text") for objective in ("data2vec", "data2vec2")]
@@ -405,9 +405,9 @@ GROWTH = """
 import resource, sys
 import torch
 from hydra import compose, initialize_config_dir
-from data2vec_train.config import build
-from data2vec_train.places import config_directory
-from data2vec_train.tasks.plan import drawn_batch
+from data2vec_train.config.build import build
+from data2vec_train.paths import config_directory
+from data2vec_train.plan.run import drawn_batch
 with initialize_config_dir(str(config_directory()), version_base="1.3"):
     cfg = compose("plan", overrides=sys.argv[1:])
 with torch.device("meta"):

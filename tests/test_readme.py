@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from data2vec_train import Data2VecVisionConfig, Data2VecVisionForImageClassification, save_pretrained
-from data2vec_train.config import load_plugins
-from data2vec_train.hf.preprocessing import ImageProcessor
-from data2vec_train.places import recipes_parent
-from data2vec_train.preflight import find_faults
+from data2vec_train.config.check.overrides import find_faults
+from data2vec_train.paths import recipes_parent
+from data2vec_train.system.plugins import load_plugins
+from data2vec_train.weights.preprocessing import ImageProcessor
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"python -m data2vec_train([^\n`]*)", README.replace("\\\n", " "))))

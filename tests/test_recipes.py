@@ -7,13 +7,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data2vec_train.config import build
+from data2vec_train.config.build import build
+from data2vec_train.config.check.overrides import preflight
 from data2vec_train.data.identity import hashes_of_numbers
 from data2vec_train.data.sampler import LengthBatchSampler
 from data2vec_train.data.split import choose
-from data2vec_train.optim import parameter_groups
-from data2vec_train.places import recipes_parent
-from data2vec_train.preflight import preflight
+from data2vec_train.paths import recipes_parent
+from data2vec_train.training.optim import parameter_groups
 
 RECIPES = sorted(
     str(path.relative_to(recipes_parent() / "recipes").with_suffix(""))

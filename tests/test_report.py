@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data2vec_train.report import (
+from data2vec_train.report.page import (
     PANELS,
     Section,
     _covered,

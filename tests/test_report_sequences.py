@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data2vec_train.report import explained_section, probe_section
-from data2vec_train.report_sequences import (
+from data2vec_train.report.page import explained_section, probe_section
+from data2vec_train.report.sequences import (
     STRIP_PX,
     audio_masks_section,
     sequence_features_section,

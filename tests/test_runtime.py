@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from data2vec_train import runtime
 from data2vec_train.errors import ConfigError
-from data2vec_train.runtime import (
+from data2vec_train.training import precision as runtime
+from data2vec_train.training.precision import (
     ScaledHalf,
     choose_precision,
     compile_blocks,

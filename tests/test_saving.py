@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from data2vec_train import checkpoints
-from data2vec_train.compat import own_processes
 from data2vec_train.errors import CollapseError, ConfigError, Interrupted, SaveError
-from data2vec_train.monitor import CSVLog, Monitor
-from data2vec_train.saving import Checkpointing, FiniteSteps, Interruption
+from data2vec_train.system.compat import own_processes
+from data2vec_train.training.callbacks.checkpointing import Checkpointing, FiniteSteps, Interruption
+from data2vec_train.training.callbacks.monitor import CSVLog, Monitor
 from tests.stress.tiny import flat
 from tests.test_module import Noise, data_of, module_of, objective, trainer_of
 

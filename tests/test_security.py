@@ -19,15 +19,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from data2vec_train.allowed import target_fault
-from data2vec_train.config import build
-from data2vec_train.data.sources import ArraySource
-from data2vec_train.data.sources_hf import HFSource
+from data2vec_train.config.build import build
+from data2vec_train.config.check.overrides import find_faults, nodes_of, preflight
+from data2vec_train.config.check.security import target_fault
+from data2vec_train.data.sources.files import ArraySource
+from data2vec_train.data.sources.hf import HFSource
 from data2vec_train.errors import ConfigError, DataError
-from data2vec_train.hf.convert import load_pretrained
-from data2vec_train.hf.pickles import read_checkpoint
-from data2vec_train.places import config_directory, recipes_parent
-from data2vec_train.preflight import find_faults, nodes_of, preflight
+from data2vec_train.paths import config_directory, recipes_parent
+from data2vec_train.weights.convert import load_pretrained
+from data2vec_train.weights.pickles import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOUCH = "touch CANARY"
@@ -63,17 +63,17 @@ CALLS = {
     "lightning demo": {"_target_": "lightning.pytorch.demos.mnist_datamodule.MNIST", "root": "CANARY"},
     "torchvision data set": {"_target_": "torchvision.datasets.LSUN", "root": "DIR", "classes": ["x_train"]},
     "an import of a library": {"_target_": "torchvision.transforms.functional.sys.exit", "_args_": [7]},
-    "an import of ours": {"_target_": "data2vec_train.monitor.os.system", "_args_": [TOUCH]},
+    "an import of ours": {"_target_": "data2vec_train.training.callbacks.monitor.os.system", "_args_": [TOUCH]},
     "hydra.instantiate": {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.system", "command": TOUCH}},
     "hydra.get_method": {"_target_": "hydra.utils.get_method", "path": "os.system"},
     "hydra.get_class": {"_target_": "hydra.utils.get_class", "path": "subprocess.Popen"},
     "functools.partial": {"_target_": "functools.partial", "_args_": [{"_target_": "os.system", "_partial_": True}]},
-    "our build": {"_target_": "data2vec_train.config.build", "node": {"_target_": "os.system", "command": TOUCH}},
-    "our write_json": {"_target_": "data2vec_train.hf.files.write_json", "path": "CANARY", "content": {}},
-    "our load_plugins": {"_target_": "data2vec_train.config.load_plugins"},
-    "our export": {"_target_": "data2vec_train.tasks.export.export", "cfg": {"out": "CANARY"}},
+    "our build": {"_target_": "data2vec_train.config.build.build", "node": {"_target_": "os.system", "command": TOUCH}},
+    "our write_json": {"_target_": "data2vec_train.weights.files.write_json", "path": "CANARY", "content": {}},
+    "our load_plugins": {"_target_": "data2vec_train.system.plugins.load_plugins"},
+    "our export": {"_target_": "data2vec_train.export.run.export", "cfg": {"out": "CANARY"}},
     "a private name": {"_target_": "data2vec_train.data.text._write", "path": "CANARY"},
-    "a method": {"_target_": "data2vec_train.data2vec.Data2Vec.__init__"},
+    "a method": {"_target_": "data2vec_train.objective.data2vec.Data2Vec.__init__"},
     "a dunder": {"_target_": "data2vec_train.__builtins__.exec", "_args_": ["open('CANARY', 'w')"]},
     "look-alike letters": {"_target_": "data2vec_train.оptim.adamw"},
     "no name": {"_target_": ["os", "system"]},
@@ -81,7 +81,7 @@ CALLS = {
     "not recursive": {"_target_": "os.system", "_recursive_": False, "_convert_": "all", "command": TOUCH},
     "in a list": [{"_target_": "torch.optim.AdamW", "params": [{"_target_": "os.system", "command": TOUCH}]}],
     "an argument of ours": {
-        "_target_": "data2vec_train.decoders.LinearDecoder",
+        "_target_": "data2vec_train.objective.decoders.LinearDecoder",
         "dim": {"_target_": "os.system", "command": TOUCH},
     },
     "made by a resolver": "${oc.create:'{_target_: os.system, command: touch CANARY}'}",
@@ -179,7 +179,7 @@ HYDRA = {
 CHILD = """
 import json, sys
 from pathlib import Path
-from data2vec_train import config
+from data2vec_train.config import compose as config
 
 folder, canary = Path(sys.argv[1]), Path(sys.argv[2])
 results = {}
@@ -460,7 +460,7 @@ socket.getaddrinfo = socket.create_connection = socket.gethostbyname = refuse
 DEMOS = """
 import sys
 from data2vec_train.__main__ import _pretrain
-from data2vec_train.config import main
+from data2vec_train.config.compose import main
 
 out, *runs = sys.argv[1:]
 short = ["trainer.max_steps=2", "data.batch_size_per_device=4", "data.max_probe_samples=40", "report=false"]

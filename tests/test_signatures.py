@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from data2vec_train.signatures import Parameter, find, mismatch, signature
+from data2vec_train.config.check.schema import Parameter, find, mismatch, signature
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_a_signature_read_from_a_file_is_the_one_python_sees(target):
 )
 def test_a_value_that_does_not_fit_its_annotation_is_told_what_was_expected(annotation, value, expected):
     node = ast.parse(annotation, mode="eval").body
-    assert mismatch(value, Parameter(node, True, False, "data2vec_train.signatures")) == expected
+    assert mismatch(value, Parameter(node, True, False, "data2vec_train.config.check.schema")) == expected

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data2vec_train.data2vec import std_over_rows
-from data2vec_train.targets import TargetBuilder, normalise
+from data2vec_train.objective.data2vec import std_over_rows
+from data2vec_train.objective.targets import TargetBuilder, normalise
 
 RECORDED = json.loads((Path(__file__).parent / "statistics.json").read_text())["target_ops"]
 X = torch.sin(0.7 * torch.arange(24)).view(2, 4, 3)  # the recorded input

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder
-from data2vec_train.teacher import EMATeacher, tau_at
+from data2vec_train.objective.teacher import EMATeacher, tau_at
 
 
 class Toy(ModalityEncoder):

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from data2vec_train import timing
-from data2vec_train.timing import BACKWARD, ENCODE, PARTS, PROBES, REST, STUDENT, TEACHER, WAIT, Timing
+from data2vec_train.training.callbacks import timing
+from data2vec_train.training.callbacks.timing import (
+    BACKWARD,
+    ENCODE,
+    PARTS,
+    PROBES,
+    REST,
+    STUDENT,
+    TEACHER,
+    WAIT,
+    Timing,
+)
 
 CHECKOUT = Path(__file__).parents[1]
 TINY = (
@@ -111,6 +121,6 @@ def test_help_loads_nothing_heavy():
 def test_pretraining_loads_what_only_some_runs_need_when_they_need_it():
     # lightning loads torchmetrics, and that transformers, matplotlib, scipy and torchvision where they are installed.
     by_lightning = loaded("import lightning")
-    ours = loaded("import data2vec_train.tasks.pretrain") - by_lightning
+    ours = loaded("import data2vec_train.pretrain.run") - by_lightning
     assert not {"datasets", "transformers", "matplotlib", "wandb", "tensorboard", "sklearn", "tokenizers"} & ours
     assert not {"datasets", "wandb", "tensorboard"} & by_lightning

@@ -17,16 +17,16 @@ import torch
 from omegaconf import OmegaConf
 
 import data2vec_train as ours
-from data2vec_train import vocabulary
 from data2vec_train.data import text as text_module
 from data2vec_train.data import tokenizer as tokenizer_module
+from data2vec_train.data import vocabulary
 from data2vec_train.data.text import LongText, documents
 from data2vec_train.data.tokenizer import Tokenizer, cut_runs
-from data2vec_train.embedding import embed_inputs
 from data2vec_train.errors import BadSample, ConfigError
-from data2vec_train.hf.tokenizers import EXAMPLES_NAME, TextTokenizer
-from data2vec_train.tasks.export import export
-from data2vec_train.tasks.pretrain import write_tokenizer
+from data2vec_train.export.run import export
+from data2vec_train.features.embedding import embed_inputs
+from data2vec_train.pretrain.run import write_tokenizer
+from data2vec_train.weights.tokenizers import EXAMPLES_NAME, TextTokenizer
 from tests.tokenizer_kinds import KINDS, TEXTS, write_kind
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -326,7 +326,7 @@ def test_words_of_usual_length_train_as_before(caplog):
 BIG = """
 import resource, sys
 from pathlib import Path
-from data2vec_train.data.sources import RawSample, Source
+from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.data.text import prepare_text
 class One(Source):
     class_names = None

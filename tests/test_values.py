@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data2vec_train import rules, signatures
-from data2vec_train.preflight import find_faults
+from data2vec_train.config.check import rules
+from data2vec_train.config.check import schema as signatures
+from data2vec_train.config.check.overrides import find_faults
 
 ROOT = Path(__file__).parents[1]
 CHILD = """
 import json, sys, traceback
 from data2vec_train.__main__ import _pretrain
-from data2vec_train.config import main
+from data2vec_train.config.compose import main
 
 folder, lines = sys.argv[1], json.loads(sys.argv[2])
 statuses = {}

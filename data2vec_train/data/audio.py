@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data2vec_train.data.files import open_file, version_of
-from data2vec_train.data.sources import BROKEN_ARCHIVE, RawSample, Source, StreamingSource
+from data2vec_train.data.sources.files import BROKEN_ARCHIVE, RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.outputs import writing
+from data2vec_train.system.outputs import writing
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data2vec_train.batch import Batch, Masks
 from data2vec_train.data.dataset import Sample
 from data2vec_train.data.seeding import generator
-from data2vec_train.encoders.base import Batch, Masks
 from data2vec_train.errors import ConfigError
-from data2vec_train.masking import Masker, TokenCorruption
+from data2vec_train.objective.masking import Masker, TokenCorruption
 
 
 class Collator:

@@ -11,17 +11,17 @@ import lightning as L
 import numpy as np
 import torch
 
-from data2vec_train.clock import seconds_since
+from data2vec_train.batch import Batch
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
 from data2vec_train.data.loading import Loader, available_workers
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, LengthBatching, LengthBatchSampler
 from data2vec_train.data.seeding import generator
-from data2vec_train.data.sources import Source, StreamingSource
+from data2vec_train.data.sources.files import Source, StreamingSource
 from data2vec_train.data.split import UNLABELLED_HELD_OUT, Split, again, choose
-from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.system.clock import seconds_since
 
 log = logging.getLogger(__name__)
 

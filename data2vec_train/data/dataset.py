@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from data2vec_train.data.sampler import Key, LengthBatching
 from data2vec_train.data.seeding import generator, torch_seeded
-from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.data.sources.files import RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample
 
 MAX_REPLACEMENTS = 20

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data2vec_train.data.identity import hash_of
-from data2vec_train.data.sources import Source
+from data2vec_train.data.sources.files import Source
 from data2vec_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from data2vec_train.data.files import open_file
 from data2vec_train.errors import BadSample
 
 if TYPE_CHECKING:
-    from data2vec_train.data.sources import Source, StreamingSource
+    from data2vec_train.data.sources.files import Source, StreamingSource
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def identify(source: "Source | StreamingSource") -> dict[str, Any]:
     order), `records` ((n, 2) int64: name and version of each; None when they are too many), `content`
     (see `content_sample`).
     """
-    from data2vec_train.data.sources import Source
+    from data2vec_train.data.sources.files import Source
 
     if isinstance(source, Source):
         hashes = source.hashes()

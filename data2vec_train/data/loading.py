@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data2vec_train.allowed import plugin_modules
-from data2vec_train.compat import OPEN_FILES, SHARED_MEMORY, exit_code, is_broken, loader_fault, start_fault
 from data2vec_train.errors import DataError
-from data2vec_train.stopping import SIGNALS, end_loaders, listener
+from data2vec_train.system.compat import OPEN_FILES, SHARED_MEMORY, exit_code, is_broken, loader_fault, start_fault
+from data2vec_train.system.plugins import plugin_modules
+from data2vec_train.system.stopping import SIGNALS, end_loaders, listener
 
 try:
     import resource

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from data2vec_train.errors import DataError
-from data2vec_train.outputs import read_rows
+from data2vec_train.system.outputs import read_rows
 
 
 class Quarantine:

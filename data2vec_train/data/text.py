@@ -30,10 +30,10 @@ from torch import Tensor
 
 from data2vec_train.data.files import open_file, read_file, version_of
 from data2vec_train.data.identity import content_sample, hash_of, mixed
-from data2vec_train.data.sources import RawSample, Source, StreamingSource, reason
+from data2vec_train.data.sources.files import RawSample, Source, StreamingSource, reason
 from data2vec_train.data.tokenizer import LONG, Tokenizer
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.outputs import cached_folder
+from data2vec_train.system.outputs import cached_folder
 
 log = logging.getLogger(__name__)
 

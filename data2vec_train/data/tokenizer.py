@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data2vec_train.outputs import replace_file
-from data2vec_train.vocabulary import EMBEDDED, SPECIALS, SPELLINGS, open_tokenizer, splitting, tokenizer_facts
+from data2vec_train.data.vocabulary import EMBEDDED, SPECIALS, SPELLINGS, open_tokenizer, splitting, tokenizer_facts
+from data2vec_train.system.outputs import replace_file
 
 if TYPE_CHECKING:
     import tokenizers

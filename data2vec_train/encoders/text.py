@@ -6,9 +6,10 @@
 import torch
 from torch import Tensor, nn
 
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
+from data2vec_train.batch import Masks
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.layers import init_bert
 from data2vec_train.encoders.transformer import Extras, Transformer
-from data2vec_train.layers.misc import init_bert
 
 
 class TextEmbedding(nn.Module):

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data2vec_train.encoders.attention import Bias, attention, attention_weights, check_backend, dense, fastest
 from data2vec_train.encoders.base import Tap
-from data2vec_train.layers.attention import Bias, attention, attention_weights, check_backend, dense, fastest
-from data2vec_train.layers.misc import DropPath, activation_of
+from data2vec_train.encoders.layers import DropPath, activation_of
 
 QKVBias = Literal["qkv", "qv", "none"]
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, Masks, ModalityEncoder, Tap, hide
+from data2vec_train.batch import Masks
+from data2vec_train.encoders.attention import Bias
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
+from data2vec_train.encoders.positions import RelativeBias, RelativePositionBias, sincos_grid
 from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
-from data2vec_train.layers.attention import Bias
-from data2vec_train.layers.misc import init_beit, init_bert, scale_down_by_depth
-from data2vec_train.layers.positions import RelativeBias, RelativePositionBias, sincos_grid
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data2vec_train import checkpoints, outputs
+from data2vec_train import checkpoints
+from data2vec_train.config.check.rules import _groups_are_told_once
 from data2vec_train.data.groups import group
 from data2vec_train.data.identity import CONTENT_BYTES, difference, hashes_of, identify
-from data2vec_train.data.sources import ArraySource, FolderSource, ManifestSource
-from data2vec_train.data.sources_hf import HFSource, HFStreamingSource
+from data2vec_train.data.sources.files import ArraySource, FolderSource, ManifestSource
+from data2vec_train.data.sources.hf import HFSource, HFStreamingSource
 from data2vec_train.data.split import UNLABELLED_HELD_OUT, Split, again, choose
 from data2vec_train.errors import ConfigError, DataError, SaveError
-from data2vec_train.rules import _groups_are_told_once
-from data2vec_train.saving import FolderCheckpointIO, disk_trouble
-from data2vec_train.tasks.records import same_data, same_outputs
-from data2vec_train.tasks.run_directory import RunDirectory, open_run
+from data2vec_train.system import outputs
+from data2vec_train.training.callbacks.checkpointing import FolderCheckpointIO, disk_trouble
+from data2vec_train.training.records import same_data, same_outputs
+from data2vec_train.training.run_directory import RunDirectory, open_run
 
 
 def content(number: int, size: int = 200) -> bytes:
@@ -385,7 +386,7 @@ def test_two_ways_to_group_and_groups_of_a_stream_are_refused():
     both = {"data": {"group_pattern": "a", "group_column": "b"}}
     assert "give one of them" in _groups_are_told_once(OmegaConf.create(both))
     stream = {
-        "data": {"group_pattern": "a", "source": {"_target_": "data2vec_train.data.sources_hf.HFStreamingSource"}}
+        "data": {"group_pattern": "a", "source": {"_target_": "data2vec_train.data.sources.hf.HFStreamingSource"}}
     }
     assert "of a stream nothing is held out" in _groups_are_told_once(OmegaConf.create(stream))
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import data2vec_train as ours
-from data2vec_train.data.sources_hf import HFSource, HFStreamingSource
-from data2vec_train.data.vision import ImageTransform, decode_image, is_animation, remarks_on
+from data2vec_train.data.image import ImageTransform, decode_image, is_animation, remarks_on
+from data2vec_train.data.sources.hf import HFSource, HFStreamingSource
 from data2vec_train.errors import BadSample, ConfigError
-from data2vec_train.hf.convert import load_pretrained, with_image_size
-from data2vec_train.hf.preprocessing import ImageProcessor
+from data2vec_train.weights.convert import load_pretrained, with_image_size
+from data2vec_train.weights.preprocessing import ImageProcessor
 from tests.tiffs import tiff
 
 BANDS = np.random.default_rng(5).integers(0, 256, (10, 14, 7), dtype=np.uint8)
@@ -452,7 +452,7 @@ def test_a_model_that_was_resized_does_not_change_the_one_it_came_from():
 
 
 def test_what_a_processor_crops_is_the_size_of_its_images(composed, tmp_path, monkeypatch):
-    from data2vec_train.tasks import inputs
+    from data2vec_train.config import inputs
 
     model = model_of(32)
     model.save_pretrained(tmp_path)
@@ -465,7 +465,7 @@ def test_what_a_processor_crops_is_the_size_of_its_images(composed, tmp_path, mo
 
 
 def test_the_white_of_training_is_the_white_of_what_comes_later(composed, tmp_path, monkeypatch):
-    from data2vec_train.tasks import inputs
+    from data2vec_train.config import inputs
 
     model_of(32).save_pretrained(tmp_path)
     ImageProcessor(size=32, max_value=4095, pages="first").save_pretrained(tmp_path)
@@ -476,7 +476,7 @@ def test_the_white_of_training_is_the_white_of_what_comes_later(composed, tmp_pa
 
 
 def test_a_text_block_that_is_longer_than_the_positions_is_refused(composed):
-    from data2vec_train.tasks.inputs import block_tokens
+    from data2vec_train.config.inputs import block_tokens
 
     cfg = composed("modality=text", "data=folder", "data.path=nowhere", "modality.block_tokens=512")
     with pytest.raises(ConfigError, match=r"modality.block_tokens=512: x has positions for 64; choose at most those"):
@@ -496,7 +496,7 @@ def test_a_text_block_that_is_longer_than_the_positions_is_refused(composed):
     ],
 )
 def test_settings_that_cannot_work_are_named(composed, setting, said):
-    from data2vec_train.rules import RULES
+    from data2vec_train.config.check.rules import RULES
 
     cfg = composed("modality=vision", "data=folder", "data.path=nowhere", setting)
     found = [one for rule in RULES if (one := rule(cfg))]

@@ -25,17 +25,20 @@ from PIL import Image
 from pyarrow import parquet
 
 import data2vec_train as ours
-from data2vec_train import checkpoints, config, outputs
+from data2vec_train import checkpoints
 from data2vec_train.__main__ import _pretrain
+from data2vec_train.config import compose as config
+from data2vec_train.config.isolation import isolated
 from data2vec_train.data import audio
 from data2vec_train.data.quarantine import Quarantine
-from data2vec_train.data.sources import FolderSource
+from data2vec_train.data.sources.files import FolderSource
 from data2vec_train.data.text import TextBlocks, prepare_text
+from data2vec_train.embed import run as embedding
 from data2vec_train.errors import ConfigError
-from data2vec_train.monitor import CSVLog, wandb_logger
-from data2vec_train.outputs import cached_folder, sole_writer, take_lock, writing
-from data2vec_train.tasks import embed as embedding
-from data2vec_train.tasks.sweep import isolated, read_members
+from data2vec_train.pretrain.sweep import read_members
+from data2vec_train.system import outputs
+from data2vec_train.system.outputs import cached_folder, sole_writer, take_lock, writing
+from data2vec_train.training.callbacks.monitor import CSVLog, wandb_logger
 from tests.stress import tiny
 
 STEPS = 4
@@ -46,7 +49,7 @@ def program(*overrides: str, command: str = "") -> int:
     if command:
         import importlib
 
-        entry = importlib.import_module(f"data2vec_train.{command}")
+        entry = importlib.import_module(f"data2vec_train.{command}.__main__")
         task = entry._export if command == "export" else entry._run
         options = {"config_name": command, "weights": None if command == "export" else "checkpoint"}
     else:
@@ -307,7 +310,7 @@ def weights(tmp_path_factory) -> Path:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     shape = {"image_size": 32, "patch_size": 8, "use_shared_relative_position_bias": True, "out_indices": [0, 1]}
     ours.Data2VecVisionModel(ours.Data2VecVisionConfig(**size, **shape)).save_pretrained(folder / "model")
-    from data2vec_train.hf.preprocessing import ImageProcessor
+    from data2vec_train.weights.preprocessing import ImageProcessor
 
     ImageProcessor(size=32, fit="cover").save_pretrained(folder / "model")
     (folder / "images").mkdir()
@@ -466,7 +469,7 @@ def test_a_lock_file_that_is_a_folder_is_one_line(embed, tmp_path, capsys):
 
 def test_eight_processes_make_one_folder_of_a_cache_once(tmp_path):
     code = (
-        "import sys, os\nfrom pathlib import Path\nfrom data2vec_train.outputs import cached_folder\n"
+        "import sys, os\nfrom pathlib import Path\nfrom data2vec_train.system.outputs import cached_folder\n"
         "def make(folder):\n    (folder / 'a').write_text(str(os.getpid()))\n    print('made', flush=True)\n"
         "cached_folder(Path(sys.argv[1]), make)\n"
     )
@@ -478,7 +481,7 @@ def test_eight_processes_make_one_folder_of_a_cache_once(tmp_path):
 
 def test_a_maker_that_is_killed_lets_the_waiting_one_make_it(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom data2vec_train.outputs import cached_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom data2vec_train.system.outputs import cached_folder\n"
         "def make(folder):\n    half = folder / 'half'\n    half.write_text('x')\n"
         "    print('making', flush=True)\n    time.sleep(600)\n"
         "cached_folder(Path(sys.argv[1]), make)\n"

@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from data2vec_train import stopping
-from data2vec_train.compat import loader_fault
 from data2vec_train.data import loading
 from data2vec_train.data.loading import Loader
 from data2vec_train.errors import DataError, Interrupted, LostProcess
-from data2vec_train.stopping import Gone, judged, listener, look_after
+from data2vec_train.system import stopping
+from data2vec_train.system.compat import loader_fault
+from data2vec_train.system.stopping import Gone, judged, listener, look_after
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 

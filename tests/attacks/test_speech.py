@@ -14,15 +14,15 @@ import torch
 
 import data2vec_train as ours
 from data2vec_train.data.audio import AudioWindows
-from data2vec_train.data.sources import FolderSource, RawSample
+from data2vec_train.data.sources.files import FolderSource, RawSample
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.finetuning.base import Inputs
-from data2vec_train.finetuning.speech import CTC, FrameClassification, SpecAugment
-from data2vec_train.finetuning.text import CausalLM, LanguageMeter, MaskedLM, QuestionAnswering, TokenClassification
-from data2vec_train.finetuning.vision import SemanticSegmentation
-from data2vec_train.hf.preprocessing import AudioFeatureExtractor
-from data2vec_train.hf.tokenizers import CTCTokenizer, TextTokenizer
-from tests.finetuning.conftest import SIZE, run
+from data2vec_train.finetune.base import Inputs
+from data2vec_train.finetune.speech import CTC, FrameClassification, SpecAugment
+from data2vec_train.finetune.text import CausalLM, LanguageMeter, MaskedLM, QuestionAnswering, TokenClassification
+from data2vec_train.finetune.vision import SemanticSegmentation
+from data2vec_train.weights.preprocessing import AudioFeatureExtractor
+from data2vec_train.weights.tokenizers import CTCTokenizer, TextTokenizer
+from tests.finetune.conftest import SIZE, run
 
 MASKS = SpecAugment(time_fraction=0.0, time_span=10, channel_fraction=0.0, channel_span=0.1)
 RATE = 8000

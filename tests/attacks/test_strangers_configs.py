@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from data2vec_train import config, preflight
-from data2vec_train.config import main
-from data2vec_train.preflight import find_faults
+from data2vec_train.config import compose as config
+from data2vec_train.config.check import overrides as preflight
+from data2vec_train.config.check.overrides import find_faults
+from data2vec_train.config.compose import main
 
 ROOT = Path(__file__).parents[2]
 BEFORE = "alias ll='ls -l'\n"
@@ -108,16 +109,17 @@ RECIPES = {
     "it moves the cache of tables": "defaults: [{override /data: hf}]\ndata: {path: HOME, cache_dir: HOME/elsewhere}",
     "it moves the cache of the test records": "data: {test_source: {cache_dir: HOME/elsewhere}}",
     "checkpoints are made elsewhere": "callbacks: {checkpoint: {directory: HOME/elsewhere}}",
-    "checkpoints stand where an image is decoded": "modality: {decode: {_target_: data2vec_train.saving.Checkpointing, "
-    "directory: HOME/elsewhere, config: {}, every_n_steps: 1, keep_last: 1, asynchronous: false}}",
+    "checkpoints stand where an image is decoded": "modality: {decode: {_target_: "
+    "data2vec_train.training.callbacks.checkpointing.Checkpointing, directory: HOME/elsewhere, config: {}, "
+    "every_n_steps: 1, keep_last: 1, asynchronous: false}}",
     "steps without a number are listed elsewhere": "callbacks: {finite: {path: HOME/canary}}",
-    "a table of metrics stands for a transform": "modality: {transform: {_target_: data2vec_train.monitor.CSVLog, "
-    "path: HOME/canary}}",
+    "a table of metrics stands for a transform": "modality: {transform: {_target_: "
+    "data2vec_train.training.callbacks.monitor.CSVLog, path: HOME/canary}}",
     "a list of bad files stands for a transform": "modality: {transform: {_target_: "
     "data2vec_train.data.quarantine.Quarantine, path: HOME/canary}}",
     "a lock stands for a transform": "modality: {transform: {_target_: data2vec_train.data.files.one_at_a_time, "
     "path: HOME/elsewhere}}",
-    "a path comes without a name": "modality: {transform: {_target_: data2vec_train.data.vision.ImageTransform, "
+    "a path comes without a name": "modality: {transform: {_target_: data2vec_train.data.image.ImageTransform, "
     "_args_: [HOME/canary]}}",
     "a data module stands for a transform": "modality: {transform: {_target_: "
     "data2vec_train.data.datamodule.DataModule, quarantine_path: HOME/canary}}",
@@ -125,8 +127,8 @@ RECIPES = {
     "dirpath: HOME/elsewhere}}",
     "it brings a logger of Lightning": "logger: {x: {_target_: lightning.pytorch.loggers.CSVLogger, _partial_: true, "
     "save_dir: HOME/elsewhere}}",
-    "its TensorBoard is elsewhere": "logger: {x: {_target_: data2vec_train.monitor.tensorboard_logger, "
-    "_partial_: true, save_dir: HOME/elsewhere}}",
+    "its TensorBoard is elsewhere": "logger: {x: {_target_: "
+    "data2vec_train.training.callbacks.monitor.tensorboard_logger, _partial_: true, save_dir: HOME/elsewhere}}",
     "it brings a profiler": "trainer: {profiler: {_target_: lightning.pytorch.profilers.SimpleProfiler, dirpath: HOME, "
     "filename: x}}",
     "it brings a plugin of Lightning": "trainer: {plugins: [{_target_: lightning.pytorch.plugins.AsyncCheckpointIO}]}",

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data2vec_train import vocabulary
 from data2vec_train.data import text as text_module
 from data2vec_train.data import tokenizer as tokenizer_module
-from data2vec_train.data.sources import RawSample
+from data2vec_train.data import vocabulary
+from data2vec_train.data.sources.files import RawSample
 from data2vec_train.data.text import documents, prepare_text
 from data2vec_train.data.tokenizer import Tokenizer as Ours
 from data2vec_train.data.tokenizer import tokenizer_facts
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.hf.tokenizers import TextTokenizer
+from data2vec_train.weights.tokenizers import TextTokenizer
 from tests.data.test_text import Stream, Texts, prepared
 from tests.tokenizer_kinds import TEXTS, content_of, write_kind
 

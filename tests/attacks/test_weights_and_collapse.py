@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data2vec_train as ours
-from data2vec_train.data2vec import relative_std
-from data2vec_train.embedding import embed_inputs
 from data2vec_train.errors import CollapseError, ConfigError
-from data2vec_train.hf.convert import load_pretrained, wrap
-from data2vec_train.hf.preprocessing import AudioFeatureExtractor, ImageProcessor
-from data2vec_train.module import TrainingModule
-from data2vec_train.monitor import Monitor
-from data2vec_train.report import curves_section, read_metrics
+from data2vec_train.features.embedding import embed_inputs
+from data2vec_train.objective.data2vec import relative_std
+from data2vec_train.report.page import curves_section, read_metrics
+from data2vec_train.training.callbacks.monitor import Monitor
+from data2vec_train.training.module import TrainingModule
+from data2vec_train.weights.convert import load_pretrained, wrap
+from data2vec_train.weights.preprocessing import AudioFeatureExtractor, ImageProcessor
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SPEECH = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embedding_groups": 4}

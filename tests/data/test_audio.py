@@ -20,8 +20,8 @@ from data2vec_train.data.audio import (
     log_mel_statistics,
     prepare_audio,
 )
-from data2vec_train.data.sources import FolderSource, ManifestSource, RawSample, Source, StreamingSource
-from data2vec_train.data.sources_hf import HFSource
+from data2vec_train.data.sources.files import FolderSource, ManifestSource, RawSample, Source, StreamingSource
+from data2vec_train.data.sources.hf import HFSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 EXTENSIONS = [".wav", ".flac", ".ogg", ".mp3"]
@@ -272,7 +272,7 @@ LONG = """
 import json, resource, sys
 from pathlib import Path
 from data2vec_train.data.audio import AudioSegments, decode_audio
-from data2vec_train.data.sources import FolderSource
+from data2vec_train.data.sources.files import FolderSource
 import torchaudio
 source = FolderSource(path=sys.argv[1], extensions=[".flac"], class_from_folder=False)
 segments = AudioSegments(source, sample_rate_hz=16000, min_seconds=0.2, segment_seconds=30.0, cache_dir=None)

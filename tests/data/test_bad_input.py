@@ -31,18 +31,26 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from data2vec_train.config import build
+from data2vec_train.config.build import build
+from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.data.audio import MAX_HEADER_BYTES, AudioSegments, decode_audio
 from data2vec_train.data.datamodule import DataModule
-from data2vec_train.data.metadata import classes_of, read_metadata
-from data2vec_train.data.sources import ArraySource, FolderSource, ManifestSource, RawSample, Source, UnreadableShard
-from data2vec_train.data.sources_hf import HFSource, HFStreamingSource
+from data2vec_train.data.image import ImageTransform, decode_image
+from data2vec_train.data.sources.files import (
+    ArraySource,
+    FolderSource,
+    ManifestSource,
+    RawSample,
+    Source,
+    UnreadableShard,
+)
+from data2vec_train.data.sources.hf import HFSource, HFStreamingSource
+from data2vec_train.data.sources.metadata import classes_of, read_metadata
 from data2vec_train.data.text import HOPELESS_ROWS, documents
-from data2vec_train.data.vision import ImageTransform, decode_image
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.places import config_directory, recipes_parent, register_resolvers
-from data2vec_train.tasks.pretrain import build_data
-from data2vec_train.tasks.records import build_sources
+from data2vec_train.paths import config_directory, recipes_parent
+from data2vec_train.training.assemble import build_data
+from data2vec_train.training.records import build_sources
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -452,7 +460,7 @@ def test_broken_texts_are_a_share_of_the_documents_and_not_of_their_blocks(tmp_p
 # `python -m data2vec_train` for each line of arguments, in processes that share the seconds of importing torch.
 COMMANDS = """
 import json, os, runpy, sys
-import data2vec_train.tasks.pretrain
+import data2vec_train.pretrain.run
 for name, arguments in json.load(sys.stdin).items():
     child = os.fork()
     if not child:
@@ -679,7 +687,7 @@ def test_a_long_strip_takes_no_more_memory_than_a_photo(size):
 
 
 def test_the_middle_of_a_strip_is_the_same_as_of_all_of_it(monkeypatch):
-    import data2vec_train.data.vision as module
+    import data2vec_train.data.image as module
 
     options = {"image_px": 16, "channels": 1, "crop_scale": None, "crop_ratio": None, "shift_px": 0}
     options |= {"horizontal_flip": 0.0, "color_jitter": None, "interpolation": "bicubic", "mean": [0.0], "std": [1.0]}

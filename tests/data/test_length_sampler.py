@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data2vec_train.config import build
+from data2vec_train.config.build import build
 from data2vec_train.data import sampler as sampler_module
 from data2vec_train.data.sampler import LengthBatching, LengthBatchSampler
 from data2vec_train.errors import ConfigError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data2vec_train.data.sources import FolderSource
+from data2vec_train.data.sources.files import FolderSource
 from data2vec_train.errors import ConfigError, DataError
 
 

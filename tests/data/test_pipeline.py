@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from data2vec_train.batch import Batch
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.data.dataset import MAX_REPLACEMENTS, EvaluationDataset, Sample, StreamingDataset, TrainingDataset
 from data2vec_train.data.identity import hashes_of_numbers
+from data2vec_train.data.image import ImageTransform
 from data2vec_train.data.quarantine import Quarantine
 from data2vec_train.data.sampler import EndlessBatchSampler, Key, LengthBatching
 from data2vec_train.data.seeding import generator, torch_seeded
-from data2vec_train.data.sources import RawSample, Source, StreamingSource
+from data2vec_train.data.sources.files import RawSample, Source, StreamingSource
 from data2vec_train.data.split import UNLABELLED_HELD_OUT, choose
-from data2vec_train.data.vision import ImageTransform
-from data2vec_train.encoders.base import Batch
 from data2vec_train.errors import BadSample, ConfigError, DataError
-from data2vec_train.masking import InverseBlockMasker, RandomMasker
+from data2vec_train.objective.masking import InverseBlockMasker, RandomMasker
 
 GRID = (3, 4)
 MASKER = RandomMasker(hidden_fraction=0.5)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data2vec_train.data.sources import EMBEDDED_DIGITS, ArraySource, FolderSource, RawSample
-from data2vec_train.data.sources_hf import HFSource, HFStreamingSource, shards_of
-from data2vec_train.data.vision import decode_image
+from data2vec_train.data.image import decode_image
+from data2vec_train.data.sources.files import EMBEDDED_DIGITS, ArraySource, FolderSource, RawSample
+from data2vec_train.data.sources.hf import HFSource, HFStreamingSource, shards_of
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 IMAGES = [".png", ".jpg", ".jpeg"]
@@ -634,7 +634,7 @@ def test_dataloader_workers_do_not_divide_the_shards_again(tmp_path, streaming):
 
 def test_a_streamed_image_folder_has_one_shard_per_file(tmp_path, streaming, monkeypatch):
     root = write(tmp_path / "folder", [f"class{LABELS[n]}/{n:03}.png" for n in range(COUNT)])
-    monkeypatch.setattr("data2vec_train.data.sources_hf.MAX_SHARD_GROUPS", 8)
+    monkeypatch.setattr("data2vec_train.data.sources.hf.MAX_SHARD_GROUPS", 8)
     source = streaming(root)
     records = [
         r for w in range(3) for r in source.stream(epoch=0, seed=0, worker=w, num_workers=3, rank=0, world_size=1)

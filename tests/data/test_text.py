@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data2vec_train.data import text as text_module
-from data2vec_train.data.sources import FolderSource, RawSample, Source, StreamingSource
+from data2vec_train.data.sources.files import FolderSource, RawSample, Source, StreamingSource
 from data2vec_train.data.text import (
     StreamedBlocks,
     TextBlocks,

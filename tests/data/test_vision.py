@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data2vec_train.data.vision import ImageTransform, decode_image, remarks_on
+from data2vec_train.data.image import ImageTransform, decode_image, remarks_on
 from data2vec_train.errors import BadSample, ConfigError
 from tests.tiffs import tiff
 
@@ -498,7 +498,7 @@ def test_settings_that_cannot_work_are_named(wrong, text):
 
 
 def test_importing_does_not_load_the_heavy_libraries():
-    code = "import sys, data2vec_train.data.vision, data2vec_train.data.sources as s; " + (
+    code = "import sys, data2vec_train.data.image, data2vec_train.data.sources.files as s; " + (
         "sys.exit(bool({'datasets', 'torchvision', 'PIL.Image'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data2vec_train import checkpoints
-from data2vec_train.module import Data2VecModule
+from data2vec_train.training.module import Data2VecModule
 from tests.stress import tiny
 
 STEPS = 50

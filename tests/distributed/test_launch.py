@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data2vec_train.preflight import find_faults
+from data2vec_train.config.check.overrides import find_faults
 from tests.stress import tiny
 
 TWO = ["strategy=ddp", "strategy.accelerator=cpu", "strategy.devices=2"]
@@ -116,7 +116,7 @@ def test_processes_that_do_not_match_are_refused(monkeypatch):
 def test_a_sweep_on_slurm_has_a_task_for_each_device():
     from hydra import compose, initialize_config_dir
 
-    from data2vec_train.places import config_directory, expose_recipes
+    from data2vec_train.paths import config_directory, expose_recipes
 
     assert not faults(*TWO, "seed=0,1", "hydra/launcher=slurm", multirun=True)
     expose_recipes()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from data2vec_train.encoders.base import Masks
+from data2vec_train.batch import Masks
 from data2vec_train.encoders.vision import VisionEncoder
 
 FAMILIES = {

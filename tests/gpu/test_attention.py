@@ -1,4 +1,4 @@
-"""All attention backends on a GPU, in the encoders of `tests/layers/test_attention.py` and by themselves.
+"""All attention backends on a GPU, in the encoders of `tests/encoders/test_attention.py` and by themselves.
 
 In float32 they agree to 1e-5, outputs and gradients. bfloat16 keeps 7 bits: one product is wrong by 2^-8 of itself, and
 a sum of many by about as much of its largest terms. Eight times that is allowed, against float32 of the same numbers.
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data2vec_train.encoders import attention as module
+from data2vec_train.encoders.attention import attention
+from data2vec_train.encoders.backends import NAMES
 from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.encoders.positions import ALiBi, RelativePositionBias
 from data2vec_train.encoders.transformer import Block
-from data2vec_train.layers import attention as module
-from data2vec_train.layers.attention import attention
-from data2vec_train.layers.backends import NAMES
-from data2vec_train.layers.positions import ALiBi, RelativePositionBias
-from tests.layers.test_attention import ENCODERS, assert_same, run
+from tests.encoders.test_attention import ENCODERS, assert_same, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 BF16_BAND = 8 * 2**-8

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from data2vec_train.runtime import compile_blocks
+from data2vec_train.training.precision import compile_blocks
 from tests.pairs import PAIRS, batch_of, config_of, model_of, module_of, take_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

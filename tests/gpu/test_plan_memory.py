@@ -4,11 +4,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data2vec_train.config import build
-from data2vec_train.data2vec import Data2Vec
-from data2vec_train.encoders.audio import AudioEncoder
-from data2vec_train.encoders.base import Batch
-from data2vec_train.tasks.plan import drawn_batch, make_plan
+from data2vec_train.batch import Batch
+from data2vec_train.config.build import build
+from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.plan.run import drawn_batch, make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

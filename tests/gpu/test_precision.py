@@ -7,7 +7,7 @@ a few units in the last of these bits.
 import pytest
 import torch
 
-from data2vec_train.runtime import (
+from data2vec_train.training.precision import (
     FP8_CAPABILITY,
     ScaledHalf,
     choose_precision,

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data2vec_train.data2vec import Data2Vec, Data2VecOutput, std_over_rows
-from data2vec_train.decoders import Conv1dDecoder, Conv2dDecoder, Decoder, LinearDecoder, MLPDecoder
-from data2vec_train.encoders.audio import AudioEncoder
-from data2vec_train.encoders.base import Batch, Masks
+from data2vec_train.batch import Batch, Masks
+from data2vec_train.encoders.backends import NAMES
+from data2vec_train.encoders.positions import relative_position_index
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.hf.names import (
+from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, std_over_rows
+from data2vec_train.objective.decoders import Conv1dDecoder, Conv2dDecoder, Decoder, LinearDecoder, MLPDecoder
+from data2vec_train.objective.targets import TargetBuilder
+from data2vec_train.weights.names import (
     beit_vision,
     fairseq_audio_v1,
     fairseq_audio_v2,
@@ -31,9 +34,6 @@ from data2vec_train.hf.names import (
     fairseq_text_v2,
     to_ours,
 )
-from data2vec_train.layers.backends import NAMES
-from data2vec_train.layers.positions import relative_position_index
-from data2vec_train.targets import TargetBuilder
 
 FOLDER = Path(os.environ.get("DATA2VEC_GOLDEN", Path(__file__).parents[1] / "golden"))
 

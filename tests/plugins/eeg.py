@@ -9,9 +9,9 @@ from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, hide
+from data2vec_train.encoders.positions import ConvPositions
 from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.errors import BadSample
-from data2vec_train.layers.positions import ConvPositions
 
 BLOCK = {"norm_first": False, "norm_eps": 1e-5, "qkv_bias": "qkv", "layer_scale": None, "dropout": 0.0}
 BLOCK |= {"attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, "layer_drop": 0.0}
@@ -69,7 +69,7 @@ class Standardise:
     evaluate = train
 
 
-RAW = {"_target_": "data2vec_train.probes.raw.time_statistics", "_partial_": True}
+RAW = {"_target_": "data2vec_train.features.raw.time_statistics", "_partial_": True}
 SIZE = {name: "${size." + name + "}" for name in ("dim", "depth", "num_heads", "ffn_dim")}
 ENCODER = {"_target_": "eeg.EEGEncoder", "channels": 19, "window": 25, **SIZE, "attention": "${attention.backend}"}
 MODALITY = {"name": "eeg", "extensions": [".npy"], "encoder": ENCODER, "transform": {"_target_": "eeg.Standardise"}}

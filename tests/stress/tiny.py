@@ -93,9 +93,10 @@ class Processes:
             from lightning.pytorch.utilities import rank_zero_only
 
             rank_zero_only.rank = rank  # read from the environment when it was imported, before the fork
-            from data2vec_train.config import main
+            from data2vec_train.config.compose import main
 
-            entry = importlib.import_module(f"data2vec_train.{self.command}")
+            verb = "" if self.command == "__main__" else f".{self.command}"
+            entry = importlib.import_module(f"data2vec_train{verb}.__main__")
             options = {"config_name": self.command} if self.command != "__main__" else {"config_name": "train"}
             weights = {"finetune": "init_from", "probe": "checkpoint", "embed": "checkpoint", "predict": "checkpoint"}
             self.prepare()
@@ -213,6 +214,6 @@ def fresh(path: Path) -> Path:
 
 def import_everything() -> None:
     """What every child would import; nothing is computed, since threads do not survive a fork."""
-    import data2vec_train.config
-    import data2vec_train.tasks.pretrain
-    import data2vec_train.tasks.run_report  # noqa: F401
+    import data2vec_train.config.compose
+    import data2vec_train.pretrain.run
+    import data2vec_train.report.pretraining  # noqa: F401

@@ -1,1 +1,0 @@
-"""Measurements of speed, beside other programs where these are installed."""

@@ -1,0 +1,868 @@
+"""Hugging Face datasets, parquet files and WebDataset tars, with random access or as a stream. Never runs remote code.
+
+`load` finds the data set and one split of it, `_pick_columns` finds the samples and labels in it.
+"""
+
+import glob
+import itertools
+import logging
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
+from data2vec_train.data.sources.files import (
+    RawSample,
+    Source,
+    StreamingSource,
+    UnreadableShard,
+    file_sizes,
+    missing,
+    reason,
+)
+from data2vec_train.data.sources.metadata import text_column
+from data2vec_train.errors import BadSample, ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+# File suffix -> the builder of `datasets` that reads it.
+BUILDERS = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".txt": "text",
+}
+
+Kind = Literal["image", "audio", "text"]
+# What a WebDataset tar calls the member that holds the sample.
+MEMBERS: dict[str, tuple[str, ...]] = {
+    "image": ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus"),
+    "text": ("txt", "text", "transcript"),
+}
+# What the column with the samples is usually called, likeliest first; other columns of its type are no less likely to
+# hold something else.
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values", "photo", "picture", "rgb"),
+    "audio": ("audio", "wav", "flac", "mp3", "speech", "recording", "sound"),
+    "text": ("text", "content", "document", "sentence", "article", "transcript", "transcription", "sentences"),
+}
+NOT_SAMPLES = re.compile(r"mask|seg|label|annot|depth|target|truth|(^|_)(map|gt)s?$", re.IGNORECASE)
+LABEL_NAMES = ("label", "labels", "cls", "class", "class_id")
+LOOKED_AT = 256  # members of a tar that are looked at to find out what its samples are called
+
+STREAM_BATCH = 16  # records fetched at once while streaming; larger only costs memory
+# A streamed image folder has one shard per file: beyond this many, shards are read in groups.
+MAX_SHARD_GROUPS = 4096
+
+
+class HFSource(Source):
+    """Records of a Hugging Face dataset, with random access through its local arrow cache.
+
+    `path` is one of: a hub id; a folder written by `save_to_disk`; an image or audio folder; a file, a glob or a folder
+    of .parquet, WebDataset .tar, .arrow, .csv or .json files (a file or a glob *is* the asked split); a builder's name
+    ("parquet", "imagefolder", ...) with `data_files`, as in `datasets.load_dataset`.
+
+    Args:
+        path: See above.
+        name: Configuration of a hub dataset that has several.
+        split: "train", "test", ..., also slices ("train[:10%]"); None: the only one.
+        column: Where the samples are; None: the column of that kind, by its usual name where there are several (in
+            tars: the member with a known extension), see `_sample_column`.
+        label_column: Where the labels are; None: a ClassLabel or integer column with one of `LABEL_NAMES`, else the
+            only ClassLabel column; False: no labels.
+        data_files: Files of a builder or a hub dataset: a pattern, a list, or a mapping from split to either.
+        revision: Commit, tag or branch of a hub dataset.
+        cache_dir: Where the arrow cache is written; None: the library's own place.
+        kind: What is looked for when `column` is None, and how that column is read.
+        fields: Other columns that come along with each record; images among them stay encoded.
+
+    Raises:
+        ConfigError: no such split or column, or settings that do not fit.
+        DataError: nothing there, unreachable, or unreadable.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None,
+        split: str | None,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+        revision: str | None,
+        cache_dir: str | None,
+        kind: Kind = "image",
+        fields: Sequence[str] = (),
+    ):
+        options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        dataset, files = load(path, split, kind, column, options, streaming=False)
+        if len(dataset) == 0:
+            raise DataError(f"{path}: split {split!r} has no rows")
+        columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
+        filled = [name for name in columns if dataset.data.column(name).null_count < len(dataset)]
+        if not filled:
+            raise DataError(
+                f"{path}: no row has anything under {', '.join(columns)}; say where the {kind}s are with column"
+            )
+        columns = filled
+        self.class_names, self._labels = _column_classes(dataset, path, label)
+        self._columns = columns
+        self._name = _record_name(path, data_files, split)
+        self._asked = _asked_places(path, data_files)
+        for name in fields:
+            meant = text_column(name, dataset.features, path)
+            dataset = dataset if meant == name else dataset.rename_column(meant, name)
+        absent = [name for name in fields if name not in dataset.features]
+        if absent:
+            listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())
+            raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
+        self._fields = list(fields)
+        self._kind, self._path, self._files = kind, path, files
+        self._dataset = _undecoded(dataset, path, columns, kind, fields)
+        self._array_types = _array_types(self._dataset.features, columns)
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        log.info("%s: %d records, %s%s", path, len(self), _taken(kind, columns, label), classes)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> RawSample:
+        index = range(len(self))[index]
+        label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+        record = self._dataset[index]
+        fields = {name: _with_names(self._dataset.features[name], record[name]) for name in self._fields}
+        key = f"{self._name}:{index}"
+        return _raw_sample(record, self._columns, key, label, self._asked, self._array_types, fields)
+
+    def labels(self) -> np.ndarray | None:
+        """Labels, (len,) int64, -1 where one is missing; None without labels."""
+        return self._labels
+
+    def name_of(self, index: int) -> str:
+        """What the record is called in quarantine.jsonl."""
+        return f"{self._name}:{index}"
+
+    def hashes(self) -> np.ndarray:
+        """Of tar members and files their names; of texts themselves; of other rows, the file and the place in it."""
+        return _row_hashes(self._dataset, self._columns, self._kind, self._path, self._files)
+
+    def versions(self) -> np.ndarray:
+        """Of the number of bytes, characters or entries in each row's sample, and of what its fields say."""
+        found = np.zeros(len(self), dtype=np.uint64)
+        for name in self._columns:
+            found = mixed(found, _lengths(self._dataset, name))
+        for name in self._fields:
+            is_file = _is_bytes(self._dataset.features[name]) or hasattr(self._dataset.features[name], "decode")
+            said = _lengths(self._dataset, name) if is_file else hashes_of(map(repr, _chunks(self._dataset, name)))
+            found = mixed(found, said)
+        return found
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        feature = self._dataset.features[name]
+        return [_with_names(feature, one) for one in self._dataset.select_columns(name)[:][name]]
+
+
+class HFStreamingSource(StreamingSource):
+    """The same datasets as `HFSource`, read once per epoch, from wherever they are, without a local copy.
+
+    Labels that are not a ClassLabel are handed through as they are, and `class_names` is None. Whole shards are dealt
+    to the workers of all ranks; shards that do not divide evenly are shared row by row, so that every worker gets about
+    the same share.
+
+    Args: as in `HFSource`, where `split` has no slices, and
+        shuffle_buffer: Encoded records each worker keeps in memory to draw from; 1 shuffles the order of shards only.
+
+    Raises: as `HFSource` does, also while streaming.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None,
+        split: str | None,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+        revision: str | None,
+        cache_dir: str | None,
+        shuffle_buffer: int,
+        kind: Kind = "image",
+    ):
+        if shuffle_buffer < 1:
+            raise ConfigError(f"shuffle_buffer={shuffle_buffer}; expected at least 1 record")
+        options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        dataset, files = load(path, split, kind, column, options, streaming=True)
+        self._columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
+        feature = dataset.features[label] if label else None
+        if label and not _is_class_label(feature) and not _is_integer(feature):
+            raise ConfigError(
+                f"{path}: label_column={label!r} is {_describe(feature)}; a stream needs class numbers. "
+                "Set data.label_column=false, or read with random access"
+            )
+        self.class_names = list(feature.names) if _is_class_label(feature) else None
+        self._label = label
+        self._name = _record_name(path, data_files, split)
+        self._asked = _asked_places(path, data_files)
+        self._path = path
+        self._files = files
+        self._shuffle_buffer = shuffle_buffer
+        self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
+        self._array_types = _array_types(self._dataset.features, self._columns)
+        log.info("%s: streaming %d shards, %s", path, dataset.num_shards, _taken(kind, self._columns, label))
+
+    def stream(
+        self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
+    ) -> Iterator[RawSample]:
+        """Records of one worker of one rank, see `StreamingSource`.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        consumers = world_size * max(1, num_workers)
+        consumer = worker * world_size + rank  # neighbours are on different ranks: leftovers spread over ranks
+        groups = min(self._dataset.num_shards, MAX_SHARD_GROUPS)
+        order = np.random.default_rng([seed, epoch]).permutation(groups)
+        records = (
+            record
+            for group, part, parts in shards_of(order, consumer=consumer, consumers=consumers)
+            for record in self._read(int(group), groups, part, parts)
+        )
+        yield from _shuffled(records, self._shuffle_buffer, np.random.default_rng([seed, epoch, consumer]))
+
+    def first(self) -> Iterator[RawSample]:
+        """See `StreamingSource.first`."""
+        yield from self._read(0, min(self._dataset.num_shards, MAX_SHARD_GROUPS), 0, 1)
+
+    def shards(self) -> list[tuple[str, int]]:
+        """See `StreamingSource.shards`; of files elsewhere only the names are known."""
+        return [(Path(file).name, Path(file).stat().st_size if Path(file).is_file() else 0) for file in self._files]
+
+    def _read(self, group: int, groups: int, part: int, parts: int) -> Iterator[RawSample]:
+        """Rows `part`, `part` + `parts`, ... of a group of shards."""
+        # `iter(batch_size)` and not `__iter__`: the latter divides the shards among DataLoader workers by itself, and
+        # this group, being one shard, would go to worker 0 whole.
+        batches = self._dataset.shard(num_shards=groups, index=group).iter(batch_size=STREAM_BATCH)
+        row, tars = 0, set()
+        while True:
+            try:
+                batch = next(batches, None)
+            except _load_errors() as error:
+                raise UnreadableShard(_cannot_read(self._path, error)) from error
+            if batch is None:
+                for file in sorted(tars if part == 0 else ()):
+                    _check_tar(file)
+                return
+            tars.update(batch.get("__url__", ()))
+            for values in zip(*batch.values(), strict=True):
+                if row % parts == part:
+                    record = dict(zip(batch, values, strict=True))
+                    label = record.get(self._label) if self._label else None
+                    key = f"{self._name}[{group}]:{row}"
+                    yield _raw_sample(record, self._columns, key, label, self._asked, self._array_types)
+                row += 1
+
+
+def shards_of(order: np.ndarray, *, consumer: int, consumers: int) -> Iterator[tuple[int, int, int]]:
+    """The shards that one of `consumers` reads: (shard, part, parts), rows `part` mod `parts` of each.
+
+    Every consumer gets the same number of whole shards. The m shards left over are shared, each by the consumers that
+    are equal mod m, so that nobody reads more than one shard in vain, however many consumers there are.
+    """
+    whole = len(order) // consumers * consumers
+    for shard in order[:whole][consumer::consumers]:
+        yield int(shard), 0, 1
+    left = order[whole:]
+    if len(left):
+        column = consumer % len(left)
+        yield int(left[column]), consumer // len(left), len(range(column, consumers, len(left)))
+
+
+def _shuffled(records: Iterable[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
+    """The same records in an order drawn from `rng`, with `size` of them in memory."""
+    buffer: list[RawSample] = []
+    for record in records:
+        if len(buffer) < size:
+            buffer.append(record)
+            continue
+        slot = int(rng.integers(size))
+        yield buffer[slot]
+        buffer[slot] = record
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One split of a data set
+
+
+def load(
+    path: str, split: str | None, kind: Kind, column: str | None, options: dict[str, object], *, streaming: bool
+) -> "tuple[datasets.Dataset | datasets.IterableDataset, list[str]]":
+    """One split of the dataset at `path`, columns untouched, and the files that it is read from, as far as known.
+
+    `options` are those of `load_dataset_builder`.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it reports what it raises as well
+    try:
+        local = Path(path).expanduser()
+        if any((local / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(local))
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            dataset = splits[_one_split(splits, path, split)]
+            files = [one["filename"] for one in dataset.cache_files]
+            shards = min(64, len(dataset) or 1)
+            return (dataset.to_iterable_dataset(num_shards=shards), files) if streaming else (dataset, [])
+
+        builder = _builder(path, local, split, kind, column, options)
+        if streaming:
+            splits = builder.as_streaming_dataset()
+            name = _one_split(splits, path, split)
+            # csv and json say nothing about their columns before they are read
+            dataset = splits[name] if splits[name].features else splits[name]._resolve_features()
+            return dataset, list((builder.config.data_files or {}).get(name, ()))
+        if builder.name == "webdataset":
+            wanted = None if split in (None, "all") else re.findall(r"[\w.]+", split)
+            for name, files in (builder.config.data_files or {}).items():
+                for file in files if wanted is None or name in wanted else ():
+                    _check_tar(file)
+        builder.download_and_prepare()
+        if split is not None and re.search(r"[\[+]|^all$", split):
+            return builder.as_dataset(split=split), []
+        name = _one_split(builder.info.splits, path, split)
+        return builder.as_dataset(split=name), list((builder.config.data_files or {}).get(name, ()))
+    except (ConfigError, DataError):  # which the next line would catch as well
+        raise
+    except _load_errors() as error:
+        raise DataError(_cannot_read(path, error)) from error
+
+
+def _builder(
+    path: str, local: Path, split: str | None, kind: Kind, column: str | None, options: dict[str, object]
+) -> "datasets.DatasetBuilder":
+    import datasets
+
+    if local.is_dir():
+        path = str(local)
+    elif (local.is_file() or re.search(r"[*?\[]", path)) and _format_of(path):
+        if "://" not in path and not glob.glob(str(local), recursive=True):
+            raise DataError(f"cannot read {path}: no file has such a name")
+        options = options | {"data_files": {(split or "train").split("[")[0]: str(local.absolute())}}
+        path = _format_of(path)
+    elif local.is_file():
+        raise ConfigError(f"{path} is not a data set: expected a folder, or a file ending in {', '.join(BUILDERS)}")
+    elif _format_of(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise DataError(missing(local))
+    elif path in BUILDERS.values() and options["data_files"] is None:
+        # The library would take whatever lies in the working directory.
+        raise ConfigError(
+            f"path={path} names a file format: say which files with data_files, or give their folder as path"
+        )
+    builder = datasets.load_dataset_builder(path, **options)
+    if builder.name == "webdataset":
+        # Left to itself the library takes the columns from the first five members: a tar that mixes jpg and png is
+        # an error, or loses the images of the other kind without a word.
+        names = [column] if column is not None else _members(builder.config.data_files or {}, path, kind)
+        builder = datasets.load_dataset_builder(path, features=_tar_features(kind, names), **options)
+    return builder
+
+
+def _one_split(splits: Iterable[str], path: str, split: str | None) -> str:
+    """The name of the asked split, or of the only one."""
+    names = [str(name) for name in splits]
+    if split in names:
+        return split
+    if split is None and len(names) == 1:
+        return names[0]
+    got = "several splits" if split is None else f"no split {split!r}"
+    raise ConfigError(f"{path} has {got}; choose data.split= one of {', '.join(names)}")
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What `datasets` raises when it cannot load or read something."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base of the hub's own error is its HTTP library's, which changed twice: requests, httpx, httpx2.
+    network = HfHubHTTPError.__bases__
+    # RuntimeError: the data set is a script, which is never run. ValueError covers pyarrow's.
+    return (OSError, ValueError, KeyError, TypeError, RuntimeError, tarfile.TarError, DatasetsError, *network)
+
+
+def _cannot_read(path: str, error: BaseException) -> str:
+    """One line about a data set that failed to load, from the innermost cause."""
+    if isinstance(error, ConnectionError):
+        return f"cannot read {path}: {reason(error)}; check the name and the network, or give a local folder as path"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = reason(error)
+    # What the library says of nothing at all: of a table without rows, and of files without records.
+    if "BatchSize must be greater than 0" in text or "corresponds to no data" in text:
+        text = "it has no rows"
+    if "torchcodec" in text:  # for a folder of recordings, which data=folder reads without it
+        text = f"{text}; install torchcodec, or read a local folder with data=folder"
+    return f"cannot read {path}: {text}"
+
+
+def _check_tar(file: str) -> None:
+    """Refuse a local tar with a damaged header: beyond it nothing would be read, without a word.
+
+    Raises:
+        DataError: there is one.
+    """
+    if not file.endswith(".tar") or not Path(file).is_file():
+        return
+    try:
+        with tarfile.open(file, "r:") as archive:
+            while archive.next() is not None:
+                archive.members.clear()  # which would grow with the archive
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise UnreadableShard(
+                    f"cannot read {file}: a damaged header at byte {archive.offset}; all beyond is lost"
+                )
+    except (OSError, tarfile.TarError) as error:
+        raise UnreadableShard(_cannot_read(file, error)) from error
+
+
+def _format_of(path: str) -> str | None:
+    """The builder of `datasets` that reads files with this ending."""
+    return BUILDERS.get(Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", path.lower())).suffix)
+
+
+def _record_name(path: str, data_files: object, split: str | None) -> str:
+    """What keys start with: the file if there is a single one, else the data set and the split."""
+    name = Path(data_files if isinstance(data_files, str) else path).name
+    return name if _format_of(name) or split is None else f"{name}/{split}"
+
+
+def _members(data_files: Mapping[str, Sequence[str]], path: str, kind: Kind) -> list[str]:
+    """What the samples of WebDataset tars are called, from the beginning of those that lie on this machine.
+
+    A member belongs to the record that its name says up to the first dot; the rest says what it is.
+
+    Raises:
+        ConfigError: it is not clear which members are the samples.
+    """
+    local = [file for files in data_files.values() for file in files if Path(file).is_file()]
+    records: dict[str, list[str]] = {}
+    for file in local[:4]:
+        # What is wrong with it is said where it is read.
+        with suppress(OSError, EOFError, zlib.error, tarfile.TarError), tarfile.open(file, "r:*") as archive:
+            for member in itertools.islice(archive, LOOKED_AT):
+                folder, slash, name = member.name.rpartition("/")
+                base, _, rest = name.partition(".")
+                if member.isfile() and base and rest:
+                    records.setdefault(f"{file}:{folder}{slash}{base}", []).append(rest)
+    known = MEMBERS[kind]
+    usual = [case for name in known for case in (name, name.upper())]
+    found = list(dict.fromkeys(name for names in records.values() for name in names if _ending(name) in known))
+    if not found:
+        return usual
+    plain = [name for name in found if "." not in name]
+    named = [name for name in found if name.partition(".")[0].lower() in USUAL_NAMES[kind]]
+    chosen = plain or named or [name for name in found if not NOT_SAMPLES.search(name)]
+    several = next((names for names in records.values() if len(set(names) & set(chosen)) > 1), None)
+    if several is None and (plain or len({name.rpartition(".")[0] for name in chosen}) == 1):
+        return [*usual, *chosen] if plain else chosen
+    raise ConfigError(
+        f"{path}: it is not clear which members are the {kind}s: {', '.join((several or found)[:8])} (what follows the "
+        f"first dot of a name); choose one with data.column={(chosen or found)[0]}, for example"
+    )
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _tar_features(kind: Kind, names: Sequence[str]) -> "datasets.Features":
+    """The members of a WebDataset sample that are read; `datasets` leaves out all others."""
+    import datasets
+
+    # Plain bytes: of a picture the library would take the file of that name in the working directory.
+    member = datasets.Value("string" if kind == "text" else "binary")
+    return datasets.Features(
+        dict.fromkeys(names, member)
+        | {"cls": datasets.Value("int64"), "__key__": datasets.Value("string"), "__url__": datasets.Value("string")}
+    )
+
+
+def _encoded_feature(kind: Kind) -> object:
+    """The column type that gives a sample as {"bytes", "path"}, or as a text."""
+    import datasets
+
+    if kind == "text":
+        return datasets.Value("string")
+    if kind == "image":
+        return datasets.Image(decode=False)
+    from data2vec_train.data.encoded_audio import EncodedAudio
+
+    return EncodedAudio()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its columns
+
+
+def _pick_columns(
+    features: "datasets.Features", path: str, kind: Kind, column: str | None, label_column: str | Literal[False] | None
+) -> tuple[list[str], str | None]:
+    """Where the samples are, the first that is not empty counts; and where the labels are, None without."""
+    listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in features.items())
+    for wanted, option in ((column, "column"), (label_column, "label_column")):
+        if wanted not in (None, False) and wanted not in features:
+            raise ConfigError(f"{path} has no {option}={wanted!r}; its columns: {listing}")
+    if column is not None:
+        columns = [column]
+    elif "__url__" in features and "__key__" in features:
+        columns = [name for name in features if _ending(name) in MEMBERS[kind]]
+    else:
+        columns = [_sample_column(features, path, kind)]
+    if columns in ([], [None]):
+        raise ConfigError(f"{path} has no {kind} column; name it with data.column=... Its columns: {listing}")
+    if label_column is not None:
+        return columns, label_column or None
+    return columns, _label_column(features, path)
+
+
+def _sample_column(features: "datasets.Features", path: str, kind: Kind) -> str | None:
+    """The column with the samples: of those whose type is surest the one with a usual name, or the only one.
+
+    Raises:
+        ConfigError: there are several, none with a usual name; or the only one is called as masks and the like are.
+    """
+    named = {name.lower(): name for name in reversed(features)}
+    of_type = [name for name, feature in features.items() if _is_kind(feature, kind)]
+    bytes_ = [name for name, feature in features.items() if _is_bytes(feature) and kind != "text"]
+    arrays = [name for name, feature in features.items() if kind == "image" and _is_picture(feature)]
+    for group in (of_type, bytes_, arrays):
+        likely = [name for name in group if not NOT_SAMPLES.search(name)]
+        usual = [named[name] for name in USUAL_NAMES[kind] if named.get(name) in likely]
+        if usual or len(likely) == 1:
+            return (usual or likely)[0]
+        if likely:
+            raise ConfigError(
+                f"{path}: several columns could be the {kind}s: {', '.join(likely)}; choose one with "
+                f"data.column={likely[0]}, for example"
+            )
+    unlikely = of_type + bytes_ + arrays
+    if unlikely:
+        raise ConfigError(
+            f"{path}: the {kind}s could only be {', '.join(unlikely)}, named as masks and labels are; if it is them, "
+            f"write data.column={unlikely[0]}"
+        )
+    return None
+
+
+def _label_column(features: "datasets.Features", path: str) -> str | None:
+    """The column with the labels; None without, and where it is not clear which one it is."""
+    classes = [name for name, feature in features.items() if _is_class_label(feature)]
+    usual = [name for name in LABEL_NAMES if name in classes or (name in features and _is_integer(features[name]))]
+    if not usual and len(classes) > 1:
+        log.warning("%s: no labels: they may be %s; choose with data.label_column=", path, " or ".join(classes))
+        return None
+    return next(iter(usual + classes), None)
+
+
+def _taken(kind: Kind, columns: Sequence[str], label: str | None) -> str:
+    """What is read, for the log."""
+    names = "/".join(columns[:4]) + ("/..." if len(columns) > 4 else "")
+    return f"{kind}s from {names}, {f'labels from {label}' if label else 'no labels'}"
+
+
+def _is_kind(feature: object, kind: Kind) -> bool:
+    import datasets
+
+    if kind == "text":
+        return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.Image if kind == "image" else datasets.Audio)
+
+
+def _is_bytes(feature: object) -> bool:
+    """Whether a column may hold files, as plain parquet does not say of what kind they are."""
+    return (isinstance(feature, dict) and "bytes" in feature) or getattr(feature, "dtype", "").endswith("binary")
+
+
+def _is_class_label(feature: object) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _with_names(feature: object, value: Any) -> Any:
+    """A class, or a list of them, by name."""
+    if _is_class_label(feature):
+        return None if value is None or value < 0 else feature.names[value]
+    inner = getattr(feature, "feature", None)
+    return [_with_names(inner, one) for one in value] if _is_class_label(inner) and value is not None else value
+
+
+def _is_integer(feature: object) -> bool:
+    return re.fullmatch(r"u?int\d+", str(getattr(feature, "dtype", ""))) is not None
+
+
+def _array_type(feature: object) -> str | None:
+    """The type of the numbers in a column of arrays or of lists in lists; None for other columns."""
+    import datasets
+
+    arrays = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
+    if isinstance(feature, arrays):
+        return feature.dtype
+    if not isinstance(feature, (datasets.List, datasets.LargeList)):
+        return None
+    inner = feature.feature
+    if isinstance(inner, datasets.Value):
+        return inner.dtype if re.fullmatch(r"u?int\d+|float\d+|bool", inner.dtype) else None
+    return _array_type(inner)
+
+
+def _is_picture(feature: object) -> bool:
+    """Whether a column holds arrays with two or three axes of numbers."""
+    import datasets
+
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return True
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    return depth in (2, 3) and re.fullmatch(r"u?int\d+|float\d+", str(getattr(feature, "dtype", ""))) is not None
+
+
+def _array_types(features: "datasets.Features", columns: Sequence[str]) -> dict[str, str]:
+    """See `_array_type`, of the columns that have one."""
+    return {column: kind for column in columns if (kind := _array_type(features[column])) is not None}
+
+
+def _describe(feature: object) -> str:
+    """A column's type in one word."""
+    if isinstance(feature, dict):
+        return "struct of " + ", ".join(feature)
+    kind = type(feature).__name__
+    return str(getattr(feature, "dtype", kind)) if kind == "Value" else kind
+
+
+def _undecoded(dataset, path: str, columns: list[str], kind: Kind, more: Sequence[str] = ()):
+    """The data set with nothing but its samples, not decoded, their place in a tar, and some other columns.
+
+    Raises:
+        DataError: a column cannot hold what it should.
+    """
+    extra = [name for name in (*more, "__key__", "__url__") if name in dataset.features]
+    dataset = dataset.select_columns(list(dict.fromkeys([*columns, *extra])))
+    encoded = dict.fromkeys(columns if kind != "text" else (), kind)
+    pictures = [one for one in more if _is_kind(dataset.features[one], "image") and one not in columns]
+    for column, its_kind in (encoded | dict.fromkeys(pictures, "image")).items():
+        if its_kind == "image" and _array_type(dataset.features[column]) is not None:
+            continue  # cast, numbers would be taken modulo 256, or for 16 bits where they are 8
+        try:
+            dataset = dataset.cast_column(column, _encoded_feature(its_kind))
+        except _load_errors() as error:
+            raise DataError(f"{path}: column {column!r} holds no {its_kind}s ({reason(error)})") from error
+    return dataset
+
+
+def _column_classes(
+    dataset: "datasets.Dataset", path: str, column: str | None
+) -> tuple[list[str] | None, np.ndarray | None]:
+    """Class names, and the label of each row, (len,) int64, -1 where one is missing; or (None, None)."""
+    if column is None:
+        return None, None
+    feature = dataset.features[column]
+    if not (_is_class_label(feature) or _is_integer(feature) or _is_kind(feature, "text")):
+        raise ConfigError(
+            f"{path}: label_column={column!r} is {_describe(feature)}; expected integers, names or a ClassLabel"
+        )
+    values = dataset.select_columns(column)[:][column]
+    # Without a ClassLabel any numbers will do, 1 to 10 for instance: what counts is their rank.
+    classes = sorted({value for value in values if value is not None})
+    if not classes:
+        return None, None
+    if _is_class_label(feature):
+        classes = range(len(feature.names))
+    rank = {value: place for place, value in enumerate(classes)}
+    names = feature.names if _is_class_label(feature) else map(str, classes)
+    return list(names), np.array([rank.get(value, -1) for value in values], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tells its records apart, from the columns that are short; nothing here reads a sample
+
+
+def _row_hashes(
+    dataset: "datasets.Dataset", columns: Sequence[str], kind: Kind, path: str, files: Sequence[str]
+) -> np.ndarray:
+    """(n,) uint64, see `HFSource.hashes`."""
+    if "__url__" in dataset.features and "__key__" in dataset.features:
+        pairs = zip(dataset["__url__"], dataset["__key__"], strict=True)
+        return hashes_of(f"{Path(url or '').name}:{key}" for url, key in pairs)
+    if kind == "text":
+        texts = zip(*(_chunks(dataset, name) for name in columns), strict=True)
+        found = (next((one for one in row if one is not None), "") for row in texts)
+        return hashes_of(one if isinstance(one, str) else repr(one) for one in found)  # lists of words
+    names = _file_names(dataset, columns[0], path)
+    if names is not None:
+        return hashes_of(names)
+    places = _places_in_files(dataset, files)
+    return hashes_of_numbers(len(dataset)) if places is None else places
+
+
+def _chunks(dataset: "datasets.Dataset", name: str) -> Iterator[Any]:
+    """The values of a column, a few thousand in memory at a time."""
+    for batch in dataset.select_columns(name).with_format(None).iter(batch_size=4096):
+        yield from batch[name]
+
+
+def _file_names(dataset: "datasets.Dataset", column: str, path: str) -> list[str] | None:
+    """The file that each row was, relative to `path`; None unless all rows have one, mostly different ones."""
+    feature = dataset.features[column]
+    if not hasattr(feature, "decode"):
+        return None
+    names = _storage(dataset, column, "path")
+    if names is None or names.null_count or len(names) == 0:
+        return None
+    names = [str(name).replace("\\", "/") for name in names.to_pylist()]
+    if len(set(names)) <= len(names) / 2:
+        return None
+    root = f"{Path(path).expanduser().absolute()}/".replace("\\", "/")
+    return [name.removeprefix(root) for name in names]
+
+
+def _places_in_files(dataset: "datasets.Dataset", files: Sequence[str]) -> np.ndarray | None:
+    """(n,) uint64: a hash of file and row, so that another file moves none; None where rows cannot be told so."""
+    from pyarrow import ArrowException, parquet
+
+    if not files or not all(file.endswith(".parquet") and Path(file).is_file() for file in files):
+        return None
+    try:
+        counts = [parquet.read_metadata(file).num_rows for file in files]
+    except (OSError, ArrowException):
+        return None
+    if sum(counts) != len(dataset):
+        return None
+    names = hashes_of(Path(file).name for file in files)
+    rows = [mixed(np.full(count, name), np.arange(count)) for name, count in zip(names, counts, strict=True)]
+    return np.concatenate(rows)
+
+
+def _storage(dataset: "datasets.Dataset", column: str, field: str | None) -> Any:
+    """A column as arrow has it, or the `field` of its struct, in the order of rows; None where there is none."""
+    import pyarrow
+
+    values = dataset.with_format("arrow").data.column(column)
+    if isinstance(values.type, pyarrow.ExtensionType):
+        values = pyarrow.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
+    if field is not None and pyarrow.types.is_struct(values.type):
+        if values.type.get_field_index(field) < 0:
+            return pyarrow.nulls(len(dataset))
+        kind = values.type.field(field).type
+        values = pyarrow.chunked_array([chunk.field(field) for chunk in values.chunks], kind)
+    elif field == "path":
+        return None
+    if dataset._indices is not None:
+        values = values.take(dataset._indices.column(0))
+    return values
+
+
+def _lengths(dataset: "datasets.Dataset", column: str) -> np.ndarray:
+    """(n,) uint64: bytes or entries in each row of a column; of files beside the table, their sizes; else zeros."""
+    import pyarrow
+    import pyarrow.compute
+
+    values = _storage(dataset, column, "bytes")
+    is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+    if is_text or pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type):
+        lengths = pyarrow.compute.binary_length(values)
+    elif pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        lengths = pyarrow.compute.list_value_length(values)
+    else:
+        return np.zeros(len(dataset), dtype=np.uint64)
+    found = lengths.fill_null(0).to_numpy().astype(np.uint64)
+    paths = _storage(dataset, column, "path")
+    if paths is not None and values.null_count:
+        known = values.is_valid().to_numpy()
+        found[~known] = file_sizes([Path(paths[int(row)].as_py() or "") for row in np.flatnonzero(~known)])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its records
+
+
+def _raw_sample(
+    record: Mapping,
+    columns: Sequence[str],
+    key: str,
+    label: int | None,
+    asked: tuple[str, ...],
+    array_types: Mapping[str, str],
+    fields: Mapping[str, object] | None = None,
+) -> RawSample:
+    """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
+
+    Its value is a `BadSample` where it leads to a file that cannot be fetched, or that nobody `asked` for.
+    """
+    if record.get("__url__") and record.get("__key__"):
+        key = f"{Path(record['__url__']).name}:{record['__key__']}"
+    present = [column for column in columns if record[column] is not None]
+    column = next(iter(present), None)
+    value = b"" if column is None else record[column]
+    if len(present) > 1:
+        value = BadSample(f"has several members: {', '.join(present)}; choose one with data.column={present[0]}")
+    if column in array_types:
+        try:
+            value = np.array(value, dtype=array_types[column])
+        except ValueError:
+            value = BadSample("lists of different lengths, not an array")
+    if isinstance(value, Mapping):
+        path, value = value.get("path"), value.get("bytes")
+        if value is None and path:
+            key, value = path, _read_remote(path, asked) if "://" in path else Path(path)
+    return RawSample(key, b"" if value is None else value, label, fields or {})
+
+
+def _asked_places(path: str, data_files: object) -> tuple[str, ...]:
+    """What the addresses begin with to which records may lead: the hub for a data set of the hub, and named hosts.
+
+    Data is not trusted with the network: a local table could make this machine call any other.
+    """
+    import datasets
+
+    named = tuple(re.findall(r"\w+://[^/'\"]+/", f"{path} {data_files}"))
+    builder = path in (*BUILDERS.values(), "imagefolder", "audiofolder")
+    return (
+        named
+        if builder or Path(path).expanduser().exists() or _format_of(path)
+        else (*named, "hf://", f"{datasets.config.HF_ENDPOINT}/")
+    )
+
+
+def _read_remote(url: str, asked: tuple[str, ...]) -> bytes | BadSample:
+    """Content of a file on the hub or inside an archive."""
+    place = url.rpartition("::")[2]  # of zip://file::place
+    if "://" in place and not place.startswith((*asked, "file://")):
+        return BadSample("leads to another place on the network than the data set's, where nothing is fetched from")
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(url, "rb") as file:
+            return file.read()
+    except _load_errors() as error:
+        return BadSample(f"cannot be downloaded: {reason(error)}")

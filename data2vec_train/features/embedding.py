@@ -1,0 +1,219 @@
+"""Features of recordings, images and texts, as arrays: weights in, vectors out; no Hydra, no Lightning.
+
+Letters: see `encoders.base`; layer 0 is the input of the first block, layer n the output of block n.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.encoders.transformer import Extras
+from data2vec_train.errors import BadSample, ConfigError
+from data2vec_train.weights.convert import load_pretrained
+
+Pooling = Literal["mean", "mean_std", "none"]
+
+
+@torch.no_grad()
+def layer_tokens(
+    encoder: ModalityEncoder, inputs: Tensor, attention_mask: Tensor | None, layers: Sequence[int]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Tokens of some layers, (B, T, D) float32 each, without class token; and their mask (B, T) or None.
+
+    The last layer is what the encoder gives, a final norm included where it has one.
+    """
+    tokens, mask = encoder.embed(inputs, attention_mask)
+    extras = Extras(keep_hidden_states=True)
+    last = encoder.contextualize(tokens, mask, extras=extras).tokens
+    prefix = encoder.num_prefix_tokens
+    found = [last if layer == encoder.depth else extras.hidden_states[layer][:, prefix:] for layer in layers]
+    return [one.float() for one in found], mask
+
+
+def pool(tokens: Tensor, mask: Tensor | None, pooling: Literal["mean", "mean_std"]) -> Tensor:
+    """Tokens (B, T, D) -> their mean (B, D), or mean and standard deviation (B, 2 D); padding is left out."""
+    real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
+    weight = (real / real.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
+    mean = (tokens * weight).sum(dim=1)
+    if pooling == "mean":
+        return mean
+    deviation = ((tokens - mean[:, None]).square() * weight).sum(dim=1).sqrt()
+    return torch.cat([mean, deviation], dim=1)
+
+
+def layer_numbers(layers: Literal["last", "all"] | int | Sequence[int], depth: int) -> list[int]:
+    """Numbers of layers from 0 to `depth`; negative ones count from the end.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    wanted = {"last": [depth], "all": list(range(depth + 1))}.get(layers) if isinstance(layers, str) else layers
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    if not wanted or any(not -depth - 1 <= one <= depth for one in wanted):
+        raise ConfigError(f"layers={layers}: expected last, all, or numbers from 0 to {depth}")
+    return [one % (depth + 1) for one in wanted]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Features of prepared inputs.
+
+    Attributes:
+        encoder: in evaluation mode.
+        layers: their numbers.
+        pooling: "mean" or "mean_std" over the tokens, "none" = every token.
+        pad_value: what shorter inputs are filled up with.
+        budget: the most that a batch may hold, in units of the inputs' last axis.
+    """
+
+    encoder: ModalityEncoder
+    layers: tuple[int, ...]
+    pooling: Pooling
+    pad_value: float = 0.0
+    budget: int = 960_000
+    max_batch: int = 64
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[list[np.ndarray]]:
+        """For each input the features of each layer, (D,), (2 D,) or (T, D) float32.
+
+        Inputs are batched by length: what an input shares a batch with depends on the list, and its features on that
+        by no more than rounding.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in inputs]
+        for rows in self._batches([one.shape[-1] for one in inputs]):
+            batch, mask = self._stack([inputs[row] for row in rows])
+            device = next(self.encoder.parameters()).device
+            moved = None if mask is None else mask.to(device)
+            layers, token_mask = layer_tokens(self.encoder, batch.to(device), moved, self.layers)
+            counts = None if token_mask is None else token_mask.sum(dim=1).tolist()
+            for tokens in layers:
+                if self.pooling == "none":
+                    arrays = tokens.cpu().numpy()
+                    for place, row in enumerate(rows):
+                        found[row].append(arrays[place] if counts is None else arrays[place, : counts[place]])
+                else:
+                    for row, vector in zip(rows, pool(tokens, token_mask, self.pooling).cpu().numpy(), strict=True):
+                        found[row].append(vector)
+        return found
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for row in np.argsort(lengths, kind="stable"):
+            if batch and (len(batch) == self.max_batch or (len(batch) + 1) * lengths[row] > self.budget):
+                yield batch
+                batch = []
+            batch.append(int(row))
+        if batch:
+            yield batch
+
+    def _stack(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        sizes = torch.tensor([one.shape[-1] for one in inputs])
+        longest = int(sizes.max())
+        if bool((sizes == longest).all()):
+            return torch.stack(list(inputs)), None
+        stacked = inputs[0].new_full((len(inputs), *inputs[0].shape[:-1], longest), self.pad_value)
+        for row, one in zip(stacked, inputs, strict=True):
+            row[..., : one.shape[-1]] = one
+        return stacked, torch.arange(longest) < sizes[:, None]
+
+
+def embed_inputs(
+    path: str | Path,
+    inputs: Sequence[Any],
+    *,
+    layers: Literal["last", "all"] | int | Sequence[int] = "last",
+    pooling: Pooling = "mean",
+    device: str = "cpu",
+) -> list[list[np.ndarray]]:
+    """Features of files, arrays or texts by trained weights; the Python call beside `python -m data2vec_train.embed`.
+
+    Args:
+        path: whatever `load_pretrained` reads, with its preprocessor or tokenizer beside it.
+        inputs: recordings (files, or waveforms (S,) at the model's rate), images (files, or 8-bit arrays (H, W, C)),
+            or texts, of which no more is read than the encoder has positions for.
+        layers: "last", "all", or numbers.
+        pooling: see `Embedder`.
+        device: where to compute.
+
+    Returns:
+        For each input a list with the features of each layer: (D,), with "mean_std" (2 D,), with "none" (T, D).
+
+    Raises:
+        ConfigError: the weights cannot be read, or do not say how inputs are prepared.
+        BadSample: an input cannot be used.
+    """
+    from data2vec_train.encoders.text import TextEncoder
+    from data2vec_train.encoders.waveform import AudioEncoder, multiply_convolutions
+
+    model = load_pretrained(path)
+    multiply_convolutions(model)
+    encoder = model.get_encoder().to(device).eval()
+    numbers = tuple(layer_numbers(layers, encoder.depth))
+    if isinstance(encoder, TextEncoder):
+        from data2vec_train.weights.tokenizers import TextTokenizer
+
+        if model.source is None:
+            raise ConfigError(f"{path} has no tokenizer beside it")
+        tokenizer = TextTokenizer.from_pretrained(model.source)
+        tokenizer.check_fits(model.config)
+        # Without the token that ends a text, as in the blocks of pretraining and of the command.
+        found = [tokenizer.beginning(text, encoder.max_tokens) for text in _texts(inputs)]
+        tensors = [torch.tensor(ids) for ids in found]
+        return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
+    source = model.source
+    if isinstance(encoder, AudioEncoder):
+        from data2vec_train.data.audio import AudioTransform, decode_audio
+        from data2vec_train.weights.preprocessing import AudioFeatureExtractor as Described
+
+        how = Described.from_pretrained(source) if source is not None else _prepared_by(model, Described, path)
+        rate = how.sampling_rate
+        transform = AudioTransform(normalise=how.do_normalize, sample_rate_hz=rate, max_seconds=float("1e9"))
+        options = {"sample_rate_hz": rate, "channels": encoder.channels, "min_seconds": 0.0}
+        options |= {"min_level": 0.0, "max_level": float("inf")}
+        waves = [transform.train(_decoded(decode_audio, one, number, options)) for number, one in enumerate(inputs)]
+        return Embedder(encoder, numbers, pooling)(waves)
+    from data2vec_train.data.image import ImageTransform, decode_image
+    from data2vec_train.weights.preprocessing import ImageProcessor
+
+    how = ImageProcessor.from_pretrained(source) if source is not None else _prepared_by(model, ImageProcessor, path)
+    channels = encoder.embedder.project.in_channels
+    plain = {"crop_scale": None, "crop_ratio": None, "shift_px": 0, "horizontal_flip": 0.0, "color_jitter": None}
+    transform = ImageTransform(
+        image_px=encoder.image_size,
+        channels=channels,
+        interpolation="bicubic",
+        mean=how.image_mean or [0.0],
+        std=how.image_std or [1.0],
+        fit=how.fit,
+        **plain,
+    )
+    options = {"channels": channels, "max_pixels": 89_478_485, **how.notes}
+    tensors = [transform.evaluate(_decoded(decode_image, one, number, options)) for number, one in enumerate(inputs)]
+    return Embedder(encoder, numbers, pooling)(tensors)
+
+
+def _decoded(decode: Callable[..., np.ndarray], one: Any, number: int, options: Mapping[str, Any]) -> np.ndarray:
+    try:
+        return decode(Path(one).expanduser() if isinstance(one, str) else one, **options)
+    except BadSample as error:
+        raise BadSample(f"{one if isinstance(one, (str, Path)) else f'input {number}'}: {error}") from error
+
+
+def _texts(inputs: Sequence[Any]) -> list[str]:
+    wrong = next((one for one in inputs if not isinstance(one, str)), None)
+    if wrong is not None:
+        raise BadSample(f"{type(wrong).__name__}, not a text")
+    return list(inputs)
+
+
+def _prepared_by(model: Any, kind: type, path: str | Path) -> Any:
+    found = next((one for one in model.preparation if isinstance(one, kind)), None)
+    if found is None:
+        raise ConfigError(f"{path} has no preprocessor_config.json beside it, which says how inputs are prepared")
+    return found

@@ -1,0 +1,43 @@
+"""Does the student solve the pretext task on samples that never trained it?"""
+
+from collections.abc import Iterable
+
+import torch
+
+from data2vec_train.batch import Batch
+from data2vec_train.objective.data2vec import Data2Vec
+
+
+@torch.no_grad()
+def explained_variance(
+    objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device
+) -> tuple[float, int, int]:
+    """Share of the targets' variance at hidden positions that the predictions explain; how many positions and samples.
+
+    1 - sum (p - y)^2 / sum (y - mean y)^2 over all hidden positions and channels, the mean per channel. 1 = predicted
+    exactly, 0 = no better than always predicting the mean; below 0 = worse. Targets come from the teacher as it is
+    now: they change in the course of training, and richer ones are harder to predict.
+
+    Args:
+        objective: student, teacher and decoder; put into evaluation mode for the time being.
+        batches: masked ones.
+        device: where the objective is.
+    """
+    was_training = objective.training
+    objective.eval()
+    count, samples, error = 0, 0, torch.zeros((), dtype=torch.float64, device=device)
+    total = squares = 0.0
+    try:
+        # Decoder noise: the same every time, and nothing of the training's randomness is used up.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for batch in batches:
+                output = objective(batch.to(device))
+                y = output.targets.double()
+                error += (output.predictions.double() - y).square().sum()
+                total, squares = total + y.sum(dim=0), squares + y.square().sum(dim=0)
+                count, samples = count + len(y), samples + len(batch)
+    finally:
+        objective.train(was_training)
+    spread = (squares - total.square() / count).sum()
+    return float(1 - error / spread.clamp(min=1e-12)), count, samples

@@ -1,0 +1,347 @@
+"""What fine-tuning needs to know about a head: rows to batches, outputs to losses, predictions and scores.
+
+There is a `HeadTask` for each of the twelve heads. It knows neither files nor optimizers: records come from a `Source`,
+and whoever trains calls `loss`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data2vec_train.data.dataset import Sample
+from data2vec_train.data.sources.files import RawSample, Source
+from data2vec_train.errors import DataError
+from data2vec_train.weights.base import PretrainedModel
+
+Scores = dict[str, float]
+NO_LABEL = -100  # what losses leave out
+NOTHING_KNOWN = "no test record says what is right, so there is nothing to score; leave data.test_source out"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How a record's content becomes what the encoder eats; which of them are set depends on the modality."""
+
+    decode: Callable[[Any], Any] | None = None  # encoded value -> waveform or image
+    transform: Any = None  # has `train` and `evaluate`: decoded -> tensor
+    token_count: Callable[[int], int] | None = None  # length of an input -> tokens
+    tokenizer: Any = None  # `hf.tokenizers.TextTokenizer`
+    max_tokens: int = 0  # longest text, special tokens included
+    encodings: Sequence[str] = ()  # of text files, tried in this order
+    dim: int = 0  # D
+    sample_rate_hz: int = 0
+    blocks: Callable[[Source], Source] | None = None  # documents -> blocks of ids, for language models
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch.
+
+    Attributes:
+        inputs: arguments of the model, (B, ...) each.
+        targets: what only the loss needs, on the device.
+        host: tensors that stay where they are, such as lengths whose values the loss asks for.
+        references: for each example, what a prediction is compared with; None = nobody knows.
+        keys: names of the records.
+        places: their indices in the source.
+        rejected: (key, reason) of records that could not be used.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    host: dict[str, Tensor] = field(default_factory=dict)
+    references: tuple[Any, ...] = ()
+    keys: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Examples":
+        """The same with `inputs` and `targets` on a device."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items()}
+
+        return replace(self, inputs=moved(self.inputs), targets=moved(self.targets))
+
+    def pin_memory(self) -> "Examples":
+        """The same with `inputs` and `targets` in pinned host memory."""
+
+        def pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: one.pin_memory() for name, one in tensors.items()}
+
+        return replace(self, inputs=pinned(self.inputs), targets=pinned(self.targets))
+
+
+class Meter(ABC):
+    """Adds up what a data set's scores follow from."""
+
+    @abstractmethod
+    def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
+        """Take in a batch."""
+
+    @abstractmethod
+    def compute(self) -> Scores:
+        """The scores of all batches so far."""
+
+
+class PredictionMeter(Meter):
+    """Keeps the predictions of all examples that have a reference, and scores them together."""
+
+    def __init__(self, task: "HeadTask") -> None:
+        self.task = task
+        self.predictions: list[Any] = []
+        self.references: list[Any] = []
+        self.keys: list[str] = []
+
+    def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
+        """See `Meter.update`."""
+        rows = zip(self.task.predictions(outputs, batch), batch.references, batch.keys, strict=True)
+        for prediction, reference, key in rows:
+            if reference is not None:
+                self.predictions.append(prediction)
+                self.references.append(reference)
+                self.keys.append(key)
+
+    def compute(self) -> Scores:
+        """See `Meter.compute`.
+
+        Raises:
+            DataError: no record said what is right.
+        """
+        if not self.references:
+            raise DataError(NOTHING_KNOWN)
+        return self.task.score(self.predictions, self.references)
+
+
+class HeadTask(ABC):
+    """What a head is trained for.
+
+    The order of calls: `study` with the training records, `model_settings` for the model, then `example` and `collate`
+    in the loader's processes, `loss` in training, `meter` for a data set, `predictions` for people.
+
+    Attributes:
+        model_class: of the fifteen, by name.
+        modality: of the encoder.
+        metric: the score that says which checkpoint is best.
+        lower_is_better: of that score.
+        same_classes: whether test records must have the classes of the training records.
+        may_crop: whether a part of a record has the record's label.
+        class_names: what labels 0, 1, ... mean; None before `study`, and for heads without classes.
+    """
+
+    model_class: ClassVar[str]
+    modality: ClassVar[str]
+    metric: ClassVar[str]
+    lower_is_better: ClassVar[bool] = False
+    same_classes: ClassVar[bool] = True
+    may_crop: bool = True
+    class_names: list[str] | None = None
+
+    def __init__(self, *, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    @property
+    def input_fields(self) -> list[str]:
+        """Columns of the records, besides their content, that say what to make predictions for."""
+        return []
+
+    @property
+    def label_fields(self) -> list[str]:
+        """Columns of the records, besides their class, that say what is right."""
+        return []
+
+    @property
+    def column(self) -> str | None:
+        """The column with a record's content; None = the first one of the modality's kind."""
+        return None
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether a record's class is what is learnt."""
+        return False
+
+    def prepare(self, source: Source) -> Source:
+        """The records to learn from, when they are not those that lie in the files."""
+        return source
+
+    def study(self, source: Source, rows: np.ndarray) -> None:
+        """Learn from the training records what has to be known before a model can be built.
+
+        Args:
+            source: of the records.
+            rows: (n,) those that train.
+
+        Raises:
+            DataError: they cannot teach this head anything, with the reason.
+        """
+        if self.needs_classes:
+            labels = source.labels()
+            if labels is None or not len(source.class_names or ()):
+                raise DataError(
+                    "the records have no classes: put files into a folder for each class, or name the column with "
+                    "data.label_column"
+                )
+            present = np.unique(labels[rows][labels[rows] >= 0])
+            if len(present) < 2:
+                found = ", ".join(source.class_names[one] for one in present) or "none"
+                raise DataError(f"classes among the training records: {found}; expected at least two")
+            self.class_names = list(source.class_names)
+
+    @property
+    def outputs(self) -> list[str] | None:
+        """What each output of the model means, after `study`; None where outputs are no classes."""
+        return self.class_names
+
+    def usable(self, source: Source) -> np.ndarray:
+        """Indices of the records that say what is right, and so can train and test the head; ascending."""
+        known = np.ones(len(source), dtype=bool)
+        if self.needs_classes and source.labels() is not None:
+            known &= source.labels() >= 0
+        for name in self.label_fields:
+            known &= np.array([value is not None for value in source.column(name)], dtype=bool)
+        return np.flatnonzero(known)
+
+    def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
+        """Those of the rows whose labels can teach nothing, with the reason; after `study`."""
+        return []
+
+    def check_test(self, source: Source) -> None:
+        """Refuse test records whose labels mean something else.
+
+        Raises:
+            DataError: they do.
+        """
+        if self.needs_classes and source.class_names != self.class_names:
+            raise DataError(_other_classes(source.class_names, self.class_names))
+
+    def check_held_out(self, source: Source, rows: np.ndarray) -> None:  # noqa: B027 - most score any
+        """Refuse held-out records that cannot be scored.
+
+        Raises:
+            DataError: they cannot.
+        """
+
+    def adopt(self, model: PretrainedModel) -> None:
+        """Take what `study` finds out from a trained model instead."""
+        self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+
+    def continues(self, model: PretrainedModel) -> bool:
+        """Whether the outputs of a model's head mean what they are to mean here; after `study`."""
+        names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        return self.class_names in (None, names)
+
+    def model_settings(self) -> dict[str, Any]:
+        """Fields of the model's config."""
+        if self.class_names is None:
+            return {}
+        return {"id2label": dict(enumerate(self.class_names)), "label2id": None, "num_labels": len(self.class_names)}
+
+    def start_head(self, model: PretrainedModel) -> None:  # noqa: B027 - likewise
+        """Change what a new head of the model starts with."""
+
+    def save(self, folder: Path) -> None:  # noqa: B027 - most tasks have nothing to add
+        """Write what predicting needs beyond weights, config and the encoder's preprocessing."""
+
+    @abstractmethod
+    def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """One record ready for `collate`; torch's CPU generator is seeded for it. Labels may be absent.
+
+        Args:
+            raw: the record.
+            train: with augmentation.
+            rng: seeded for it as well.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
+        """A batch of what `example` gave; keys and rejected records are filled in by the caller."""
+
+    def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """The mean loss over the batch's examples, None without labels; and the model's outputs."""
+        outputs = model(**batch.inputs)
+        return outputs.get("loss"), outputs
+
+    def counted(self, batch: Examples) -> int:
+        """How many of a batch's examples the loss is the mean of."""
+        return len(batch)
+
+    def predict(self, model: PretrainedModel, batch: Examples) -> list[Any]:
+        """Predictions for a batch, labels or not."""
+        _, outputs = self.loss(model, batch)
+        return self.predictions(outputs, batch)
+
+    def meter(self) -> Meter:
+        """Something to score a data set with."""
+        return PredictionMeter(self)
+
+    @abstractmethod
+    def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[Any]:
+        """What the model says about each example, as plain values."""
+
+    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
+        """Scores of predictions, by name; fractions of 1 unless the name says otherwise."""
+        raise TypeError(f"{type(self).__name__} has a meter of its own")
+
+
+class Collate:
+    """Samples of a task -> `Examples`; what the loader's processes run."""
+
+    def __init__(self, task: HeadTask, *, train: bool, seed: int) -> None:
+        self.task = task
+        self.train = train
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[Sample]) -> Examples:
+        """Records that cannot be used are left out and named."""
+        from data2vec_train.data.seeding import generator, torch_seeded
+
+        rejected = tuple(pair for sample in samples for pair in sample.rejected)
+        good = [sample for sample in samples if sample.inputs is not None]
+        if not good:
+            return Examples({}, rejected=rejected)
+        place = (good[0].epoch, good[0].id)
+        with torch_seeded(self.seed, "batch", *place):
+            examples = [sample.inputs for sample in good]
+            batch = self.task.collate(examples, train=self.train, rng=generator(self.seed, "batch", *place))
+        keys = tuple(one["key"] for one in examples)
+        return replace(batch, keys=keys, places=tuple(sample.id for sample in good), rejected=rejected)
+
+
+def padded(rows: Sequence[Any], value: float, length: int | None = None) -> Tensor:
+    """Rows (n_i, ...) as one tensor (B, longest, ...), filled up at their ends."""
+    tensors = [torch.as_tensor(np.asarray(row)) for row in rows]
+    longest = max(len(one) for one in tensors) if length is None else length
+    filled = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
+    for place, one in zip(filled, tensors, strict=True):
+        place[: len(one)] = one[:longest]
+    return filled
+
+
+def real_places(lengths: Sequence[int]) -> Tensor:
+    """(B, longest) bool, True where a row has not ended."""
+    sizes = torch.tensor(list(lengths))
+    return torch.arange(int(sizes.max())) < sizes[:, None]
+
+
+def _other_classes(found: Sequence[str] | None, expected: Sequence[str]) -> str:
+    if not found:
+        return (
+            "test records have no classes: put files into a folder for each class, or name the column with "
+            "data.label_column"
+        )
+    new = [name for name in found if name not in expected]
+    if new:
+        return f"test records have the class {new[0]}, which no training record has; known: {', '.join(expected[:10])}"
+    return f"test records have the classes {found[:10]}, training records {expected[:10]}; they must be the same"

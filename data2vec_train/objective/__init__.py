@@ -1,0 +1,5 @@
+"""The algorithm: `data2vec.py` is the whole of it; ALGORITHM.md beside it is the specification.
+
+Masks come from `masking.py`, targets from `targets.py`, the EMA of weights from `teacher.py`.
+A new masking: a class in `masking.py`, named in `configs/modality`.
+"""

@@ -1,0 +1,259 @@
+"""What a fine-tuned model says about files: transcripts, classes, answers, maps."""
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from data2vec_train.config.build import build
+from data2vec_train.config.inputs import inherit
+from data2vec_train.data.audio import AudioWindows
+from data2vec_train.data.loading import available_workers
+from data2vec_train.encoders.waveform import multiply_convolutions
+from data2vec_train.errors import ConfigError, DataError
+from data2vec_train.finetune.base import Examples
+from data2vec_train.finetune.data import ExampleTestDataset, test_loader
+from data2vec_train.finetune.inputs import inputs_of
+from data2vec_train.finetune.run import FACTS_NAME, build_source, prepared, task_of
+from data2vec_train.finetune.speech import SpeechTask
+from data2vec_train.paths import config_directory
+from data2vec_train.system.clock import seconds_since
+from data2vec_train.system.outputs import output_path, refuse_existing, sole_writer, writing
+from data2vec_train.training.assemble import quiet_libraries
+from data2vec_train.weights.base import PretrainedModel
+from data2vec_train.weights.convert import load_pretrained
+from data2vec_train.weights.files import read_json
+
+log = logging.getLogger(__name__)
+
+LISTING = "predictions.jsonl"  # in a folder of maps
+SHOWN = 10  # predictions that are printed
+WINDOW = 512  # records that are batched by length, and then written in their order
+
+
+def predict(cfg: DictConfig) -> int:
+    """Write `cfg.out` and return how many records it speaks of.
+
+    One line of JSON for each record, {"key": ..., "prediction": ...}; records that could not be used have "error"
+    instead. Transcripts come with "words", their times in seconds. Recordings longer than `window_seconds` are read in
+    overlapping windows, whose middles make one prediction. Class maps become .png files in the folder `cfg.out`, with
+    their names in `predictions.jsonl` there.
+
+    Raises:
+        ConfigError: the weights have no head, or `out` exists.
+        DataError: no record can be used.
+    """
+    quiet_libraries()
+    out = output_path(cfg.out)
+    with sole_writer(out):
+        refuse_existing(out)
+        return _predict(cfg, out)
+
+
+def _predict(cfg: DictConfig, out: Path) -> int:
+    started = time.perf_counter()
+    model = load_pretrained(cfg.checkpoint)
+    if model.base_model is model:
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint} is a {type(model).__name__}, an encoder without a head: fine-tune it first "
+            "(python -m data2vec_train.finetune), or ask for features (python -m data2vec_train.embed)"
+        )
+    model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
+    task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
+    source = prepared(cfg, task, build_source(cfg, task, labelled=False), labelled=False)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    multiply_convolutions(model)
+    model = model.to(device).eval()
+    dataset = ExampleTestDataset(task=task, source=source, indices=np.arange(len(source)))
+    workers = available_workers() if cfg.data.num_workers == "auto" else cfg.data.num_workers
+    maps = task.model_class.endswith("SemanticSegmentation")
+    joined = Joined(task, source) if isinstance(source, AudioWindows) else None
+    good, bad = 0, len(source.rejected) + len(source.left_out)
+    lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
+    reported = time.perf_counter()
+    with writing(out) as unfinished, _listing(unfinished, maps).open("w", encoding="utf-8") as file, torch.no_grad():
+        _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
+        loader = test_loader(dataset, task, build(cfg.modality.batching), workers, window=WINDOW)
+        for rows, batch in zip(loader.batch_sampler, loader, strict=True):
+            if lines and rows[0] // WINDOW != next(iter(lines)) // WINDOW:
+                _write(file, [lines.pop(row) for row in sorted(lines)])
+            if joined is not None:
+                for row, line in joined.add(model, rows, batch, device):
+                    lines[row] = line
+                    good, bad = good + ("prediction" in line), bad + ("error" in line)
+                continue
+            found = task.predict(model, batch.to(device)) if len(batch) else []
+            for row, key, one in zip(batch.places, batch.keys, found, strict=True):
+                lines[row] = {"key": key, "prediction": _map_file(unfinished, key, one, cfg) if maps else _plain(one)}
+            broken = [row for row in rows if row not in batch.places]
+            for row, (key, why) in zip(broken, batch.rejected, strict=True):
+                lines[row] = {"key": key, "error": why}
+            good, bad = good + len(batch), bad + len(broken)
+            if seconds_since(reported) > 10:
+                reported = time.perf_counter()
+                log.info("%d of %d records", good + bad, len(source))
+        _write(file, [lines[row] for row in sorted(lines)])
+    path = out / LISTING if maps else out
+    if not good:
+        raise DataError(f"none of {bad} records can be used; see {path}")
+    _show(path)
+    failed = f", {bad} cannot be used" if bad else ""
+    log.info("%d predictions%s: %s (%.0f s)", good, failed, path, seconds_since(started))
+    return good
+
+
+def _listing(out: Path, maps: bool) -> Path:
+    """The file with a line for each record."""
+    if not maps:
+        return out
+    out.mkdir()
+    return out / LISTING
+
+
+class Joined:
+    """Predictions for recordings that come in windows; of each no more is kept than what is read of its frames.
+
+    Args:
+        task: of a head that reads frames.
+        source: the windows.
+    """
+
+    def __init__(self, task: SpeechTask, source: AudioWindows) -> None:
+        self.task = task
+        self.source = source
+        hop = math.prod(task.inputs.token_count.strides)
+        self.edge = source.stride_samples // hop
+        self.step = source.step_samples // hop
+        # Recording -> its windows so far: their frames, or why there are none; and whether there is a sound.
+        self.parts: dict[int, dict[int, tuple[Tensor | str, bool]]] = {}
+
+    def add(
+        self, model: PretrainedModel, rows: Sequence[int], batch: Examples, device: str
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Last window and line of every recording that is complete with this batch.
+
+        Args:
+            model: on the device.
+            rows: windows that the batch was to hold.
+            batch: those that could be read.
+            device: see `predict`.
+        """
+        frames = self.task.predict(model, batch.to(device)) if len(batch) else []
+        sounds = [bool(one.any()) for one in batch.inputs.get("input_values", ())]
+        found: dict[int, tuple[Tensor | str, bool]] = {
+            row: pair for row, *pair in zip(batch.places, frames, sounds, strict=True)
+        }
+        broken = [row for row in rows if row not in batch.places]
+        found |= {row: (why, True) for row, (_, why) in zip(broken, batch.rejected, strict=True)}
+        lines = []
+        for row in rows:
+            recording = int(self.source.recordings[row])
+            parts = self.parts.setdefault(recording, {})
+            parts[row] = found[row]
+            if len(parts) == self.source.parts[recording]:
+                lines.append((max(parts), self._line(recording, self.parts.pop(recording))))
+        return lines
+
+    def _line(self, recording: int, parts: dict[int, tuple[Tensor | str, bool]]) -> dict[str, Any]:
+        first, last = min(parts), max(parts)
+        key = self.source[first].key
+        why = next((value for _, (value, _) in sorted(parts.items()) if isinstance(value, str)), None)
+        if why is None and not any(sound for _, sound in parts.values()):
+            why = "silence: all samples are equal"
+        if why is not None:
+            return {"key": key, "error": why}
+        middles = [
+            value[self.edge if row > first else 0 : None if row == last else self.edge + self.step]
+            for row, (value, _) in sorted(parts.items())
+        ]
+        said = self.task.read(torch.cat(middles), int(self.source.samples[recording]))
+        if "text" in said:
+            return {"key": key, "prediction": said["text"], "words": said["words"]}
+        return {"key": key, "prediction": _plain(said)}
+
+
+def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _show(path: Path) -> None:
+    """The first predictions, for people."""
+    with path.open(encoding="utf-8") as file:
+        found = (line for line in map(json.loads, file) if "prediction" in line)
+        for line in itertools.islice(found, SHOWN):
+            log.info("%s: %s", line["key"], _in_words(line["prediction"]))
+
+
+def _in_words(said: Any) -> str:
+    if isinstance(said, dict) and "probability" in said:
+        return f"{said['label']} ({said['probability']:.0%})"
+    if isinstance(said, list) and said and isinstance(said[0], float):
+        return f"a vector of {len(said)} numbers"
+    if isinstance(said, dict):
+        said = next(iter(said.values()))
+    return str(said)[:200] or "(nothing)"
+
+
+def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
+    """Those that the model was fine-tuned with, or else the defaults of its head; then what the command says."""
+    facts = None if model.source is None else model.source / FACTS_NAME
+    if facts is not None and facts.is_file():
+        settings = read_json(facts)["head"]
+        if settings.get("maps") is not None:  # those of the training say nothing about images of the same name
+            settings |= {"maps": None, "map_column": "map"}
+    else:
+        settings = _default_settings(cfg, model)
+    wrong = sorted(set(cfg.head) - set(settings))
+    if wrong:
+        raise ConfigError(f"head.{wrong[0]}: this head has {', '.join(one for one in settings if one[0] != '_')}")
+    return settings | OmegaConf.to_container(cfg.head, resolve=True)
+
+
+def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
+    from data2vec_train.config.check.schema import find
+
+    for path in sorted((config_directory() / "head").glob("*.yaml")):
+        node = OmegaConf.load(path)
+        if "_target_" not in node:
+            continue
+        definition = find(node._target_)
+        names = [getattr(one.value, "value", None) for one in definition.node.body if hasattr(one, "targets")]
+        if type(model).__name__ in names:
+            if OmegaConf.is_missing(node, "classes"):
+                node.classes, node.map_column = model.config.num_labels, "map"
+            whole = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+            whole.head = node
+            return OmegaConf.to_container(whole.head, resolve=True)
+    raise ConfigError(f"{type(model).__name__} has no predictions")
+
+
+def _plain(one: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(one, np.ndarray):
+        return [round(float(value), 6) for value in one]
+    if isinstance(one, dict):
+        said = {name: value for name, value in one.items() if name in ("label", "probability", "labels", "segments")}
+        return said | ({"probability": round(said["probability"], 6)} if "probability" in said else {})
+    return one
+
+
+def _map_file(folder: Path, key: str, classes: np.ndarray, cfg: DictConfig) -> str:
+    """Write the picture of a map below `folder`, and give its name there: that of the image, but for its ending."""
+    from PIL import Image
+
+    name = Path(*[part for part in Path(key.replace(":", "_")).parts if part not in ("/", "..")])
+    whole = name.with_name(name.name + ".png")
+    name = name.with_suffix(".png") if name.suffix.lower() in cfg.modality.extensions else whole
+    name = whole if (folder / name).exists() else name  # a.jpg beside a.png
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(classes).save(folder / name)
+    return str(name)

@@ -1,0 +1,5 @@
+"""`python -m data2vec_train`: pretraining.
+
+Open `run.py`: build everything, train, write the run directory.
+The table at the end of a sweep: `sweep.py`.
+"""

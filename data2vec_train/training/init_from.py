@@ -1,0 +1,148 @@
+"""Continued pretraining: an encoder that is in a file, with what the file lacks made anew."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from data2vec_train.config.inputs import block_tokens, facts_of, follow, for_images_of, refuse_other
+from data2vec_train.errors import ConfigError
+from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.weights.convert import LOOSE, Start, encoder_description, load_start
+from data2vec_train.weights.weights import put_into
+
+log = logging.getLogger(__name__)
+
+_SIZES = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
+# What images and texts have to be like for the encoder: settings of the modality that the encoder only follows.
+_TOKENIZERS = ("tokenizer.json", "merges.txt")
+_INPUTS = ("image_px", "patch_px", "channels")
+
+
+def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
+    """Read `cfg.init_from` and make `cfg` describe its encoder; how the encoder is trained stays as configured.
+
+    Args:
+        cfg: the config.
+        given: settings that the command line or a recipe makes; sizes among them have to be those of the weights, but
+            for the size of images, which weights are fitted to.
+
+    Raises:
+        ConfigError: the weights are of another modality or other sizes, or do not fit the tokenizer.
+    """
+    start, where = load_start(cfg.init_from), f"init_from={cfg.init_from}"
+    modality, arguments, _ = encoder_description(start.model)
+    if modality != cfg.modality.name:
+        raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
+    _refuse_others(cfg, arguments, given, where)
+    if "modality.image_px" in given:
+        size = cfg.modality.image_px
+        teacher = None if start.teacher is None else for_images_of(start.teacher, size, where)
+        start = replace(start, model=for_images_of(start.model, size, where), teacher=teacher)
+        _, arguments, _ = encoder_description(start.model)
+    if modality != "text":
+        facts = facts_of(modality, start.model)
+        follow(cfg, {name: fact for name, fact in facts.items() if name not in _INPUTS}, given, where)
+    with open_dict(cfg):
+        if modality == "text":
+            _adopt_tokenizer(cfg, arguments, given)
+        for name in _SIZES:
+            if name in arguments:
+                cfg.size[name] = arguments[name]
+        for name in _INPUTS:
+            if name in arguments and name in cfg.modality:
+                if cfg.modality[name] != arguments[name]:
+                    log.info("modality.%s=%s, as %s was made for", name, arguments[name], cfg.init_from)
+                cfg.modality[name] = arguments[name]
+        for name, value in arguments.items():
+            # Whether hidden tokens are replaced is for the objective to say.
+            if name not in LOOSE and name not in ("mask_token", "cross_attention"):
+                cfg.modality.encoder[name] = value
+    return start
+
+
+def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection[str], where: str) -> None:
+    """See `adopt`."""
+    for name in _SIZES:
+        if name in arguments and not {"size", f"size.{name}"}.isdisjoint(given):
+            fact = arguments[name]  # of the front end a width for each layer, or one for all
+            alike = isinstance(fact, (list, tuple)) and len(set(fact)) == 1
+            refuse_other(f"size.{name}", cfg.size[name], fact[0] if alike else fact, where)
+    for name in ("patch_px", "channels"):
+        if name in arguments and f"modality.{name}" in given:
+            refuse_other(f"modality.{name}", cfg.modality[name], arguments[name], where)
+    for name, value in arguments.items():
+        if f"modality.encoder.{name}" in given and name not in (*LOOSE, "mask_token"):
+            asked = cfg.modality.encoder[name]
+            asked = OmegaConf.to_container(asked) if OmegaConf.is_config(asked) else asked
+            refuse_other(f"modality.encoder.{name}", asked, value, where)
+
+
+def _adopt_tokenizer(cfg: DictConfig, arguments: dict, given: Collection[str]) -> None:
+    folder = Path(cfg.init_from).expanduser()
+    places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
+    if cfg.modality.tokenizer.path is None:
+        beside = next((one for one in places if any((one / name).is_file() for name in _TOKENIZERS)), None)
+        if beside is not None:
+            cfg.modality.tokenizer.path, cfg.modality.tokenizer.train_vocab_size = str(beside.resolve()), None
+            log.info("tokenizer: %s", beside)
+        elif cfg.modality.tokenizer.train_vocab_size is not None:
+            raise ConfigError(
+                f"init_from={cfg.init_from} has no tokenizer beside it, and the ids of a newly trained one would mean "
+                "other tokens; set modality.tokenizer.path to the one it was trained with"
+            )
+    if cfg.modality.vocab_size != arguments["vocab_size"]:
+        raise ConfigError(
+            f"init_from={cfg.init_from} has a vocabulary of {arguments['vocab_size']} tokens, the tokenizer has "
+            f"{cfg.modality.vocab_size}; set modality.tokenizer.path to the one it was trained with"
+        )
+    cfg.modality.block_tokens = block_tokens(cfg, arguments["max_tokens"], given, f"init_from={cfg.init_from}")
+
+
+@torch.no_grad()
+def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: bool = False) -> list[str]:
+    """Put weights into student, teacher and decoder; returns what the file lacked, in sentences.
+
+    With `fresh_teacher` the teacher starts as a copy of the student, as in the second phase of 1.0's large images
+    (ALGORITHM.md 2.3), whatever the file has.
+
+    Raises:
+        ConfigError: the encoder in the file is another one.
+    """
+    notes = []
+    _, _, tensors = encoder_description(start.model)
+    student = objective.student.state_dict()
+    missing, excess = sorted(set(student) - set(tensors)), sorted(set(tensors) - set(student))
+    wrong = [name for name in set(student) & set(tensors) if student[name].shape != tensors[name].shape]
+    if wrong or set(missing) - {"mask_token"} or set(excess) - {"mask_token"}:
+        raise ConfigError(
+            f"{where} does not fit the encoder; missing: {missing}, unexpected: {excess}, of another shape: {wrong}"
+        )
+    if missing:
+        notes.append("the mask token is new: the file has none")
+    if excess:
+        notes.append("the file's mask token is left out: nothing is replaced here")
+    objective.student.load_state_dict({name: one for name, one in tensors.items() if name in student}, strict=False)
+
+    followed = dict(objective.student.state_dict())
+    if fresh_teacher:
+        notes.append("the teacher starts as a copy of the student")
+    elif start.teacher is not None:
+        _, _, averaged = encoder_description(start.teacher)
+        followed |= {name: one for name, one in averaged.items() if name in followed}
+    else:
+        notes.append("the teacher starts as a copy of the student: the file has none")
+    teacher = objective.teacher.encoder
+    teacher.load_state_dict({name: one for name, one in followed.items() if name in teacher.state_dict()})
+
+    decoder = objective.decoder.state_dict()
+    fits = {name: one.shape for name, one in decoder.items()} == {n: one.shape for n, one in start.decoder.items()}
+    if fits:
+        put_into(objective.decoder, {name: name for name in decoder}, start.decoder, where=where)
+    else:
+        notes.append("the decoder is new: " + ("the file's is another one" if start.decoder else "the file has none"))
+    return notes

@@ -1,0 +1,272 @@
+"""The LightningModule: it only says when things happen. What happens is in `data2vec.py`."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data2vec_train.batch import Batch
+from data2vec_train.data.seeding import torch_seed
+from data2vec_train.encoders.base import EncoderOutput
+from data2vec_train.encoders.transformer import Transformer
+from data2vec_train.errors import ConfigError
+from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, relative_std, std_over_rows
+from data2vec_train.training.distributed import shard
+from data2vec_train.training.optim import Schedule, set_lr
+from data2vec_train.weights.weights import check_tensors
+
+# A power of two: dividing by it and multiplying by it again changes no bit.
+UNIT = 2.0**14
+
+
+class TrainingModule(L.LightningModule):
+    """What pretraining and fine-tuning share: gradients of a whole step, clipping, the learning rate, the log.
+
+    Args:
+        schedule: finished steps -> learning rate.
+        seed: of the run; what is random in a step follows from (seed, step) alone.
+        log_every_n_steps: how often `measured` is filled.
+    """
+
+    def __init__(self, *, schedule: Schedule, seed: int, log_every_n_steps: int) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.seed = seed
+        self.log_every_n_steps = log_every_n_steps
+        self.measured: dict[str, Tensor | float] = {}  # of the last logged step; tensors until somebody reads them
+        self._counts: list[int] = []  # hidden tokens, or samples, of each micro-batch since the last optimizer step
+        self._step_loss: Tensor | float = 0.0  # sum over these micro-batches
+        self._step_samples: list[Tensor | tuple[str, ...]] = []  # of these micro-batches
+        self.unusable: Tensor | None = None  # () bool: loss or gradient of the step is not finite on some process
+        self.unusable_samples: list[Tensor | tuple[str, ...]] = []  # of that step on this process, by micro-batch
+        self.loss_scale: Tensor | None = None  # () float32: of float16, what the gradients of the step were scaled by
+        self.at_fault: Tensor | None = None  # () bool: unusable, and not because the gradients were scaled too far
+
+    def seed_step(self) -> None:
+        """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
+        number = len(self._counts) * self.trainer.world_size + self.global_rank
+        torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
+        if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
+            # All batches of a step skip the same blocks: processes wait for each other at every block they run.
+            for one in self._with_layer_drop:
+                one.layer_seed = torch_seed(self.seed, "step", self.trainer.global_step, 0, 1)
+
+    @cached_property
+    def _with_layer_drop(self) -> list[Transformer]:
+        return [one for one in self.modules() if isinstance(one, Transformer) and one.layer_drop]
+
+    @property
+    def weights_may_rest(self) -> bool:
+        """Whether there are steps in which some weights get no gradient."""
+        return True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a state that training cannot go on from.
+
+        Raises:
+            ConfigError: weights or moments of the optimizer that are no finite floating-point numbers.
+        """
+        state, where = checkpoint["state_dict"], str(self.trainer.ckpt_path)
+        own = {name: one.dtype for name, one in self.state_dict().items()}
+        check_tensors({name: one for name, one in state.items() if name in own}, own, where)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for number, moments in optimizer["state"].items():
+                tensors = {
+                    f"{name} of parameter {number}": one for name, one in moments.items() if torch.is_tensor(one)
+                }
+                check_tensors(tensors, {name: one.dtype for name, one in tensors.items()}, f"{where}, optimizer")
+
+    def weighted(self, loss: Tensor, count: int, samples: Tensor | tuple[str, ...]) -> Tensor:
+        """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`.
+
+        Args:
+            loss: ().
+            count: what it is the mean of: hidden tokens, or examples.
+            samples: what they are called, for the message when the loss is not finite: ids (B,), or names.
+        """
+        self._counts.append(count)
+        self._step_loss = self._step_loss + loss.detach()
+        self._step_samples.append(samples)
+        return loss * (count / self._unit())
+
+    def _unit(self) -> float:
+        """What micro-batches are weighted relative to: the first, or with several processes the same for all."""
+        return UNIT if self.trainer.world_size > 1 else self._counts[0]
+
+    def measure(self, values: dict[str, Tensor]) -> None:
+        """Keep what is logged of this step, the mean over its micro-batches; after `weighted`."""
+        if not self.logs_after(self.trainer.global_step + 1):
+            return
+        before = self.measured if len(self._counts) > 1 else {}
+        share = 1 / self.trainer.accumulate_grad_batches
+        self.measured = {name: before.get(name, 0.0) + share * value for name, value in values.items()}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient that of the mean over all that the step has seen.
+
+        Micro-batches may count differently, and Lightning takes their plain mean over the step and over processes.
+        Each was weighted with its count relative to a unit; what remains is one factor, in one process known on the
+        host and 1 when counts are equal.
+        """
+        factor: Tensor | float
+        if self.trainer.world_size == 1:
+            factor = self.trainer.accumulate_grad_batches * self._unit() / sum(self._counts)
+        else:
+            total = torch.full((), float(sum(self._counts)), device=self.device)  # filled there: the host does not wait
+            dist.all_reduce(total)
+            factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
+        self._counts.clear()
+        if isinstance(factor, Tensor) or factor != 1.0:
+            torch._foreach_mul_(gradients(optimizer), factor)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over all gradients, keep the norm for the log, and keep what is not finite from the optimizer.
+
+        Raises:
+            ConfigError: another clipping than by norm is asked for.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
+        norm = torch.nn.utils.get_total_norm(gradients(optimizer))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.logs_after(self.trainer.global_step + 1):
+            self.measured["train/grad_norm"] = norm
+        self._judge(optimizer, norm)
+
+    def _judge(self, optimizer: Optimizer, norm: Tensor) -> None:
+        """Fill `unusable`, and make the optimizer pass over such a step, its moments and step counts included."""
+        loss = torch.as_tensor(self._step_loss, device=norm.device)
+        infinite = (~torch.isfinite(torch.stack([norm + loss, loss]))).float()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(infinite, dist.ReduceOp.MAX)
+        unusable, loss_is_infinite = infinite
+        self.unusable, self.unusable_samples = unusable > 0, self._step_samples
+        self.at_fault = self.unusable
+        if self.loss_scale is not None:
+            # Float16 finds its scale by trying: a gradient that overflows says something only at the lowest.
+            self.at_fault = (loss_is_infinite > 0) | (self.unusable & (self.loss_scale <= 1))
+        self._step_loss, self._step_samples = 0.0, []
+        if unusable.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Read by the fused optimizer on the device, so that the host need not wait to know.
+            optimizer.grad_scale, optimizer.found_inf = None, unusable
+        elif self.unusable:
+            optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer,
+        optimizer_closure: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        """One optimizer step with the learning rate of the schedule; Lightning calls this whatever the accumulation."""
+        lr = self.schedule(self.trainer.global_step)
+        set_lr(optimizer, lr)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.measured["train/lr"] = lr
+        if self.trainer.world_size > 1 and self.logs_after(self.trainer.global_step):
+            self._share_measured()
+
+    def _share_measured(self) -> None:
+        """Means over all processes of what was measured on each."""
+        names = [name for name, value in self.measured.items() if isinstance(value, Tensor)]
+        if names:
+            values = torch.stack([self.measured[name].float() for name in names])
+            dist.all_reduce(values)
+            self.measured |= dict(zip(names, values / self.trainer.world_size, strict=True))
+
+    def logs_after(self, step: int) -> bool:
+        """Whether the step that ends with so many finished ones is logged."""
+        return step == 1 or step % self.log_every_n_steps == 0 or step == self.trainer.max_steps
+
+
+class Data2VecModule(TrainingModule):
+    """Training of a `Data2Vec` objective.
+
+    Args:
+        objective: student, teacher, decoder and loss.
+        optimizer: makes the optimizer from the modules to train, such as `optim.adamw`.
+        schedule, seed, log_every_n_steps: see `TrainingModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Data2Vec,
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule,
+        seed: int,
+        log_every_n_steps: int,
+    ) -> None:
+        super().__init__(schedule=schedule, seed=seed, log_every_n_steps=log_every_n_steps)
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self._feature_std: Tensor | None = None  # () of the logged step that is under way
+        objective.teacher.register_forward_hook(self._watch_features)
+
+    def configure_model(self) -> None:
+        """With `strategy=fsdp` keep only a share of the weights here."""
+        if self.device_mesh is not None:
+            shard(self.objective, self.device_mesh["data_parallel"])
+
+    @property
+    def weights_may_rest(self) -> bool:
+        """Only those of blocks that layer drop skips."""
+        return bool(self._with_layer_drop)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, weighted by its number of hidden tokens (see `on_before_optimizer_step`)."""
+        self.seed_step()
+        self._feature_std = None
+        output: Data2VecOutput = self.objective(batch)
+        loss = self.weighted(output.loss, batch.masks.hidden.numel(), batch.ids)
+        if self.logs_after(self.trainer.global_step + 1):
+            values = {"train/loss": output.loss.detach()}
+            if len(output.terms) > 1:
+                values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
+            everywhere = self.trainer.world_size > 1
+            values["train/feature_std"] = self._feature_std
+            values["train/target_std"] = std_over_rows(output.targets, everywhere=everywhere)
+            values["train/prediction_std"] = std_over_rows(output.predictions.detach(), everywhere=everywhere)
+            self.measure(values)
+        return loss
+
+    def _watch_features(self, teacher: nn.Module, inputs: object, outputs: tuple[EncoderOutput, Tensor | None]) -> None:
+        """In logged steps, measure the teacher's last layer before targets are made of it."""
+        if self._trainer is not None and self.training and self.logs_after(self.trainer.global_step + 1):
+            encoded, token_mask = outputs
+            self._feature_std = relative_std(encoded.layers[-1], token_mask)
+
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        """One optimizer step, and directly after it one step of the teacher.
+
+        Moving the teacher in a later hook would be too late: checkpoint callbacks run before it and would save a
+        teacher that is one step behind.
+        """
+        finished = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        self.measured["train/tau"] = self.objective.step_teacher(finished + 1, unusable=self.unusable)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The teacher has no trainable parameters and is in no group."""
+        return self.make_optimizer(
+            [self.objective.student, self.objective.decoder], no_decay=self.objective.student.no_decay
+        )
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Of all parameters that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
