@@ -92,7 +92,9 @@ def test_folders_are_read_back_exactly(kind, tmp_path):
         assert max(differences.values()) < 5e-6
 
 
-@pytest.mark.parametrize("kind", ["audio", "text", "vision", "audio 2.0", "vision 2.0"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("audio", marks=pytest.mark.slow), "text", "vision", "audio 2.0", "vision 2.0"]
+)
 @pytest.mark.parametrize("form", ["onnx", "torch_export"])
 def test_graphs_take_other_batches_and_lengths(kind, form, tmp_path):
     pytest.importorskip("onnxruntime")

@@ -42,7 +42,7 @@ def recordings(tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+@pytest.mark.parametrize("objective", [pytest.param("data2vec", marks=pytest.mark.slow), "data2vec2"])
 def test_a_folder_of_recordings_trains_on_the_good_ones_and_lists_the_bad(
     run_program, recordings, tmp_path, objective, monkeypatch
 ):
@@ -85,7 +85,7 @@ def texts(tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+@pytest.mark.parametrize("objective", ["data2vec", pytest.param("data2vec2", marks=pytest.mark.slow)])
 def test_a_folder_of_texts_trains_on_the_good_ones_and_lists_the_bad(
     run_program, texts, tmp_path, objective, monkeypatch
 ):

@@ -306,6 +306,7 @@ def test_lengths_that_vary_are_compiled_for_all_lengths(composed, fresh_compiler
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_do_not_use_up_the_compilations_of_later_ones(composed, fresh_compiler):
     for run in range(12):
         cfg = config_of(composed, "vision", "data2vec2", f"modality.encoder.dropout={0.01 * run}")

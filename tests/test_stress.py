@@ -13,9 +13,12 @@ CHECKOUT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("kills", "--kills", "4", "--processes", "1", "--kills-per-run", "2", "--modalities", "audio"),
+        pytest.param(
+            ("kills", "--kills", "4", "--processes", "1", "--kills-per-run", "2", "--modalities", "audio"),
+            marks=pytest.mark.slow,
+        ),
         ("kills", "--kills", "1", "--processes", "2", "--kills-per-run", "1", "--modalities", "vision"),
-        ("saves", "--kills", "4", "--full-disks", "2"),
+        ("saves", "--kills", "2", "--full-disks", "1"),
         ("signals", "--signals", "2"),
         ("sweeps", "--kills", "1"),
     ],

@@ -281,6 +281,7 @@ SMALL = ("size.dim=32", "size.depth=2", "size.num_heads=4", "size.ffn_dim=64", "
 SMALL += ("modality.patch_px=8", "objective.targets.top_k_layers=1")
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_compared_with_a_plain_one_in_float32():
     settings = (*SMALL, "attention.backend=sdpa")
     make = partial(partial, _step_run, "vision", "data2vec", settings, 2, 0, True, Arithmetic("cpu", "32-true"))

@@ -230,7 +230,10 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) if "large" in name else name for name in NAMES]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_published_models_load_and_run(name, tmp_path):
     published_file(name, tmp_path / "checkpoint.pt")
     modality = name.split("_")[1]
