@@ -1,7 +1,8 @@
-"""What the README tells people to type is right."""
+"""What README.md and the README of each folder tell people to type, and the files that they point to, are right."""
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,59 +14,162 @@ from data2vec_train.paths import recipes_parent
 from data2vec_train.system.plugins import load_plugins
 from data2vec_train.weights.preprocessing import ImageProcessor
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"python -m data2vec_train([^\n`]*)", README.replace("\\\n", " "))))
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("data2vec_train", "configs", "recipes", "tests")
+DOCUMENTS = {
+    str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
+    for file in [ROOT / "README.md", *sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+OURS = re.compile(r"(?:^|\s)(?:python|torchrun\s[^`]*?) -m data2vec_train(\.\w+)?(?![\w.])(.*)")
+SLURM = re.compile(r"^sbatch recipes/cluster/pretrain.sbatch (.*)")
 
 
-def _words(command: str) -> list[str]:
-    # IMAGENET, DIR, N and so on stand for what the reader has.
-    return [re.sub(r"=(N)$", "=0", word) for word in shlex.split(command.partition("    #")[0])]
+def code(text):
+    """Each line of a block and each piece of code within a sentence, continued lines joined."""
+    for _, block in FENCE.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    for piece in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        yield " ".join(piece.split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_is_accepted(command, monkeypatch, tmp_path):
-    words = _words(command)
+def _commands():
+    """(document, task, arguments) of each command of ours, and of the job that SLURM starts."""
+    for name, text in DOCUMENTS.items():
+        for line in code(text):
+            line = line.partition("    #")[0]
+            if found := OURS.search(line):
+                yield name, (found[1] or ".train").removeprefix("."), found[2].strip()
+            elif found := SLURM.search(line):
+                yield name, "train", f"{found[1]} strategy=ddp strategy.devices=8 strategy.num_nodes=2"
+
+
+COMMANDS = sorted({found for found in _commands() if found[2]})
+
+
+@pytest.mark.parametrize(("document", "task", "arguments"), COMMANDS)
+def test_a_command_is_accepted(document, task, arguments, monkeypatch, tmp_path):
+    # PATH, DIR, N and so on stand for what the reader has, and runs/NAME for what an earlier command has made.
+    words = [re.sub(r"=N$", "=0", word) for word in shlex.split(arguments)]
+    monkeypatch.chdir(tmp_path)
+    for word in words:
+        key, _, place = word.partition("=")
+        if key in ("init_from", "checkpoint"):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            Path(place).touch()
     if "modality=eeg" in words:
-        monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugins"))
+        monkeypatch.syspath_prepend(str(ROOT / "tests" / "plugins"))
         monkeypatch.setenv("DATA2VEC_PLUGINS", "eeg")
         load_plugins()
-    task = "train"
-    if words[0].startswith("."):
-        task = words.pop(0).removeprefix(".")
-    (tmp_path / "PATH").touch()
-    words = [word.replace("=PATH", f"={tmp_path}/PATH") for word in words]
-    if task in ("probe", "embed", "predict"):  # found beside the weights
+    is_named = any(word.startswith("modality=") for word in words)
+    if task in ("probe", "embed", "predict") and not is_named:  # found beside the weights
         words.append("modality=vision")
     faults = find_faults([word for word in words if word != "-m"], config_name=task, multirun="-m" in words)
-    if "visoin" in command:
+    if "visoin" in arguments:
         assert len(faults) == 2
         # Other tests of the same process may have added choices.
-        assert all(f"  {fault.partition(' Choices')[0]}" in README for fault in faults)
+        assert all(f"  {fault.partition(' Choices')[0]}" in DOCUMENTS[document] for fault in faults)
     else:
         assert faults == []
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 60
+    assert {task for _, task, _ in COMMANDS} == {
+        *("train", "finetune", "probe", "embed", "predict", "export", "plan", "benchmark")
+    }
+    assert any("strategy.num_nodes=2" in arguments for _, _, arguments in COMMANDS)
+
+
+def test_other_commands_name_what_is_there():
+    makefile = (ROOT / "Makefile").read_text()
+    found = set()
+    for name, text in DOCUMENTS.items():
+        for line in code(text):
+            if command := re.match(r"make ([\w-]+)", line):
+                assert re.search(rf"^{command[1]}:", makefile, re.MULTILINE), f"{name}: {line}"
+            elif command := re.match(r"pytest (tests\S*)", line):
+                assert (ROOT / command[1]).exists(), f"{name}: {line}"
+            elif command := re.match(r"python -m (tests\.\S+)(.*)", line):
+                spec = find_spec(command[1])
+                assert spec is not None, f"{name}: {line}"
+                for flag in re.findall(r"--[\w-]+", command[2]):
+                    assert f'"{flag}"' in Path(spec.origin).read_text(), f"{name}: {line}"
+            else:
+                continue
+            found.add(command[0].split()[0])
+    assert found == {"make", "pytest", "python"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the Python in the documents expects: a model in DIR, and two images."""
+    folder = tmp_path_factory.mktemp("python")
     config = Data2VecVisionConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, intermediate_size=8)
     config.num_attention_heads = 2
-    save_pretrained(Data2VecVisionForImageClassification(config), tmp_path / "DIR")
-    ImageProcessor(size=32).save_pretrained(tmp_path / "DIR")
+    save_pretrained(Data2VecVisionForImageClassification(config), folder / "DIR")
+    ImageProcessor(size=32).save_pretrained(folder / "DIR")
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (40, 32)).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "OUT" / "model.safetensors").is_file()
+        Image.new("RGB", (40, 32)).save(folder / name)
+    return folder
+
+
+PYTHON = [
+    (name, block) for name, text in DOCUMENTS.items() for language, block in FENCE.findall(text) if language == "python"
+]
+
+
+@pytest.mark.parametrize(("document", "block"), PYTHON)
+def test_python_runs(document, block, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(compile(block, document, "exec"), {})
+    if "OUT" in block:
+        assert (folder / "OUT" / "model.safetensors").is_file()
+
+
+def test_python_is_found():
+    assert {name for name, _ in PYTHON} >= {"README.md", "data2vec_train/weights/README.md"}
+
+
+def anchors(text):
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", DOCUMENTS[document])):
+        if target.startswith("https:"):
+            continue
+        place, _, anchor = target.partition("#")
+        file = ((ROOT / document).parent / place).resolve() if place else ROOT / document
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_readme_is_short():
+    text = DOCUMENTS["README.md"]
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
 
 
 def test_every_recipe_is_in_the_table():
     for path in (recipes_parent() / "recipes").rglob("*.yaml"):
         name = str(path.relative_to(recipes_parent() / "recipes").with_suffix(""))
-        assert f"`{name}`" in README, name
+        assert f"`{name}`" in DOCUMENTS["recipes/README.md"], name
 
 
-def test_files_the_readme_links_to_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+def test_every_readme_is_linked():
+    """From README.md, directly or through another one."""
+    reached, left = set(), ["README.md"]
+    while left:
+        document = left.pop()
+        reached.add(document)
+        for target in re.findall(r"\]\(([^)#]+)", DOCUMENTS[document]):
+            file = ((ROOT / document).parent / target).resolve()
+            name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else ""
+            if name in DOCUMENTS and name not in reached:
+                left.append(name)
+    assert {name for name in DOCUMENTS if name.endswith("README.md")} <= reached
