@@ -17,8 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from data2vec_train.config import resolvers  # noqa: F401
-from data2vec_train.config.check.overrides import find_faults, preflight
+from data2vec_train.config.check.overrides import choices_of, find_faults, preflight
 from data2vec_train.config.check.security import links_out, saved_faults
+from data2vec_train.config.help import help_text
 from data2vec_train.config.saved import COMMAND, HEAL, read_yaml
 from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.paths import config_directory, stay_off_the_network
@@ -77,6 +78,9 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
             lines = "".join(f"  {fault}\n" for fault in faults)
             sys.stderr.write(f"{len(faults)} thing{'s' * (len(faults) > 1)} to mend in the command or config:\n{lines}")
             sys.exit(2)
+        if args.help:
+            sys.stdout.write(_help(args, config_name))
+            sys.exit(0)
         # Scripts add settings to those they have, so it is no fault; but it is worth a word.
         if launch.rank() == 0:
             sys.stderr.write("".join(f"note: {one}\n" for one in _said_twice(typed)))
@@ -191,6 +195,13 @@ def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:
         on_this_machine=True,
         names_only=bool(args.help or args.hydra_help or args.cfg or args.info),
     )
+
+
+def _help(args: argparse.Namespace, config_name: str) -> str:
+    name = (args.config_name or config_name).removesuffix(".yaml")
+    folders = [Path(args.config_path).absolute() if args.config_path else config_directory()]
+    folders += [Path(args.config_dir)] if args.config_dir else []
+    return help_text(name, choices_of(args.overrides, config_name=name, folders=folders), folders)
 
 
 def _guard(task: Callable[[DictConfig], object], statuses: list[int]) -> Callable[[DictConfig], object]:

@@ -27,6 +27,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from data2vec_train.config.check.rules import (
     MACHINE_RULES,
+    REFUSED_CHOICES,
     RULES,
     WRITING_RULES,
     choices_suit_the_modality,
@@ -141,6 +142,22 @@ def find_faults(
                 if not any(f": {name} is not set" in one or one.startswith((f"{name}.", f"{name}:")) for name in wrong)
             ]
     return list(dict.fromkeys(faults))
+
+
+def choices_of(overrides: list[str], *, config_name: str, folders: list[Path]) -> dict[str, list[str]]:
+    """Group -> the choices that a command takes, those of plugins too; for `--help`."""
+    expose_recipes()
+    register_resolvers()
+    always = [line for line in overrides if line.startswith("hydra.searchpath=")]
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        configs = _Configs(config_name, always, folders)
+        groups = [*dict.fromkeys(configs.own_groups), "recipes"]
+        found = {group: configs.options(group) for group in groups}
+    refused = REFUSED_CHOICES.get(config_name, {})
+    return {
+        group: [choice for choice in choices if choice not in refused.get(group, ())]
+        for group, choices in found.items()
+    }
 
 
 def _search_path(overrides: list[str], folders: list[Path], name: str) -> list[str]:

@@ -588,6 +588,25 @@ def _data_suits_the_command(cfg: DictConfig) -> str | None:
     return None
 
 
+# Primary config -> group -> choices that other commands have and this one refuses, by the rules above and below.
+_ONLY_PRETRAINING = {"data": ("sample", "stream")}
+REFUSED_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"callbacks": ("finetune",)},
+    "plan": {"callbacks": ("finetune",)},
+    "finetune": {"callbacks": ("default",), **_ONLY_PRETRAINING},
+    "probe": _ONLY_PRETRAINING,
+    "embed": _ONLY_PRETRAINING,
+    "predict": _ONLY_PRETRAINING,
+}
+
+
+def _callbacks_suit_the_command(cfg: DictConfig) -> str | None:
+    callbacks = _get(cfg, "callbacks", dict)
+    if not callbacks or ("evaluation" in callbacks) == ("head" in cfg):
+        return None
+    return f"callbacks: these are for another command; choose callbacks={'finetune' if 'head' in cfg else 'default'}"
+
+
 def _trainer_is_told_once(cfg: DictConfig) -> str | None:
     """What the groups strategy, precision, logger and callbacks say would win silently."""
     elsewhere = {"precision": "precision", "logger": "logger", "callbacks": "callbacks"}
@@ -877,6 +896,7 @@ RULES: list[Rule] = [
     choices_suit_the_modality,
     _head_suits_the_modality,
     _data_suits_the_command,
+    _callbacks_suit_the_command,
     _removal_is_a_pattern,
     _groups_are_told_once,
     _trainer_is_told_once,
