@@ -21,7 +21,10 @@ DOCUMENTS = {
     for file in [ROOT / "README.md", *sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-OURS = re.compile(r"(?:^|\s)(?:python|torchrun\s[^`]*?) -m data2vec_train(\.\w+)?(?![\w.])(.*)")
+OURS = re.compile(
+    r"(?:^|\s)(?:(?:python|torchrun\s[^`]*?) -m data2vec_train(?:\.(?P<module>\w+))?"
+    r"|data2vec-train(?: (?P<verb>[a-z]+))?)(?![\w.=])(?P<arguments>.*)"
+)
 SLURM = re.compile(r"^sbatch recipes/cluster/pretrain.sbatch (.*)")
 
 
@@ -39,12 +42,12 @@ def _commands():
         for line in code(text):
             line = line.partition("    #")[0]
             if found := OURS.search(line):
-                yield name, (found[1] or ".train").removeprefix("."), found[2].strip()
+                yield name, found["module"] or found["verb"] or "train", found["arguments"].strip()
             elif found := SLURM.search(line):
                 yield name, "train", f"{found[1]} strategy=ddp strategy.devices=8 strategy.num_nodes=2"
 
 
-COMMANDS = sorted({found for found in _commands() if found[2]})
+COMMANDS = sorted({found for found in _commands() if found[2] and not found[2].startswith("--")})
 
 
 @pytest.mark.parametrize(("document", "task", "arguments"), COMMANDS)
