@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 STRESS ?= /tmp/data2vec_stress
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-audio demo-text test test-slow stress bench-gpu lint format build clean
+.PHONY: help install demo demo-audio demo-text test test-slow stress bench-gpu lint format docs build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ lint: $(READY)  ## Check style, spelling and dead code
 format: $(READY)  ## Rewrite the code in the project's format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(READY)  ## Write configs/README.md from the comments of the YAML files
+	$(RUN) -m data2vec_train.config.reference
 
 build: $(READY)  ## Build the wheel
 	$(RUN) -m build --wheel

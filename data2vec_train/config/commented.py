@@ -117,7 +117,9 @@ def _beside(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
     column, said = place.column + found.start(), [found[1]]
     for line in lines[place.line + 1 :]:
         text = line.lstrip()
-        if not text.startswith("#") or abs(len(line) - len(text) - column) > _NEAR:
+        start = len(line) - len(text)
+        is_about_the_first_inside = _is_block(value) and start == value.start_mark.column
+        if not text.startswith("#") or abs(start - column) > _NEAR or is_about_the_first_inside:
             break
         said.append(text.lstrip("# "))
     return " ".join(said).strip()

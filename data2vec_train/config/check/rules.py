@@ -72,14 +72,14 @@ def _choices(cfg: DictConfig) -> dict[str, str]:
 
 def _range(expected: str, is_right: Callable[[float], bool], paths: str) -> list[Rule]:
     """A rule for each path, for a number or for every number of a list."""
+    return [functools.partial(_in_range, path, expected=expected, is_right=is_right) for path in paths.split()]
 
-    def rule(path: str, cfg: DictConfig) -> str | None:
-        value = _get(cfg, path, (int, float, list, str))
-        numbers = value if isinstance(value, list) else [] if value in (None, "auto") else [value]
-        is_wrong = any(isinstance(one, str) or (isinstance(one, (int, float)) and not is_right(one)) for one in numbers)
-        return f"{path}: expected {expected}, got {show(value)}" if is_wrong else None
 
-    return [functools.partial(rule, path) for path in paths.split()]
+def _in_range(path: str, cfg: DictConfig, *, expected: str, is_right: Callable[[float], bool]) -> str | None:
+    value = _get(cfg, path, (int, float, list, str))
+    numbers = value if isinstance(value, list) else [] if value in (None, "auto") else [value]
+    is_wrong = any(isinstance(one, str) or (isinstance(one, (int, float)) and not is_right(one)) for one in numbers)
+    return f"{path}: expected {expected}, got {show(value)}" if is_wrong else None
 
 
 def _whole(value: float) -> bool:
@@ -239,6 +239,13 @@ def _measured_images_have_patches(cfg: DictConfig) -> str | None:
     if pixels is None or not numbers or (len(pixels) == 2 and min(pixels) >= (patch or 1)):
         return None
     return f"seed_table.training_px: expected [height,width], neither below seed_table.patch_px, got {show(pixels)}"
+
+
+def expected(path: str) -> str | None:
+    """What the rules for single settings say that a value is; None when they say nothing."""
+    if path in _NAMES:
+        return f"one of {', '.join(_NAMES[path]())}"
+    return next((rule.keywords["expected"] for rule in reversed(_RANGES) if rule.args[0] == path), None)
 
 
 def has_names(path: str) -> bool:

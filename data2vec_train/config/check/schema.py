@@ -257,6 +257,13 @@ def mismatch(value: object, parameter: Parameter) -> str | None:
     return f"{expected} ({int(value)})" if near else expected
 
 
+def describe(parameter: Parameter) -> str | None:
+    """What a value has to be, as an error says it; None when anything will do."""
+    text = _describe(parameter.annotation, parameter.module) if parameter.annotation is not None else ""
+    missing = parameter.default_is_none and text and "null" not in text
+    return f"{text} or null" if missing else text or None
+
+
 def show(value: object) -> str:
     """A value as YAML has it."""
     if isinstance(value, dict):
