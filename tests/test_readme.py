@@ -172,6 +172,8 @@ def test_every_readme_is_linked():
         reached.add(document)
         for target in re.findall(r"\]\(([^)#]+)", DOCUMENTS[document]):
             file = ((ROOT / document).parent / target).resolve()
+            if file.is_dir():  # whose README is shown
+                file /= "README.md"
             name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else ""
             if name in DOCUMENTS and name not in reached:
                 left.append(name)
