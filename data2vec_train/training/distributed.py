@@ -53,11 +53,11 @@ def keep_whole(module: nn.Module) -> None:
 
 
 class ReplicatedStrategy(DDPStrategy):
-    """Lightning's DDP, which learns from the module whether weights may be without gradient in a step."""
+    """Lightning's DDP, which asks the module whether some parameters get no gradient in a step."""
 
     def configure_ddp(self) -> None:
-        """Looking for such weights costs time in each step, and not looking ends a run that has some."""
-        if self.lightning_module.weights_may_rest:
+        """Looking for such parameters costs time in each step, and not looking ends a run that has some."""
+        if self.lightning_module.has_unused_parameters:
             self._ddp_kwargs["find_unused_parameters"] = True
         super().configure_ddp()
 

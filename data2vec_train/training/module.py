@@ -61,8 +61,8 @@ class TrainingModule(L.LightningModule):
         return [one for one in self.modules() if isinstance(one, Transformer) and one.layer_drop]
 
     @property
-    def weights_may_rest(self) -> bool:
-        """Whether there are steps in which some weights get no gradient."""
+    def has_unused_parameters(self) -> bool:
+        """Whether there are steps in which some parameters get no gradient."""
         return True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class Data2VecModule(TrainingModule):
             shard(self.objective, self.device_mesh["data_parallel"])
 
     @property
-    def weights_may_rest(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """Only those of blocks that layer drop skips."""
         return bool(self._with_layer_drop)
 
