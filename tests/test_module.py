@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -224,6 +225,28 @@ def test_four_micro_batches_of_16_equal_a_batch_of_64(version, clip, tmp_path):
         assert distance(one, other) < 1e-6
 
 
+def test_the_logged_loss_is_that_of_the_whole_batch(tmp_path):
+    """Micro-batches with unequal numbers of hidden tokens: their plain mean is another number."""
+    whole, parts, counts = Trace(), Trace(), Counts()
+    fit(1, tmp_path, steps=3, batch=64, callbacks=[whole])
+    fit(1, tmp_path, steps=3, batch=32, accumulate_grad_batches=2, callbacks=[parts, counts])
+    assert counts.hidden[0] != counts.hidden[1]
+    assert not parts.metrics[0], "a batch that completes no step has nothing to log"
+    for one, other in ((parts.metrics[1], whole.metrics[0]), (parts.metrics[5], whole.metrics[2])):
+        torch.testing.assert_close(one["train/loss"], other["train/loss"], rtol=1e-6, atol=0)
+
+
+def test_losses_and_terms_are_weighted_by_counts_and_other_values_are_not():
+    module = module_of(objective(2))
+    module._trainer = SimpleNamespace(world_size=1, global_step=0, max_steps=9, accumulate_grad_batches=2)
+    for count, loss, part, std in ((3, 1.0, 0.25, 2.0), (1, 5.0, 1.25, 4.0)):
+        terms = {"part": torch.tensor(part)}
+        module.accumulate(torch.tensor(loss, requires_grad=True), count, torch.arange(2), terms=terms)
+        module.measure({"train/target_std": torch.tensor(std)})
+    found = {name: float(value) for name, value in module._micro_batches.metrics(1).items()}
+    assert found == {"train/loss": 2.0, "train/loss_part": 0.5, "train/target_std": 3.0}
+
+
 def test_clipping_bounds_the_norm_over_all_gradients_of_the_step(tmp_path):
     free, clipped = Counts(), Counts()
     fit(1, tmp_path, steps=2, batch=4, accumulate_grad_batches=2, callbacks=[free])
@@ -245,14 +268,14 @@ class Trace(L.Callback):
         self.students: list[dict] = []
         self.teachers: list[dict] = []
         self.taus: list[float] = []
-        self.measured: list[dict] = []
+        self.metrics: list[dict] = []  # of each batch; empty where it completed no logged step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.steps.append(trainer.global_step)
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         self.students.append(weights(pl_module.objective.student))
         self.teachers.append(weights(pl_module.objective.teacher.encoder))
-        self.measured.append(dict(pl_module.measured))
+        self.metrics.append({} if pl_module.step_result is None else dict(pl_module.step_result.metrics))
 
 
 def test_the_teacher_moves_once_per_optimizer_step_towards_the_new_student(tmp_path):
@@ -329,8 +352,9 @@ def test_what_is_measured_on_logged_steps(tmp_path):
         "train/tau",
         "train/lr",
     }
-    first, _, third, last = trace.measured  # every 3 steps, the first and the last
+    first, second, third, last = trace.metrics  # every 3 steps, the first and the last
     assert set(first) == set(third) == set(last) == logged
+    assert not second
     assert first["train/tau"] == pytest.approx(0.6)
     parts = third["train/loss_regression"] + third["train/loss_class_token"]
     torch.testing.assert_close(third["train/loss"], parts)

@@ -11,6 +11,7 @@ from data2vec_train.data.datamodule import TimedLoader
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.training.callbacks.monitor import CSVLog, Monitor, describe, loader_advice, wandb_logger
 from data2vec_train.training.callbacks.probe import ProbeCallback
+from data2vec_train.training.step_result import StepResult
 
 
 def rows(path) -> list[dict]:
@@ -85,12 +86,16 @@ class Run:
             loggers=[self.log],
             datamodule=data,
         )
-        self.module = SimpleNamespace(measured={})
+        self.module = SimpleNamespace(step_result=None)
         monitor.on_train_start(self.trainer, self.module)
 
-    def batch(self, step: int, **measured: float) -> None:
+    def batch(self, step: int, *, completes: bool = True, **metrics: float) -> None:
+        """One batch; without metrics it completes a step that is not logged."""
         self.trainer.global_step = step
-        self.module.measured |= {"train/" + name: torch.tensor(value) for name, value in measured.items()}
+        named = {"train/" + name: torch.tensor(value) for name, value in metrics.items()}
+        never = torch.tensor(False)
+        result = StepResult(step=step, metrics=named, skip_step=never, non_finite=never, loss_scale=None, samples=())
+        self.module.step_result = result if completes else None
         self.monitor.on_train_batch_end(self.trainer, self.module, None, list(range(16)), 0)
 
     def step(self, step: int, *, target_std: float = 1.0, prediction_std: float = 1.0) -> None:
@@ -236,10 +241,10 @@ def test_thresholds_of_0_switch_the_alarm_off():
 
 def test_only_complete_logged_steps_make_a_row():
     run = Run(monitor())
-    run.batch(0, loss=2.0, target_std=1.0, prediction_std=1.0)  # first half of an accumulation
-    run.batch(1, tau=0.9, lr=0.1)
-    run.module.measured.clear()
-    run.batch(2, tau=0.9, lr=0.1)  # a step that is not logged
+    run.batch(0, completes=False)  # first half of an accumulation
+    run.batch(1, loss=2.0, target_std=1.0, prediction_std=1.0, tau=0.9, lr=0.1)
+    run.batch(1, completes=False)  # first half of the next
+    run.batch(2)  # a step that is not logged
     ((step, row),) = run.log.rows
     assert step == 1
     assert row["train/loss"] == 2.0

@@ -47,8 +47,8 @@ def test_no_step_reads_a_value_of_the_device_or_sends_one(composed, fused_on_met
         for _ in range(2):
             take_step(module, optimizer, batch)
     assert not transfers.found
-    assert module.unusable.device.type == "meta"
-    assert {"train/loss", "train/grad_norm", "train/tau"} <= set(module.measured)
+    assert module.step_result.skip_step.device.type == "meta"
+    assert {"train/loss", "train/grad_norm", "train/tau"} <= set(module.step_result.metrics)
 
 
 @pytest.mark.parametrize(

@@ -180,13 +180,12 @@ def test_what_a_loader_computes_for_a_probe_stays_float32(num_workers):
 class Scales(Trace):
     def __init__(self) -> None:
         super().__init__()
-        self.scales, self.faults, self.unusable = [], [], []
+        self.scales, self.results = [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.scales.append(trainer.precision_plugin.scaler.get_scale())
-        self.faults.append(bool(pl_module.at_fault))
-        self.unusable.append(bool(pl_module.unusable))
+        self.results.append(pl_module.step_result)
 
 
 def fit_half(folder, *, steps: int, scale: float, spoil=None, **options):
@@ -206,10 +205,10 @@ def test_steps_with_a_scaled_loss_are_those_without(tmp_path):
     norms = []
     for scale in (1.0, 1024.0):
         module, trace = fit_half(tmp_path, steps=3, scale=scale, gradient_clip_val=0.5)
-        norms.append(torch.stack([one["train/grad_norm"] for one in (trace.measured[0], trace.measured[2])]))
+        norms.append(torch.stack([one["train/grad_norm"] for one in (trace.metrics[0], trace.metrics[2])]))
     exact = Trace()
     test_module.fit(2, tmp_path, steps=3, callbacks=[exact], gradient_clip_val=0.5)
-    expected = torch.stack([one["train/grad_norm"] for one in (exact.measured[0], exact.measured[2])])
+    expected = torch.stack([one["train/grad_norm"] for one in (exact.metrics[0], exact.metrics[2])])
     assert expected.min() > 0.5, "nothing was clipped"
     torch.testing.assert_close(norms[1], norms[0], rtol=2e-3, atol=0)
     torch.testing.assert_close(norms[1], expected, rtol=2e-2, atol=0)
@@ -219,10 +218,11 @@ def test_steps_with_a_scaled_loss_are_those_without(tmp_path):
 
 def test_a_scale_that_is_too_high_falls_until_steps_count_and_is_nobodys_fault(tmp_path):
     _, trace = fit_half(tmp_path, steps=12, scale=2.0**22)
-    passed = trace.unusable.index(False)
+    passed = [bool(result.skip_step) for result in trace.results].index(False)
     assert 2 <= passed <= 10
     assert trace.scales[:passed] == [2.0 ** (21 - number) for number in range(passed)]
-    assert not any(trace.faults)
+    assert [float(result.loss_scale) for result in trace.results[:2]] == [2.0**22, 2.0**21]
+    assert not any(result.non_finite for result in trace.results)
     start = weights(test_module.objective(2).student)
     for step in range(passed):
         for name, value in trace.students[step].items():
@@ -238,9 +238,9 @@ def test_gradients_that_are_infinite_at_every_scale_are_a_fault_once_it_is_one(t
         next(p for p in module.parameters() if p.grad is not None).grad.view(-1)[0] = float("inf")
 
     _, trace = fit_half(tmp_path, steps=5, scale=4.0, spoil=spoil)
-    assert all(trace.unusable)
+    assert all(result.skip_step for result in trace.results)
     assert trace.scales == [2.0, 1.0, 0.5, 0.25, 0.125]
-    assert trace.faults == [False, False, True, True, True]
+    assert [bool(result.non_finite) for result in trace.results] == [False, False, True, True, True]
 
 
 # ------------------------------------------------------------------------------------------------------ compiled blocks

@@ -200,7 +200,7 @@ class Spoil(L.Callback):
             parameter = next(p for p in pl_module.parameters() if p.grad is not None)
             parameter.grad.view(-1)[0] = float(kind)
         elif kind == "loss":
-            pl_module._step_loss = pl_module._step_loss * float("nan")
+            pl_module._micro_batches.loss = pl_module._micro_batches.loss * float("nan")
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         same = all(torch.equal(value, self.before[name]) for name, value in self._state(trainer, pl_module).items())
@@ -238,12 +238,12 @@ def test_the_teacher_stands_still_when_only_the_device_knows():
         device = property(lambda self: torch.device("meta"))
 
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    model.step_teacher(1, unusable=torch.tensor(True).as_subclass(OnDevice))
+    model.step_teacher(1, skip_step=torch.tensor(True).as_subclass(OnDevice))
     assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
     expected = objective(2)
     expected.student.load_state_dict(model.student.state_dict())
     expected.step_teacher(1)
-    model.step_teacher(1, unusable=torch.tensor(False).as_subclass(OnDevice))
+    model.step_teacher(1, skip_step=torch.tensor(False).as_subclass(OnDevice))
     for one, other in zip(model.teacher.parameters(), expected.teacher.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 

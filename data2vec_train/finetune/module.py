@@ -76,9 +76,7 @@ class FinetuneModule(TrainingModule):
         """Loss of one micro-batch, weighted by its number of examples."""
         self.seed_step()
         loss, _ = self.task.loss(self.model, batch)
-        weighted = self.weighted(loss, len(batch), batch.keys)
-        self.measure({"train/loss": loss.detach()})
-        return weighted
+        return self.accumulate(loss, len(batch), batch.keys)
 
     def configure_optimizers(self) -> Optimizer:
         """Everything that will learn at some step; what never does is in no group."""

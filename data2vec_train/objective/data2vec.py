@@ -166,13 +166,13 @@ class Data2Vec(nn.Module):
         )
         return predictions.float(), student
 
-    def step_teacher(self, step: int, *, unusable: Tensor | None = None) -> float:
+    def step_teacher(self, step: int, *, skip_step: Tensor | None = None) -> float:
         """Move the teacher after optimizer step number `step` (1, 2, ...); returns the decay of that step.
 
-        `unusable`, () bool, says that the optimizer passed over the step, and that the teacher is to as well.
+        `skip_step`, () bool, says that the optimizer skipped the step, so that the teacher does as well.
         """
         tau = tau_at(step, **self.tau)
-        self.teacher.update(self.student, tau, unusable=unusable)
+        self.teacher.update(self.student, tau, skip_step=skip_step)
         return tau
 
     def _error(self, predictions: Tensor, targets: Tensor) -> Tensor:

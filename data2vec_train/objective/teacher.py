@@ -68,13 +68,13 @@ class EMATeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, student: ModalityEncoder, tau: float, *, unusable: Tensor | None = None) -> None:
+    def update(self, student: ModalityEncoder, tau: float, *, skip_step: Tensor | None = None) -> None:
         """One averaging step towards `student`; at tau >= 1 averaged weights stay as they are.
 
-        With `unusable`, () bool, True, nothing moves; on a GPU without the host knowing.
+        If `skip_step`, () bool, is True, nothing moves; on a GPU the host does not read it.
         """
-        on_host = unusable is None or unusable.device.type == "cpu"
-        if on_host and unusable:
+        on_host = skip_step is None or skip_step.device.type == "cpu"
+        if on_host and skip_step:
             return
         sources = dict(student.named_parameters())
         averaged, towards = [], []
@@ -87,7 +87,7 @@ class EMATeacher(nn.Module):
         if tau < 1.0 and on_host:
             torch._foreach_lerp_(averaged, towards, 1.0 - tau)
         elif tau < 1.0:
-            weight = torch.where(unusable, 0.0, 1.0 - tau)
+            weight = torch.where(skip_step, 0.0, 1.0 - tau)
             torch._foreach_lerp_(averaged, towards, [weight] * len(averaged))
         # Averaging an integer buffer shifts indices by one now and then: buffers are copied (ALGORITHM.md 7, row 8).
         buffers = dict(student.named_buffers())

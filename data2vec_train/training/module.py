@@ -18,6 +18,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, relative_std, std_over_rows
 from data2vec_train.training.distributed import shard
 from data2vec_train.training.optim import Schedule, set_lr
+from data2vec_train.training.step_result import MicroBatches, Samples, StepResult
 from data2vec_train.weights.weights import check_tensors
 
 # A power of two: dividing by it and multiplying by it again changes no bit.
@@ -30,7 +31,9 @@ class TrainingModule(L.LightningModule):
     Args:
         schedule: finished steps -> learning rate.
         seed: of the run; what is random in a step follows from (seed, step) alone.
-        log_every_n_steps: how often `measured` is filled.
+        log_every_n_steps: optimizer steps between those that are logged.
+
+    `step_result` is what the latest batch completed: an optimizer step, or None in the middle of an accumulation.
     """
 
     def __init__(self, *, schedule: Schedule, seed: int, log_every_n_steps: int) -> None:
@@ -38,18 +41,12 @@ class TrainingModule(L.LightningModule):
         self.schedule = schedule
         self.seed = seed
         self.log_every_n_steps = log_every_n_steps
-        self.measured: dict[str, Tensor | float] = {}  # of the last logged step; tensors until somebody reads them
-        self._counts: list[int] = []  # hidden tokens, or samples, of each micro-batch since the last optimizer step
-        self._step_loss: Tensor | float = 0.0  # sum over these micro-batches
-        self._step_samples: list[Tensor | tuple[str, ...]] = []  # of these micro-batches
-        self.unusable: Tensor | None = None  # () bool: loss or gradient of the step is not finite on some process
-        self.unusable_samples: list[Tensor | tuple[str, ...]] = []  # of that step on this process, by micro-batch
-        self.loss_scale: Tensor | None = None  # () float32: of float16, what the gradients of the step were scaled by
-        self.at_fault: Tensor | None = None  # () bool: unusable, and not because the gradients were scaled too far
+        self.step_result: StepResult | None = None
+        self._micro_batches = MicroBatches()  # of the step that is under way
 
     def seed_step(self) -> None:
         """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
-        number = len(self._counts) * self.trainer.world_size + self.global_rank
+        number = len(self._micro_batches.counts) * self.trainer.world_size + self.global_rank
         torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             # All batches of a step skip the same blocks: processes wait for each other at every block they run.
@@ -81,30 +78,35 @@ class TrainingModule(L.LightningModule):
                 }
                 check_tensors(tensors, {name: one.dtype for name, one in tensors.items()}, f"{where}, optimizer")
 
-    def weighted(self, loss: Tensor, count: int, samples: Tensor | tuple[str, ...]) -> Tensor:
-        """The mean loss of a micro-batch over `count` things, weighted for `on_before_optimizer_step`.
+    def accumulate(
+        self, loss: Tensor, count: int, samples: Samples, *, terms: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The loss of a micro-batch, weighted for `on_before_optimizer_step`; the step logs what it sums up to.
 
         Args:
-            loss: ().
+            loss: (), mean over `count` things.
             count: what it is the mean of: hidden tokens, or examples.
-            samples: what they are called, for the message when the loss is not finite: ids (B,), or names.
+            samples: ids (B,), or names, for the message when the loss is not finite.
+            terms: what the loss is the sum of, each (), to be logged as well.
         """
-        self._counts.append(count)
-        self._step_loss = self._step_loss + loss.detach()
-        self._step_samples.append(samples)
+        self.step_result = None
+        self._micro_batches.add(loss.detach(), count, samples)
+        if self.logs_this_step:
+            named = {f"train/loss_{name}": term.detach() for name, term in (terms or {}).items()}
+            self._micro_batches.add_losses({"train/loss": loss.detach()} | named)
         return loss * (count / self._unit())
 
     def _unit(self) -> float:
         """What micro-batches are weighted relative to: the first, or with several processes the same for all."""
-        return UNIT if self.trainer.world_size > 1 else self._counts[0]
+        return UNIT if self.trainer.world_size > 1 else self._micro_batches.counts[0]
 
     def measure(self, values: dict[str, Tensor]) -> None:
-        """Keep what is logged of this step, the mean over its micro-batches; after `weighted`."""
-        if not self.logs_after(self.trainer.global_step + 1):
-            return
-        before = self.measured if len(self._counts) > 1 else {}
-        share = 1 / self.trainer.accumulate_grad_batches
-        self.measured = {name: before.get(name, 0.0) + share * value for name, value in values.items()}
+        """Other values () of a micro-batch of a logged step; the step logs their mean."""
+        self._micro_batches.add_values(values, share=1 / self.trainer.accumulate_grad_batches)
+
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """What the loss of this step was multiplied by, () float32; gradients are unscaled again."""
+        self._micro_batches.loss_scale = scale.clone()  # the scaler changes it in place
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient that of the mean over all that the step has seen.
@@ -114,13 +116,14 @@ class TrainingModule(L.LightningModule):
         host and 1 when counts are equal.
         """
         factor: Tensor | float
+        count = sum(self._micro_batches.counts)
         if self.trainer.world_size == 1:
-            factor = self.trainer.accumulate_grad_batches * self._unit() / sum(self._counts)
+            factor = self.trainer.accumulate_grad_batches * self._unit() / count
         else:
-            total = torch.full((), float(sum(self._counts)), device=self.device)  # filled there: the host does not wait
+            total = torch.full((), float(count), device=self.device)  # filled there: the host does not wait
             dist.all_reduce(total)
+            self._micro_batches.count_everywhere = total
             factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
-        self._counts.clear()
         if isinstance(factor, Tensor) or factor != 1.0:
             torch._foreach_mul_(gradients(optimizer), factor)
 
@@ -142,27 +145,26 @@ class TrainingModule(L.LightningModule):
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if self.logs_after(self.trainer.global_step + 1):
-            self.measured["train/grad_norm"] = norm
-        self._judge(optimizer, norm)
+        if self.logs_this_step:
+            self._micro_batches.add_values({"train/grad_norm": norm}, share=1.0)
+        self.check_finite(optimizer, norm)
 
-    def _judge(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Fill `unusable`, and make the optimizer pass over such a step, its moments and step counts included."""
-        loss = torch.as_tensor(self._step_loss, device=norm.device)
+    def check_finite(self, optimizer: Optimizer, norm: Tensor) -> None:
+        """Find out whether to skip this step, and make the optimizer do so, its moments and step counts included."""
+        step = self._micro_batches
+        loss = torch.as_tensor(step.loss, device=norm.device)
         infinite = (~torch.isfinite(torch.stack([norm + loss, loss]))).float()
         if self.trainer.world_size > 1:
             dist.all_reduce(infinite, dist.ReduceOp.MAX)
-        unusable, loss_is_infinite = infinite
-        self.unusable, self.unusable_samples = unusable > 0, self._step_samples
-        self.at_fault = self.unusable
-        if self.loss_scale is not None:
+        skip_step, loss_is_infinite = infinite
+        step.skip_step = step.non_finite = skip_step > 0
+        if step.loss_scale is not None:
             # Float16 finds its scale by trying: a gradient that overflows says something only at the lowest.
-            self.at_fault = (loss_is_infinite > 0) | (self.unusable & (self.loss_scale <= 1))
-        self._step_loss, self._step_samples = 0.0, []
-        if unusable.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            step.non_finite = (loss_is_infinite > 0) | (step.skip_step & (step.loss_scale <= 1))
+        if skip_step.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Read by the fused optimizer on the device, so that the host need not wait to know.
-            optimizer.grad_scale, optimizer.found_inf = None, unusable
-        elif self.unusable:
+            optimizer.grad_scale, optimizer.found_inf = None, skip_step
+        elif step.skip_step:
             optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
 
     def optimizer_step(
@@ -173,20 +175,29 @@ class TrainingModule(L.LightningModule):
         optimizer_closure: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """One optimizer step with the learning rate of the schedule; Lightning calls this whatever the accumulation."""
-        lr = self.schedule(self.trainer.global_step)
+        number = self.trainer.global_step + 1  # Lightning counts a step when this method has returned
+        lr = self.schedule(number - 1)
         set_lr(optimizer, lr)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.measured["train/lr"] = lr
-        if self.trainer.world_size > 1 and self.logs_after(self.trainer.global_step):
-            self._share_measured()
+        step, self._micro_batches = self._micro_batches, MicroBatches()
+        metrics: dict[str, Tensor | float] = {"train/lr": lr} | self.after_optimizer_step(number, step.skip_step)
+        self.step_result = StepResult(
+            step=number,
+            metrics=step.metrics(self.trainer.world_size) | metrics if self.logs_after(number) else {},
+            skip_step=step.skip_step,
+            non_finite=step.non_finite,
+            loss_scale=step.loss_scale,
+            samples=tuple(step.samples),
+        )
 
-    def _share_measured(self) -> None:
-        """Means over all processes of what was measured on each."""
-        names = [name for name, value in self.measured.items() if isinstance(value, Tensor)]
-        if names:
-            values = torch.stack([self.measured[name].float() for name in names])
-            dist.all_reduce(values)
-            self.measured |= dict(zip(names, values / self.trainer.world_size, strict=True))
+    def after_optimizer_step(self, step: int, skip_step: Tensor) -> dict[str, float]:
+        """What else moves with the weights; returns what is logged of it."""
+        return {}
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the step that is under way is logged."""
+        return self.logs_after(self.trainer.global_step + 1)
 
     def logs_after(self, step: int) -> bool:
         """Whether the step that ends with so many finished ones is logged."""
@@ -232,13 +243,11 @@ class Data2VecModule(TrainingModule):
         self.seed_step()
         self._feature_std = None
         output: Data2VecOutput = self.objective(batch)
-        loss = self.weighted(output.loss, batch.masks.hidden.numel(), batch.ids)
-        if self.logs_after(self.trainer.global_step + 1):
-            values = {"train/loss": output.loss.detach()}
-            if len(output.terms) > 1:
-                values |= {f"train/loss_{name}": term.detach() for name, term in output.terms.items()}
+        terms = output.terms if len(output.terms) > 1 else None
+        loss = self.accumulate(output.loss, batch.masks.hidden.numel(), batch.ids, terms=terms)
+        if self.logs_this_step:
             everywhere = self.trainer.world_size > 1
-            values["train/feature_std"] = self._feature_std
+            values = {"train/feature_std": self._feature_std}
             values["train/target_std"] = std_over_rows(output.targets, everywhere=everywhere)
             values["train/prediction_std"] = std_over_rows(output.predictions.detach(), everywhere=everywhere)
             self.measure(values)
@@ -246,19 +255,17 @@ class Data2VecModule(TrainingModule):
 
     def _watch_features(self, teacher: nn.Module, inputs: object, outputs: tuple[EncoderOutput, Tensor | None]) -> None:
         """In logged steps, measure the teacher's last layer before targets are made of it."""
-        if self._trainer is not None and self.training and self.logs_after(self.trainer.global_step + 1):
+        if self._trainer is not None and self.training and self.logs_this_step:
             encoded, token_mask = outputs
             self._feature_std = relative_std(encoded.layers[-1], token_mask)
 
-    def optimizer_step(self, *args: object, **kwargs: object) -> None:
-        """One optimizer step, and directly after it one step of the teacher.
+    def after_optimizer_step(self, step: int, skip_step: Tensor) -> dict[str, float]:
+        """One step of the teacher.
 
         Moving the teacher in a later hook would be too late: checkpoint callbacks run before it and would save a
         teacher that is one step behind.
         """
-        finished = self.trainer.global_step
-        super().optimizer_step(*args, **kwargs)
-        self.measured["train/tau"] = self.objective.step_teacher(finished + 1, unusable=self.unusable)
+        return {"train/tau": self.objective.step_teacher(step, skip_step=skip_step)}
 
     def configure_optimizers(self) -> Optimizer:
         """The teacher has no trainable parameters and is in no group."""

@@ -131,7 +131,7 @@ def in_float32(batches: Iterable[T]) -> Iterator[T]:
 
 
 class ScaledHalf(MixedPrecision):
-    """Float16 with a scaled loss, whose gradients are unscaled before the module sees, clips and judges them.
+    """Float16 with a scaled loss, whose gradients are unscaled before the module clips and checks them.
 
     Lightning leaves unscaling to fused optimizers, where clipping would see scaled gradients, and torch's scaler would
     put its own verdict in place of the module's.
@@ -143,10 +143,10 @@ class ScaledHalf(MixedPrecision):
     def optimizer_step(
         self, optimizer: Optimizer, model: TrainingModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Backward, unscale, judge, step, and a scale for the next one; the host waits for none of it."""
+        """Backward, unscale, check, step, and a scale for the next one; the host waits for none of it."""
         result = closure()
         self.scaler.unscale_(optimizer)
-        model.loss_scale = self.scaler._get_scale_async()
+        model.set_loss_scale(self.scaler._get_scale_async())
         self._after_closure(model, optimizer)
         optimizer.step(**kwargs)
         self.scaler.update()

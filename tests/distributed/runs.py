@@ -18,6 +18,7 @@ from data2vec_train.training.module import Data2VecModule
 from tests.stress import tiny
 
 STEPS = 50
+WHOLE_LOGS = [1, 7, 14, 21, 28, 35, 42, 49, 50]  # logged steps of the cases with "whole"
 SPOILED = (10, 31, 32)  # steps with a gradient that is not finite in one of two processes
 
 
@@ -37,10 +38,11 @@ class Group(tiny.Processes):
 
 
 def start(arguments: list[str], run: Path, how: str) -> Group:
-    """`how` is 1, or the strategy and number of processes as in ddp2."""
-    count = int(how[-1])
+    """`how` is 1, the strategy and number of processes as in ddp2, or "whole": one process, one batch per step."""
+    count = 1 if how == "whole" else int(how[-1])
     sharing = [f"strategy={how[:-1]}", "strategy.accelerator=cpu", f"strategy.devices={count}"] if count > 1 else []
-    sharing.append(f"trainer.accumulate_grad_batches={2 // count}")
+    if how != "whole":
+        sharing.append(f"trainer.accumulate_grad_batches={2 // count}")
     return Group([*arguments, *sharing], run, count=count, log=run.with_name(f"{run.name}.log"))
 
 
@@ -51,8 +53,10 @@ def finish(processes: Group) -> None:
 
 def compare(run: Path, reference: Path) -> dict[str, float]:
     """Largest relative difference between losses, largest difference between weights."""
-    losses, others = ([float(row["train/loss"]) for row in rows(one)] for one in (run, reference))
-    assert len(losses) == len(others) == STEPS, (len(losses), len(others))
+    logged, wanted = rows(run), rows(reference)
+    steps = WHOLE_LOGS if "whole" in reference.name else list(range(1, STEPS + 1))
+    assert [int(row["step"]) for row in logged] == [int(row["step"]) for row in wanted] == steps
+    losses, others = ([float(row["train/loss"]) for row in table] for table in (logged, wanted))
     ours, theirs = tiny.final_state(run), tiny.final_state(reference)
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     difference = {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))}
@@ -71,7 +75,8 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def spoil(module: Data2VecModule) -> None:
     """After the backward pass of the last batch of a step: what stands for `on_after_backward`."""
-    last = module.trainer.world_size * len(module._counts) == 2 and module.global_rank == module.trainer.world_size - 1
+    world_size = module.trainer.world_size
+    last = world_size * len(module._micro_batches.counts) == 2 and module.global_rank == world_size - 1
     if last and module.trainer.global_step + 1 in SPOILED:
         gradient = next(p.grad for p in module.parameters() if p.grad is not None and p.grad.shape[0] > 1)
         gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
@@ -81,7 +86,8 @@ def spoil(module: Data2VecModule) -> None:
 def main() -> None:
     """A case is MODALITY/VERSION/HOW or, killed in between, MODALITY/VERSION/HOW/HOW[/HOW].
 
-    VERSION is 1 or 2, 2-nan with steps that are not finite, 2-report with a report at the end, 2-bf16.
+    VERSION is 1 or 2, 2-nan with steps that are not finite, 2-report with a report at the end, 2-bf16,
+    1-whole compared with one batch per step in place of two, without dropout.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -105,10 +111,15 @@ def main() -> None:
             arguments = [one for one in arguments if not one.startswith("data.batch_size")]
             arguments += ["data.batch_size_per_device=3", "trainer.gradient_clip_val=0.3"]
         arguments += {"report": ["report=true"], "bf16": ["precision.trainer=bf16-mixed"]}.get(special, [])
+        whole = special == "whole"
+        if whole:  # what drops out would differ; with large blocks masks hide unequal numbers
+            arguments += ["modality.encoder.dropout=0", "modality.encoder.attention_dropout=0"]
+            arguments += ["modality.masker.min_block_fraction=0.3", "trainer.log_every_n_steps=7"]
         Data2VecModule.on_after_backward = spoil if special == "nan" else unspoiled
         reference = options.folder / f"{modality}-{kind}"
         if not reference.exists():
-            finish(start(arguments, tiny.fresh(reference), "1"))
+            doubled = ["data.batch_size_per_device=8"] if whole else []
+            finish(start([*arguments, *doubled], tiny.fresh(reference), "whole" if whole else "1"))
         run = tiny.fresh(options.folder / case.replace("/", "-"))
         for number, way in enumerate(ways[:-1], start=1):
             processes = start(arguments, run, way)

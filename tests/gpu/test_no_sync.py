@@ -35,5 +35,5 @@ def test_the_host_does_not_wait_in_a_step(composed, strict, modality, objective,
     strict()
     take_step(module, optimizer, batch, dtype=dtype)
     torch.cuda.set_sync_debug_mode("default")
-    assert module.unusable.device.type == "cuda"
-    assert not module.unusable
+    assert module.step_result.skip_step.device.type == "cuda"
+    assert not module.step_result.skip_step

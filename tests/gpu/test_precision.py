@@ -71,7 +71,7 @@ def test_ten_steps_in_bfloat16_end_near_those_in_float32(composed, compiled):
             compile_blocks(model, how=compiled, device="cuda", lengths_vary=False, backend="inductor")
         for _ in range(10):
             take_step(module, optimizer, batch, dtype=HALF.get(precision, torch.float32))
-        losses[precision] = module.measured["train/loss"]
+        losses[precision] = module.step_result.metrics["train/loss"]
         assert {one.dtype for one in model.parameters()} == {torch.float32}
         moments = [value for state in optimizer.state.values() for value in state.values()]
         assert {one.dtype for one in moments} == {torch.float32}
@@ -117,5 +117,5 @@ def test_float8_trains_and_renames_nothing(composed):
         for _ in range(3):
             take_step(module, optimizer, batch, dtype=torch.bfloat16)
         assert list(model.state_dict()) == names
-        losses.append(module.measured["train/loss"])
+        losses.append(module.step_result.metrics["train/loss"])
     torch.testing.assert_close(losses[1], losses[0], rtol=5e-2, atol=0)

@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data2vec_train.system.outputs import lost, sweep
 from data2vec_train.system.stopping import listener
 from data2vec_train.training.distributed import Peers
 from data2vec_train.training.module import TrainingModule
+from data2vec_train.training.step_result import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -235,15 +235,13 @@ def measuring_callback(trainer: L.Trainer) -> L.Callback | None:
 # Stopping
 
 
-@dataclass
-class _Judged:
-    """Whether a step was unusable through its own fault, on its way from the device to the host."""
+class _NonFinite:
+    """Whether a step was not finite, on its way from the device to the host."""
 
-    step: int
-    flag: Tensor  # () bool
-    samples: list[Tensor | tuple[str, ...]]
-
-    def __post_init__(self) -> None:
+    def __init__(self, result: StepResult) -> None:
+        self.step = result.step
+        self.samples = result.samples
+        self.flag = result.non_finite  # () bool
         self._arrived = None
         if self.flag.device.type == "cuda":
             on_device, self.flag = self.flag, torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -257,7 +255,8 @@ class _Judged:
         return bool(self.flag)
 
     def names(self) -> list[int | str]:
-        return [name for one in self.samples for name in (one.tolist() if isinstance(one, Tensor) else one)]
+        batches = [batch.tolist() if isinstance(batch, Tensor) else batch for batch in self.samples]
+        return [name for batch in batches for name in batch]
 
 
 class FiniteSteps(L.Callback):
@@ -279,12 +278,7 @@ class FiniteSteps(L.Callback):
         self.checkpointing = checkpointing
         self.skipped = 0
         self.in_a_row = 0
-        self._judged: _Judged | None = None
-        self._seen_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where a run begins or goes on."""
-        self._seen_step = trainer.global_step
+        self._latest: _NonFinite | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: TrainingModule, *_: object) -> None:
         """Count.
@@ -292,32 +286,31 @@ class FiniteSteps(L.Callback):
         Raises:
             CollapseError: too many in a row.
         """
-        if trainer.global_step == self._seen_step:
+        if pl_module.step_result is None:
+            return  # in the middle of an accumulation
+        found, before = _NonFinite(pl_module.step_result), self._latest
+        self._latest = found
+        if found.flag.is_pinned():
+            found = before
+        if found is None:
             return
-        self._seen_step = trainer.global_step
-        judged, before = _Judged(trainer.global_step, pl_module.at_fault, pl_module.unusable_samples), self._judged
-        self._judged = judged
-        if judged.flag.is_pinned():
-            judged = before
-        if judged is None:
-            return
-        if not judged:
+        if not found:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         self.skipped += 1
-        row = {"step": judged.step, "samples": _of_all_processes(judged.names(), trainer)}
+        row = {"step": found.step, "samples": _of_all_processes(found.names(), trainer)}
         if trainer.is_global_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self.in_a_row == 1:
-            log.warning("step %d: loss or gradient is not finite; the step was passed over", judged.step)
+            log.warning("step %d: loss or gradient is not finite; the step was passed over", found.step)
         if self.in_a_row >= self.max_in_a_row:
             self.checkpointing.save_before_leaving(trainer)
             names = ", ".join(map(str, row["samples"][:8])) + (", ..." if len(row["samples"]) > 8 else "")
             raise CollapseError(
                 f"training diverged: loss or gradient was not finite {self.in_a_row} times in a row, up to step "
-                f"{judged.step}; neither weights nor teacher have seen these steps, and the run is saved. The samples "
+                f"{found.step}; neither weights nor teacher have seen these steps, and the run is saved. The samples "
                 f"of the last were {names}"
                 f" (all in {self.path}). Look at them, or start anew with a lower optimizer.lr or a longer warm-up"
             )
@@ -332,7 +325,7 @@ class FiniteSteps(L.Callback):
 
 
 def _of_all_processes(names: list[int | str], trainer: L.Trainer) -> list[int | str]:
-    """All of them are at this place: a step that one cannot use is passed over by all."""
+    """All of them are at this place: a step that one skips is skipped by all."""
     if trainer.world_size == 1:
         return names
     everywhere: list[list[int | str]] = [[]] * trainer.world_size

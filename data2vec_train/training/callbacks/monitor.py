@@ -196,14 +196,14 @@ class Monitor(L.Callback):
             self._bar.advance(step)
         probe = measuring_callback(trainer)
         just_measured = probe is not None and probe.measured_at == step and step > self._probed_at
-        if "train/loss" not in pl_module.measured or "train/lr" not in pl_module.measured:
+        result = pl_module.step_result
+        if result is None or not result.metrics:  # in the middle of an accumulation, or not a logged step
             if just_measured:  # between two logged steps
                 self._probed_at = step
                 self._log_row(trainer, probe.metrics)
                 self._check_rank(trainer)
-            return  # not a logged step, or in the middle of an accumulation
-        row = {name: float(value) for name, value in pl_module.measured.items()}
-        pl_module.measured.clear()
+            return
+        row = {name: float(value) for name, value in result.metrics.items()}
         if math.isnan(row.get("train/feature_std", 0.0)):
             del row["train/feature_std"]  # of a batch of one sample
         spent = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
@@ -275,7 +275,7 @@ class Monitor(L.Callback):
             CollapseError: training diverged, or different inputs look alike to the network.
         """
         if not math.isfinite(row["train/loss"]):
-            return  # the step was passed over; `FiniteSteps` counts these
+            return  # the step was skipped; `FiniteSteps` counts these
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         for name, limit in self.limits.items():
             if not math.isfinite(row[name]):
