@@ -51,7 +51,7 @@ bench-gpu: $(READY)  ## Tests and timings on an NVIDIA GPU with 80 GB or more, i
 	$(RUN) -m pytest tests/gpu
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=vision step.batch_size=64
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=vision step.batch_size=64 step.objectives=[data2vec2] \
-		'step.settings="objective.views=8"'
+		'step.settings="objective.masks_per_sample=8"'
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=audio step.batch_size=8 step.audio_seconds=20
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=text step.batch_size=16 step.text_tokens=512
 	$(RUN) -m data2vec_train.benchmark what=attention precision=bf16 rounds=$(ROUNDS) tolerance=0.05 $(PEAK) \

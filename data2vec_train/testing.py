@@ -91,7 +91,7 @@ def _masks(encoder: ModalityEncoder, count: int, num_tokens: int) -> Masks:
 def _contextualize(
     encoder: ModalityEncoder, tokens: Tensor, masks: Masks | None, mode: MaskMode, mask: Tensor | None = None
 ) -> EncoderOutput:
-    if mode == "corrupt" and masks is not None:  # every view has inputs of its own
+    if mode == "corrupt" and masks is not None:  # every mask has inputs of its own
         tokens = tokens.repeat_interleave(VIEWS, dim=0)
     return encoder.contextualize(tokens, mask, masks=masks, mode=mode)
 
@@ -129,7 +129,7 @@ def _check_taps(encoder: ModalityEncoder, tokens: Tensor) -> None:
 
 
 def _check_hiding(encoder: ModalityEncoder, tokens: Tensor, masks: Masks, mode: MaskMode, atol: float) -> None:
-    one = Masks.from_masked(masks.masked[:, :1])  # one view, so that token and row are the same
+    one = Masks.from_masked(masks.masked[:, :1])  # one mask, so that token and row are the same
     hidden = one.masked[:, 0, :, None]  # (B, T, 1)
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
     before = _contextualize(encoder, tokens, one, mode).tokens

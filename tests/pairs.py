@@ -41,7 +41,7 @@ def batch_of(cfg: DictConfig, model: Data2Vec, lengths: tuple[int, ...] = LENGTH
     }[cfg.modality.name]
     collator = Collator(
         masker=build(cfg.modality.masker),
-        views=cfg.objective.views,
+        masks_per_sample=cfg.objective.masks_per_sample,
         grid=model.student.grid,
         token_count=model.student.token_count,
         seed=seed,

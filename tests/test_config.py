@@ -109,7 +109,7 @@ CONFIGS = {
     "size/tiny.yaml": "{dim: 32, depth: 4, num_heads: 4}",
     "size/large.yaml": "{dim: 64, depth: 8, num_heads: 5}",
     "objective/data2vec.yaml": """
-        {mask_mode: replace, views: 1, tau_start: 0.99, tau_end: 0.999, targets: {top_k_layers: 2},
+        {mask_mode: replace, masks_per_sample: 1, tau_start: 0.99, tau_end: 0.999, targets: {top_k_layers: 2},
          decoder: {_target_: toy.LinearDecoder, dim: "${size.dim}"}}
     """,
     "optimizer/adamw.yaml": "{_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3, weight_decay: 0, betas: [0, 0]}",
@@ -252,7 +252,7 @@ BROKEN = [
     (["objective.tau_end=0.5"], ["objective.tau_start: 0.99 is above objective.tau_end=0.5"]),
     (["trainer.max_steps=0"], ["trainer.max_steps: expected a whole number of at least 1, got 0"]),
     (["data.batch_size_per_device=-1"], ["data.batch_size_per_device: expected a whole number of at least 1"]),
-    (["objective.views=0"], ["objective.views: expected a whole number of at least 1"]),
+    (["objective.masks_per_sample=0"], ["objective.masks_per_sample: expected a whole number of at least 1"]),
     (["size.depth=-3"], ["size.depth: expected a whole number of at least 1, got -3"]),
     (["modality.masker.hidden_fraction=1"], ["hidden_fraction: expected a number between 0 and 1, got 1"]),
     (["data.max_bad_fraction=2"], ["data.max_bad_fraction: expected a number from 0 to 1, got 2"]),

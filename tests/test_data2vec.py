@@ -30,7 +30,7 @@ def objective(encoder: ModalityEncoder, decoder: Decoder, **changes) -> Data2Vec
     target_options = {"tap": "ffn", "top_k_layers": 1, "layer_norms": [], "mean_norms": [], "reference_padding": False}
     options = {
         "mask_mode": "replace",
-        "views": 1,
+        "masks_per_sample": 1,
         "loss_beta": 0.0,
         "channel_reduction": "sum_over_sqrt_dim",
         "class_token_weight": 0.0,
@@ -104,9 +104,11 @@ MASKED = torch.tensor([[[1, 0, 0, 1], [0, 1, 1, 1]], [[1, 1, 0, 0], [0, 0, 1, 0]
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("reduction", ["sum_over_sqrt_dim", "mean", "sum"])
-def test_loss_by_hand_over_two_views(reduction, beta):
+def test_loss_by_hand_over_two_masks(reduction, beta):
     answers = torch.cos(0.3 * torch.arange(48)).view(4, 4, 3)  # (N, T, D)
-    model = objective(GivenLayers(3), GivenPredictions(answers), views=2, loss_beta=beta, channel_reduction=reduction)
+    model = objective(
+        GivenLayers(3), GivenPredictions(answers), masks_per_sample=2, loss_beta=beta, channel_reduction=reduction
+    )
     output = model(Batch(inputs=X, masks=Masks.from_masked(MASKED)))
     scale = {"sum_over_sqrt_dim": 1 / math.sqrt(3), "mean": 1 / 3, "sum": 1.0}[reduction]
     total, rows, targets = 0.0, [], []
@@ -132,7 +134,7 @@ def test_class_token_term_by_hand(beta):
     model = objective(
         GivenLayers(3),
         GivenPredictions(torch.zeros(4, 4, 3)),
-        views=2,
+        masks_per_sample=2,
         class_token_weight=2.56,
         loss_beta=beta,
         mask_mode="drop",  # GivenLayers ignores it: `drop` needs equal counts, these masks have none
@@ -225,7 +227,7 @@ def test_the_last_prefix_token_is_the_class_token():
 
 
 def test_a_batch_without_the_right_number_of_masks_is_refused():
-    model = objective(GivenLayers(3), GivenPredictions(torch.zeros(4, 4, 3)), views=3)
+    model = objective(GivenLayers(3), GivenPredictions(torch.zeros(4, 4, 3)), masks_per_sample=3)
     for masks in (None, Masks.from_masked(MASKED)):
         with pytest.raises(ValueError, match="3 masks per sample"):
             model(Batch(inputs=X, masks=masks))
@@ -283,7 +285,7 @@ def vision(version: int, *, attention: str = "sdpa", **changes) -> Data2Vec:
             reference_padding=False,
         )
         norms = {"top_k_layers": 3, "layer_norms": ["instance"], "mean_norms": ["layer"]}
-        options = {"mask_mode": "drop", "views": 4, "class_token_weight": 0.1}
+        options = {"mask_mode": "drop", "masks_per_sample": 4, "class_token_weight": 0.1}
     return objective(encoder, decoder, targets=norms, **options | changes)
 
 
@@ -293,7 +295,7 @@ def vision_batch(model: Data2Vec, count: int = 4) -> Batch:
         masker = InverseBlockMasker(hidden_fraction=0.75, adjust_fraction=0.1, block_patches=2)
     else:
         masker = BlockMasker(hidden_fraction=0.6, min_block_fraction=0.1, min_aspect=0.3)
-    masked = np.stack([[masker(24, GRID, rng) for _ in range(model.views)] for _ in range(count)])
+    masked = np.stack([[masker(24, GRID, rng) for _ in range(model.masks_per_sample)] for _ in range(count)])
     noise = torch.Generator().manual_seed(1)
     # Patches of an image resemble each other, so that there is something to predict hidden ones from.
     inputs = torch.randn(count, 1, 2, 2, generator=noise).repeat(1, 1, 4, 6)
@@ -376,7 +378,7 @@ def test_teacher_sees_the_whole_input_once_per_sample(version):
     assert shapes == [(4, 1 + 24, 16)]
     masks = Masks.from_masked(batch.masks.masked.roll(1, dims=0))
     other = model.teach(Batch(inputs=batch.inputs, masks=masks), model.student.embed(batch.inputs))
-    rows = other.repeat_interleave(model.views, dim=0).flatten(0, 1)
+    rows = other.repeat_interleave(model.masks_per_sample, dim=0).flatten(0, 1)
     torch.testing.assert_close(rows[batch.masks.hidden], one.targets)
 
 
@@ -468,7 +470,7 @@ def test_a_corrupt_batch_trains_and_the_student_sees_only_the_corrupted_ids(shar
         TokenEncoder(),
         LinearDecoder(dim=8, init_std=None),
         mask_mode="corrupt",
-        views=2,
+        masks_per_sample=2,
         share_embeddings=share,
         tau_start=1.0,
         tau_end=1.0,

@@ -178,7 +178,14 @@ def test_the_console_script_is_declared():
 def test_the_console_script_trains_in_two_processes(tmp_path):
     """Lightning starts the second process from what it finds in `sys.argv` and `__main__`."""
     line = ["modality=vision", "strategy=ddp", "strategy.devices=2", "strategy.accelerator=cpu", "trainer.max_steps=2"]
-    line += ["size.dim=16", "size.depth=2", "data.num_workers=0", "report=false", "precision=fp32", "objective.views=1"]
+    line += [
+        "size.dim=16",
+        "size.depth=2",
+        "data.num_workers=0",
+        "report=false",
+        "precision=fp32",
+        "objective.masks_per_sample=1",
+    ]
     line += [f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
     script = tmp_path / "data2vec-train"
     script.write_text("import sys\nfrom data2vec_train.config.command import console\nsys.exit(console())\n")

@@ -64,9 +64,11 @@ def runs(model) -> None:
     inputs = example_for_encoder(model.student)
     tokens, mask = model.student.embed(inputs)
     num_tokens = tokens.shape[1]
-    masked = torch.zeros(len(inputs), model.views, num_tokens, dtype=torch.bool)
+    masked = torch.zeros(len(inputs), model.masks_per_sample, num_tokens, dtype=torch.bool)
     masked[:, :, 1 : 1 + num_tokens // 3] = True
-    corrupted = inputs[:, None].expand(-1, model.views, *inputs.shape[1:]) if model.mask_mode == "corrupt" else None
+    corrupted = (
+        inputs[:, None].expand(-1, model.masks_per_sample, *inputs.shape[1:]) if model.mask_mode == "corrupt" else None
+    )
     loss = model(Batch(inputs=inputs, masks=Masks.from_masked(masked), corrupted=corrupted)).loss
     loss.backward()
     assert loss.isfinite()

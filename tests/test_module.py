@@ -102,7 +102,7 @@ def objective(version: int, *, dropout: float = 0.0, noise_std: float = 0.0) -> 
         else Conv2dDecoder(dim=8, input_dropout=dropout, noise_std=noise_std, init_std=None, **convolutions),
         targets=targets,
         mask_mode="replace" if first else "drop",
-        views=1 if first else 3,
+        masks_per_sample=1 if first else 3,
         loss_beta=2.0 if first else 0.0,
         channel_reduction="mean" if first else "sum_over_sqrt_dim",
         class_token_weight=0.0 if first else 0.5,
@@ -143,7 +143,7 @@ def data_of(
         transform=Jitter(),
         batching=None,
         collator=Collator(
-            masker=masker, views=1 if version == 1 else 3, grid=GRID, token_count=tokens_on_grid, seed=seed
+            masker=masker, masks_per_sample=1 if version == 1 else 3, grid=GRID, token_count=tokens_on_grid, seed=seed
         ),
         batch_size_per_device=batch,
         num_workers=num_workers,

@@ -151,7 +151,7 @@ def objective() -> Data2Vec:
             tap="block", top_k_layers=2, layer_norms=["layer"], mean_norms=[], reference_padding=False
         ),
         mask_mode="replace",
-        views=1,
+        masks_per_sample=1,
         loss_beta=2.0,
         channel_reduction="mean",
         class_token_weight=0.0,

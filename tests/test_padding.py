@@ -30,7 +30,7 @@ def built(composed, modality: str, objective: str, *overrides: str) -> tuple[Dat
             parameter.add_(0.02 * torch.randn_like(parameter))
     collator = Collator(
         masker=build(cfg.modality.masker),
-        views=cfg.objective.views,
+        masks_per_sample=cfg.objective.masks_per_sample,
         grid=None,
         token_count=model.student.token_count,
         seed=0,
@@ -59,7 +59,7 @@ def measured(model: Data2Vec, batch: Batch) -> list[dict[str, Tensor]]:
     targets = model.teach(batch, embedded)
     output = model(batch)
     errors = model.scale * model._error(output.predictions, output.targets).sum(dim=1)
-    owner = batch.masks.hidden // (model.views * batch.masks.masked.shape[2])
+    owner = batch.masks.hidden // (model.masks_per_sample * batch.masks.masked.shape[2])
     real = torch.ones(features.shape[:2], dtype=torch.bool) if embedded[1] is None else embedded[1]
     return [
         {
@@ -102,7 +102,7 @@ def test_padding_is_never_hidden_and_takes_part_in_no_loss(composed):
     counts = [model.student.token_count(length) for length in LENGTHS["audio"]]
     for row, count in enumerate(counts):
         assert not batch.masks.masked[row, :, count:].any()
-        assert batch.masks.masked[row].sum(dim=1).tolist() == [count // 2] * model.views
+        assert batch.masks.masked[row].sum(dim=1).tolist() == [count // 2] * model.masks_per_sample
     assert batch.masks.visible.shape[1] == max(count - count // 2 for count in counts)
 
 

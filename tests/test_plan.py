@@ -157,7 +157,7 @@ def planner_of(cfg, hardware):
 def setup_of(cfg, **changes):
     plain = Setup(
         samples=4,
-        views=cfg.objective.views,
+        masks_per_sample=cfg.objective.masks_per_sample,
         low=None,
         checkpointing=False,
         strategy="single",
@@ -167,12 +167,12 @@ def setup_of(cfg, **changes):
     return replace(plain, **changes)
 
 
-def test_activations_grow_exactly_with_samples_and_views(composed):
+def test_activations_grow_exactly_with_samples_and_masks(composed):
     cfg = small(composed, "vision", "data2vec2")
     planner = planner_of(cfg, replace(HARDWARE, gpu=False))
     at = [planner.memory(setup_of(cfg, samples=count)).step.activations for count in (4, 8, 12)]
     assert at[2] - at[1] == at[1] - at[0] > 0
-    at = [planner.memory(setup_of(cfg, views=count)).step.activations for count in (1, 2, 3)]
+    at = [planner.memory(setup_of(cfg, masks_per_sample=count)).step.activations for count in (1, 2, 3)]
     assert at[2] - at[1] == at[1] - at[0] > 0
 
 
@@ -224,7 +224,9 @@ def test_flash_and_flex_keep_no_scores_and_auto_takes_them(which, composed):
     given += ["size.dim=64", "size.depth=3", "modality.encoder.attention_dropout=0"]
 
     def held(backend):
-        cfg = composed(f"modality={modality}", *given, "objective.views=1", f"attention={backend}", config_name="plan")
+        cfg = composed(
+            f"modality={modality}", *given, "objective.masks_per_sample=1", f"attention={backend}", config_name="plan"
+        )
         planner, setup = planner_of(cfg, HARDWARE), setup_of(cfg, **changes)
         assert planner.flops(setup) == planner_of(cfg_sdpa(cfg), HARDWARE).flops(setup)
         step = planner.memory(setup).step

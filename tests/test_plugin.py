@@ -67,7 +67,7 @@ def test_it_trains_with_probes_report_and_checkpoints(run_program, recordings, t
         "trainer.max_steps=4",
         "data.num_workers=0",
         "size.dim=32",
-        "objective.views=2",
+        "objective.masks_per_sample=2",
         f"hydra.run.dir={run}",
         python_path=PLUGINS,
     )

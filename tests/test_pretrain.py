@@ -29,7 +29,7 @@ TINY = (
     "data.batch_size_per_device=16",
     "data.max_probe_samples=200",
     "callbacks.probe.rank_samples=200",
-    "objective.views=2",
+    "objective.masks_per_sample=2",
 )
 
 

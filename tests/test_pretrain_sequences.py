@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import soundfile
 
-AUDIO = ["modality=audio", "size.dim=32", "size.depth=2", "size.conv_dim=16", "objective.views=2", "data.num_workers=1"]
-TEXT = ["modality=text", "size.dim=32", "size.depth=2", "objective.views=2", "data.num_workers=1"]
+AUDIO = [
+    "modality=audio",
+    "size.dim=32",
+    "size.depth=2",
+    "size.conv_dim=16",
+    "objective.masks_per_sample=2",
+    "data.num_workers=1",
+]
+TEXT = ["modality=text", "size.dim=32", "size.depth=2", "objective.masks_per_sample=2", "data.num_workers=1"]
 SHORT = ["trainer.max_steps=6", "callbacks.probe.every_n_steps=3"]
 WORDS = "We hold that a sentence, however short, is worth more than the paper it was printed on. "
 
@@ -50,8 +57,8 @@ def test_a_folder_of_recordings_trains_on_the_good_ones_and_lists_the_bad(
     run = tmp_path / "run"
     limits = ["modality.max_seconds=2", "modality.batch_seconds=8", "callbacks.probe.rank_samples=20"]
     where = [f"data.path={recordings}", f"hydra.run.dir={run}", f"objective={objective}"]
-    views = [one for one in AUDIO if objective == "data2vec2" or "views" not in one]
-    result = run_program(*views, "data=folder", *where, *SHORT, *limits)
+    options_of_objective = [one for one in AUDIO if objective == "data2vec2" or "masks_per_sample" not in one]
+    result = run_program(*options_of_objective, "data=folder", *where, *SHORT, *limits)
     assert result.returncode == 0, result.stderr
     assert "1 are shorter than modality.min_seconds=0.2 (such as deep/er/click.wav)" in result.stdout
     bad = quarantined(run)
@@ -93,8 +100,8 @@ def test_a_folder_of_texts_trains_on_the_good_ones_and_lists_the_bad(
     run = tmp_path / "run"
     where = [f"data.path={texts}", f"hydra.run.dir={run}", f"objective={objective}"]
     options = ["modality.block_tokens=32", "modality.tokenizer.train_vocab_size=400", "data.batch_size_per_device=8"]
-    views = [one for one in TEXT if objective == "data2vec2" or "views" not in one]
-    result = run_program(*views, "data=folder", *where, *SHORT, *options)
+    options_of_objective = [one for one in TEXT if objective == "data2vec2" or "masks_per_sample" not in one]
+    result = run_program(*options_of_objective, "data=folder", *where, *SHORT, *options)
     assert result.returncode == 0, result.stderr
     assert "trained a tokenizer of 400 entries" in result.stdout
     bad = quarantined(run)

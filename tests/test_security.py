@@ -466,7 +466,7 @@ out, *runs = sys.argv[1:]
 short = ["trainer.max_steps=2", "data.batch_size_per_device=4", "data.max_probe_samples=40", "report=false"]
 short += ["size.depth=1", "size.dim=16", "size.ffn_dim=16", "size.num_heads=1", f"cache_dir={out}/cache"]
 short += ["callbacks.probe.every_n_steps=2"]
-short += ["modality.encoder.prenet_depth=0", "objective.targets.top_k_layers=1", "objective.views=1"]
+short += ["modality.encoder.prenet_depth=0", "objective.targets.top_k_layers=1", "objective.masks_per_sample=1"]
 for modality in runs:
     given = f"modality={modality}".split() + [f"hydra.run.dir={out}/{modality[-2:]}"]
     given += ["modality.encoder.position_groups=1", "size.conv_dim=4"] if "audio" in modality else []

@@ -38,8 +38,9 @@ for number, line in enumerate(lines):
 print(json.dumps(statuses))
 """
 TINY = "trainer.max_steps=2 data.batch_size_per_device=4 data.max_probe_samples=40 data.num_workers=0 report=false "
-TINY += "size.depth=2 size.dim=16 size.ffn_dim=16 size.num_heads=2 callbacks.probe.every_n_steps=2 objective.views=1 "
-TINY += "modality.encoder.prenet_depth=0 objective.targets.top_k_layers=1 callbacks.monitor.grace_steps=10 "
+TINY += "size.depth=2 size.dim=16 size.ffn_dim=16 size.num_heads=2 callbacks.probe.every_n_steps=2 "
+TINY += "objective.masks_per_sample=1 objective.targets.top_k_layers=1 "
+TINY += "modality.encoder.prenet_depth=0 callbacks.monitor.grace_steps=10 "
 SOUND = "modality=audio modality.encoder.position_groups=1 size.conv_dim=4 "
 TEXT = "modality=text modality.tokenizer.train_vocab_size=300 "
 OF_MODALITY = {"vision": "modality=vision ", "audio": SOUND, "text": TEXT}

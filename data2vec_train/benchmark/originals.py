@@ -519,7 +519,7 @@ def _multi(
         embed_dim=widths["dim"],
         mlp_ratio=widths["ffn_dim"] / widths["dim"],
         end_of_block_targets=ours.targets.tap == "block",
-        clone_batch=ours.views,
+        clone_batch=ours.masks_per_sample,
         ema_encoder_only=modality == "TEXT",
         supported_modality=kind,
         # Theirs is a sum over rows, ours a mean.

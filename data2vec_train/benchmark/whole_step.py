@@ -81,8 +81,8 @@ def measure_step(
             expected, run.results(), bench.tolerance, loss_tolerance, is_itself=arm.name == case.reference
         )
         batch = run.batch
-        rows, views, tokens = batch.masks.masked.shape
-        arm.items = {"samples": rows, "masked views": rows * views, "tokens": rows * tokens}
+        rows, masks_per_sample, tokens = batch.masks.masked.shape
+        arm.items = {"samples": rows, "masks": rows * masks_per_sample, "tokens": rows * tokens}
         arm.flops = count_flops(run) if arm.name == ORIGINAL else _flops(run)
     yield bench.time(case, runs)
     yield _parts(bench, f"{name}, parts of our step", runs[OURS])

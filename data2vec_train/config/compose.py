@@ -25,6 +25,7 @@ from data2vec_train.errors import ConfigError, Interrupted
 from data2vec_train.paths import config_directory, stay_off_the_network
 from data2vec_train.system import launch
 from data2vec_train.system.compat import private
+from data2vec_train.system.moved import with_current_setting
 from data2vec_train.system.plugins import load_plugins
 from data2vec_train.system.stopping import NEWS_S, judged, leave, listener, told
 
@@ -146,7 +147,7 @@ def _overrides_of_sweep(file: Path) -> list[str]:
 def _saved_overrides(file: Path, found: object) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise ConfigError(f"{file} is damaged: expected a list of settings; {HEAL}")
-    return found
+    return [with_current_setting(override) for override in found]
 
 
 def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:

@@ -17,11 +17,12 @@ from data2vec_train.objective.masking import Masker, TokenCorruption
 class Collator:
     """Samples -> Batch.
 
-    A mask is a pure function of (run seed, epoch, sample id, view), before the masks of a batch are equalised.
+    A mask is a pure function of (run seed, epoch, sample id, number of the mask), before the masks of a
+    batch are equalised.
 
     Args:
         masker: draws one mask; None makes batches without masks, for evaluation.
-        views: M, masks per sample.
+        masks_per_sample: M.
         grid: rows and columns of tokens; None for sequences.
         token_count: length of an input's last axis -> number of tokens.
         seed: of the run.
@@ -31,14 +32,14 @@ class Collator:
             of 1.0 text does by mistake (ALGORITHM.md 7, row 1).
 
     Raises:
-        ConfigError: `legacy_teacher_input` with several views.
+        ConfigError: `legacy_teacher_input` with several masks per sample.
     """
 
     def __init__(
         self,
         *,
         masker: Masker | None,
-        views: int,
+        masks_per_sample: int,
         grid: tuple[int, int] | None,
         token_count: Callable[[int], int],
         seed: int,
@@ -46,10 +47,12 @@ class Collator:
         corruption: TokenCorruption | None = None,
         legacy_teacher_input: bool = False,
     ) -> None:
-        if legacy_teacher_input and views != 1:
-            raise ConfigError(f"legacy_teacher_input goes with one mask per sample, got objective.views={views}")
+        if legacy_teacher_input and masks_per_sample != 1:
+            raise ConfigError(
+                f"legacy_teacher_input goes with one mask per sample, got objective.masks_per_sample={masks_per_sample}"
+            )
         self.masker = masker
-        self.views = views
+        self.masks_per_sample = masks_per_sample
         self.grid = grid
         self.token_count = token_count
         self.seed = seed
@@ -99,26 +102,26 @@ class Collator:
         if self.corruption is not None:
             changed = []
             for number, row in enumerate(rows):
-                sample, view = good[number // self.views], number % self.views
-                rng = generator(self.seed, "corrupt", sample.epoch, sample.id, view)
+                sample, mask_number = good[number // self.masks_per_sample], number % self.masks_per_sample
+                rng = generator(self.seed, "corrupt", sample.epoch, sample.id, mask_number)
                 ids, rows[number] = self.corruption(sample.inputs.numpy(), row, rng)
                 changed.append(torch.from_numpy(ids))
-            fields["corrupted"] = self._stack(changed).unflatten(0, (len(good), self.views))  # (B, M, T)
-        num_tokens = torch.tensor([len(row) for row in rows[:: self.views]])
+            fields["corrupted"] = self._stack(changed).unflatten(0, (len(good), self.masks_per_sample))  # (B, M, T)
+        num_tokens = torch.tensor([len(row) for row in rows[:: self.masks_per_sample]])
         masked = _stack_rows([torch.from_numpy(row) for row in rows], int(num_tokens.max()), False)
-        masked = masked.unflatten(0, (len(good), self.views))  # (B, M, T)
+        masked = masked.unflatten(0, (len(good), self.masks_per_sample))  # (B, M, T)
         return fields | {"masks": Masks.from_masked(masked, _real(num_tokens))}
 
     def draw(self, samples: list[Sample]) -> list[np.ndarray]:
-        """One mask (T_i,) for each view of each sample, before they are equalised; sample-major."""
+        """One mask (T_i,) for each mask of each sample, before they are equalised; sample-major."""
         return [
             self.masker(
                 self.token_count(sample.inputs.shape[-1]),
                 self.grid,
-                generator(self.seed, "mask", sample.epoch, sample.id, view),
+                generator(self.seed, "mask", sample.epoch, sample.id, mask_number),
             )
             for sample in samples
-            for view in range(self.views)
+            for mask_number in range(self.masks_per_sample)
         ]
 
     def _stack(self, tensors: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 An encoder has two halves: `embed` does everything that looks at one token's neighbourhood only (patches, convolutional
 front end, token embedding), `contextualize` everything that mixes positions. Between the two, tokens are hidden.
 
-Shape letters, for the whole package: B samples, M views (masks per sample), N = B * M rows, sample-major; T tokens,
+Shape letters, for the whole package: B samples, M masks per sample, N = B * M rows, sample-major; T tokens,
 V visible tokens of a row, E prefix tokens (class token), P hidden tokens in the batch, D width, L layers, K averaged
 layers, H heads, S = E + T.
 """
@@ -62,7 +62,7 @@ class ModalityEncoder(nn.Module, ABC):
         """Mix positions.
 
         Args:
-            tokens: (B, T, D) from `embed`; (N, T, D) in mode "corrupt", where every view has inputs of its own.
+            tokens: (B, T, D) from `embed`; (N, T, D) in mode "corrupt", where every mask has inputs of its own.
             attention_mask: (B, T) bool, True = real.
             masks: None = everything is visible and N = B.
             mode: "replace" puts a learned vector into hidden places, "drop" leaves them out, "corrupt" leaves the
@@ -86,7 +86,7 @@ def hide(
     mode: MaskMode,
     mask_token: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Give every view its own copy of the tokens, without what it may not see.
+    """Repeat the tokens for every mask, without what it hides.
 
     Args:
         tokens: (B, T, D); in mode "corrupt" (N, T, D), returned as it is.
@@ -101,20 +101,20 @@ def hide(
     Raises:
         ValueError: mode "drop" with rows that differ in their number of visible tokens, or "replace" without a token.
     """
-    views = masks.masked.shape[1]
+    masks_per_sample = masks.masked.shape[1]
     if mode == "drop":
         return keep_visible(tokens, attention_mask, masks)
-    attention_mask = repeat_views(attention_mask, views)  # (N, T)
+    attention_mask = repeat_per_mask(attention_mask, masks_per_sample)  # (N, T)
     if mode == "corrupt":
         return tokens, attention_mask
     if mask_token is None:
         raise ValueError("mask mode 'replace' needs an encoder with a mask token (mask_token: true)")
-    tokens = repeat_views(tokens, views)
+    tokens = repeat_per_mask(tokens, masks_per_sample)
     return torch.where(masks.masked.flatten(0, 1)[..., None], mask_token.to(tokens.dtype), tokens), attention_mask
 
 
 def keep_visible(tokens: Tensor, attention_mask: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None]:
-    """The visible tokens of every view, (N, V, D), from tokens (B, T, D) or (N, T, D); and their attention mask.
+    """The visible tokens under every mask, (N, V, D), from tokens (B, T, D) or (N, T, D); and their attention mask.
 
     Raises:
         ValueError: rows differ in their number of visible tokens.
@@ -126,10 +126,10 @@ def keep_visible(tokens: Tensor, attention_mask: Tensor | None, masks: Masks) ->
     flat = (source * tokens.shape[1] + masks.visible).flatten()  # (N * V,) into the flattened tokens
     tokens = tokens.flatten(0, 1).index_select(0, flat).view(num_rows, num_visible, -1)
     if attention_mask is not None:
-        attention_mask = repeat_views(attention_mask, num_rows // attention_mask.shape[0]).gather(1, masks.visible)
+        attention_mask = repeat_per_mask(attention_mask, num_rows // attention_mask.shape[0]).gather(1, masks.visible)
     return tokens, attention_mask
 
 
-def repeat_views(x: Tensor | None, views: int) -> Tensor | None:
-    """(B, ...) -> (N, ...), sample-major: every sample once per view."""
-    return x if x is None or views == 1 else x.repeat_interleave(views, dim=0)
+def repeat_per_mask(x: Tensor | None, masks_per_sample: int) -> Tensor | None:
+    """(B, ...) -> (N, ...), sample-major: every sample once per mask."""
+    return x if x is None or masks_per_sample == 1 else x.repeat_interleave(masks_per_sample, dim=0)

@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.batch import Masks
 from data2vec_train.encoders.attention import Bias
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap, hide, keep_visible, repeat_views
+from data2vec_train.encoders.base import (
+    EncoderOutput,
+    MaskMode,
+    ModalityEncoder,
+    Tap,
+    hide,
+    keep_visible,
+    repeat_per_mask,
+)
 from data2vec_train.encoders.layers import activation_of, init_bert
 from data2vec_train.encoders.positions import ALiBi, ConvPositions
 from data2vec_train.encoders.transformer import Extras, Transformer
@@ -346,9 +354,9 @@ class AudioEncoder(ModalityEncoder):
         """See `ModalityEncoder.contextualize`."""
         dropped = masks is not None and mode == "drop"
         if dropped:
-            views = masks.masked.shape[1]
-            attention_mask = repeat_views(attention_mask, views)
-            tokens = repeat_views(tokens, views) * ~masks.masked.flatten(0, 1)[..., None]  # (N, T, D)
+            masks_per_sample = masks.masked.shape[1]
+            attention_mask = repeat_per_mask(attention_mask, masks_per_sample)
+            tokens = repeat_per_mask(tokens, masks_per_sample) * ~masks.masked.flatten(0, 1)[..., None]  # (N, T, D)
         elif masks is not None:
             tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token)
         tokens = tokens + self.positions(tokens, attention_mask)

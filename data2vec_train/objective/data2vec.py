@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.batch import Batch
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, repeat_views
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, repeat_per_mask
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.decoders import Decoder
 from data2vec_train.objective.targets import TargetBuilder
@@ -56,7 +56,7 @@ class Data2Vec(nn.Module):
         decoder: from student output to predictions.
         targets: from teacher layers to targets.
         mask_mode: how tokens are hidden from the student: "replace", "drop" or "corrupt".
-        views: M, masks per sample.
+        masks_per_sample: M.
         loss_beta: width of the smooth L1 loss; 0 = squared error.
         channel_reduction: sum over channels divided by sqrt(D), mean, or sum (s in the equations above).
         class_token_weight: w. The originals sum the term over rows instead: their 0.01 with 16 images and 16 masks per
@@ -78,7 +78,7 @@ class Data2Vec(nn.Module):
         decoder: Decoder,
         targets: TargetBuilder,
         mask_mode: MaskMode,
-        views: int,
+        masks_per_sample: int,
         loss_beta: float,
         channel_reduction: ChannelReduction,
         class_token_weight: float,
@@ -105,35 +105,35 @@ class Data2Vec(nn.Module):
         self.decoder = decoder
         self.targets = targets
         self.mask_mode: MaskMode = mask_mode
-        self.views = views
+        self.masks_per_sample = masks_per_sample
         self.loss_beta = loss_beta
         self.scale = {"sum_over_sqrt_dim": encoder.dim**-0.5, "mean": 1 / encoder.dim, "sum": 1.0}[channel_reduction]
         self.class_token_weight = class_token_weight
         self.tau = dict(start=tau_start, end=tau_end, anneal_steps=tau_anneal_steps)
 
     def forward(self, batch: Batch) -> Data2VecOutput:
-        """Loss of one batch; `batch.masks` says what is hidden, with M views per sample."""
-        if batch.masks is None or batch.masks.masked.shape[1] != self.views:
-            raise ValueError(f"expected a batch with {self.views} masks per sample")
+        """Loss of one batch; `batch.masks` says what is hidden, with M masks per sample."""
+        if batch.masks is None or batch.masks.masked.shape[1] != self.masks_per_sample:
+            raise ValueError(f"expected a batch with {self.masks_per_sample} masks per sample")
         embedded = self.student.embed(batch.inputs, batch.attention_mask)  # tokens (B, T, D), mask (B, T) or None
         y = self.teach(batch, embedded)  # (B, T, D)
         predictions, student = self.predict(batch, embedded)  # (P, D)
 
         num_tokens, hidden = y.shape[1], batch.masks.hidden
         # From positions in the flattened (N, T) to positions in the flattened (B, T).
-        in_sample = hidden // (self.views * num_tokens) * num_tokens + hidden % num_tokens  # (P,)
+        in_sample = hidden // (self.masks_per_sample * num_tokens) * num_tokens + hidden % num_tokens  # (P,)
         targets = y.flatten(0, 1).index_select(0, in_sample)  # (P, D)
         terms = {"regression": self.scale * self._error(predictions, targets).sum() / hidden.numel()}
         if self.class_token_weight:
             class_token = student.prefix[:, -1].float()  # (N, D)
             real = None if self.targets.reference_padding else embedded[1]
-            summary = mean_over_time(y, real).repeat_interleave(self.views, dim=0)  # (N, D)
+            summary = mean_over_time(y, real).repeat_interleave(self.masks_per_sample, dim=0)  # (N, D)
             per_row = self.scale * self._error(class_token, summary).sum(dim=1)
             terms["class_token"] = self.class_token_weight * per_row.mean()
         return Data2VecOutput(sum(terms.values()), terms, predictions, targets)
 
     def teach(self, batch: Batch, embedded: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Targets of all positions, (B, T, D) float32; one teacher pass serves all views."""
+        """Targets of all positions, (B, T, D) float32; one teacher pass serves all masks."""
         # The teacher's weights are float32; when the student's are not, autocast gives both the same arithmetic.
         dtype = next(self.student.parameters()).dtype
         low = torch.autocast(batch.inputs.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
@@ -153,7 +153,7 @@ class Data2Vec(nn.Module):
         tokens, token_mask = embedded
         num_tokens = batch.masks.masked.shape[2]
         if self.mask_mode == "corrupt":
-            mask = repeat_views(batch.attention_mask, self.views)
+            mask = repeat_per_mask(batch.attention_mask, self.masks_per_sample)
             tokens, _ = self.student.embed(batch.corrupted.flatten(0, 1), mask)  # (N, T, D)
         student = self.student.contextualize(tokens, token_mask, masks=batch.masks, mode=self.mask_mode)
         predictions = self.decoder(
@@ -162,7 +162,7 @@ class Data2Vec(nn.Module):
             visible=batch.masks.visible if self.mask_mode == "drop" else None,
             num_tokens=num_tokens,
             grid=self.student.grid,
-            attention_mask=repeat_views(token_mask, self.views),
+            attention_mask=repeat_per_mask(token_mask, self.masks_per_sample),
         )
         return predictions.float(), student
 

@@ -232,10 +232,10 @@ class _Learned(torch.autograd.Function):
 # Batches
 
 
-def resized(batch: Batch, *, samples: int, views: int) -> Batch:
+def resized(batch: Batch, *, samples: int, masks_per_sample: int) -> Batch:
     """A batch on the meta device that is like `batch`, with another number of samples and of masks for each."""
-    was_samples, was_views, num_tokens = batch.masks.masked.shape
-    rows = samples * views
+    was_samples, was_masks_per_sample, num_tokens = batch.masks.masked.shape
+    rows = samples * masks_per_sample
 
     def like(tensor: Tensor | None, *shape: int) -> Tensor | None:
         return None if tensor is None else torch.empty(shape, dtype=tensor.dtype, device="meta")
@@ -249,11 +249,13 @@ def resized(batch: Batch, *, samples: int, views: int) -> Batch:
         inputs=same(batch.inputs),
         attention_mask=same(batch.attention_mask),
         masks=Masks(
-            masked=like(masks.masked, samples, views, num_tokens),
-            hidden=like(masks.hidden, round(len(masks.hidden) / (was_samples * was_views) * rows)),
+            masked=like(masks.masked, samples, masks_per_sample, num_tokens),
+            hidden=like(masks.hidden, round(len(masks.hidden) / (was_samples * was_masks_per_sample) * rows)),
             visible=None if visible is None else like(visible, rows, visible.shape[1]),
         ),
-        corrupted=None if batch.corrupted is None else like(batch.corrupted, samples, views, batch.corrupted.shape[-1]),
+        corrupted=None
+        if batch.corrupted is None
+        else like(batch.corrupted, samples, masks_per_sample, batch.corrupted.shape[-1]),
         teacher_inputs=same(batch.teacher_inputs),
         teacher_attention_mask=same(batch.teacher_attention_mask),
         ids=same(batch.ids),

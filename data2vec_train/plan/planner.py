@@ -52,7 +52,7 @@ class Setup:
 
     Attributes:
         samples: of a micro-batch on one device.
-        views: masks for each.
+        masks_per_sample: M.
         low: type of autocast, None = off.
         checkpointing: blocks are computed again in the backward pass.
         strategy: "single", "ddp" or "fsdp".
@@ -61,7 +61,7 @@ class Setup:
     """
 
     samples: int
-    views: int
+    masks_per_sample: int
     low: torch.dtype | None
     checkpointing: bool
     strategy: str
@@ -124,10 +124,10 @@ class Planner:
 
     def _like(self, setup: Setup, samples: int) -> Batch:
         """Makes the objective as the setup has it, and a batch for it."""
-        self.objective.views = setup.views
+        self.objective.masks_per_sample = setup.masks_per_sample
         for transformer in self.transformers:
             transformer.activation_checkpointing = setup.checkpointing
-        return resized(self.batch, samples=samples, views=setup.views)
+        return resized(self.batch, samples=samples, masks_per_sample=setup.masks_per_sample)
 
     def _memory(self, setup: Setup) -> Memory:
         """Of one device."""

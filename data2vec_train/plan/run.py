@@ -81,7 +81,7 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
     micro_batch = setup.samples * setup.devices
     facts: dict[str, Any] = {
         "modality": cfg.modality.name,
-        "objective": f"{objective.mask_mode}, {setup.views} view{'s' * (setup.views > 1)}",
+        "objective": f"{objective.mask_mode}, masks per sample: {setup.masks_per_sample}",
         "hardware": hardware.name,
         "precision": rate,
         "attention": cfg.attention.backend,
@@ -90,7 +90,7 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
         "samples_per_device": setup.samples,
         "sample": _sample_size(cfg, objective.student),
         "global_batch": global_batch(cfg, setup.devices),
-        "views": setup.views,
+        "masks_per_sample": setup.masks_per_sample,
         "activation_checkpointing": setup.checkpointing,
         "parameters": {
             "student": _count(objective.student),
@@ -124,11 +124,13 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
         },
         "assumptions": _assumptions(cfg, objective, setup),
     }
-    if setup.views > 1:
-        one = planner.memory(replace(setup, views=1)).step.activations
-        facts["activations"]["per_view"] = (memory.step.activations - one) // (setup.views - 1)
-        facts["largest_views"] = largest_that_fits(
-            lambda n: planner.memory(replace(setup, views=n)).needed, planner.limit, near=setup.views
+    if setup.masks_per_sample > 1:
+        one = planner.memory(replace(setup, masks_per_sample=1)).step.activations
+        facts["activations"]["per_mask"] = (memory.step.activations - one) // (setup.masks_per_sample - 1)
+        facts["largest_masks_per_sample"] = largest_that_fits(
+            lambda n: planner.memory(replace(setup, masks_per_sample=n)).needed,
+            planner.limit,
+            near=setup.masks_per_sample,
         )
     if not facts["fits"]:
         facts["refusal"] = _refusal(cfg, planner, setup, facts)
@@ -196,7 +198,7 @@ def _setup(cfg: DictConfig, objective: Data2Vec, hardware: Hardware) -> tuple[Se
     devices *= cfg.strategy.num_nodes
     setup = Setup(
         samples=_samples(cfg),
-        views=objective.views,
+        masks_per_sample=objective.masks_per_sample,
         low=low,
         checkpointing=cfg.modality.encoder.activation_checkpointing,
         strategy=_strategy(cfg, devices),
@@ -257,8 +259,8 @@ def _assumptions(cfg: DictConfig, objective: Data2Vec, setup: Setup) -> list[str
 def _refusal(cfg: DictConfig, planner: Planner, setup: Setup, facts: dict[str, Any]) -> str:
     needed, name = facts["memory"]["needed"], planner.hardware.name
     helps = [_batch_setting(cfg, setup, facts["largest_batch"])] if facts["largest_batch"] else []
-    if facts.get("largest_views"):
-        helps.append(f"objective.views={facts['largest_views']}")
+    if facts.get("largest_masks_per_sample"):
+        helps.append(f"objective.masks_per_sample={facts['largest_masks_per_sample']}")
     others = {
         "modality.encoder.activation_checkpointing=true": replace(setup, checkpointing=True),
         "precision=bf16": replace(setup, low=torch.bfloat16) if planner.hardware.tflops.get("bf16") else setup,
@@ -315,12 +317,12 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     rows.append([])
     rows += [[f"activations, {part}", _gib(size)] for part, size in activations["by_part"].items()]
     rows.append(["activations, of each sample", _gib(activations["per_sample"])])
-    if "per_view" in activations:
-        rows.append(["activations, of each view of all samples", _gib(activations["per_view"])])
+    if "per_mask" in activations:
+        rows.append(["activations, of each mask of all samples", _gib(activations["per_mask"])])
     rows.append([])
     rows.append(["largest batch on a device", f"{facts['largest_batch']} samples"])
-    if "largest_views" in facts:
-        rows.append(["most views with this batch", str(facts["largest_views"])])
+    if "largest_masks_per_sample" in facts:
+        rows.append(["most masks per sample with this batch", str(facts["largest_masks_per_sample"])])
     rows.append(["time of a step", f"{1000 * time['seconds_per_step']:.0f} ms"])
     rows.append(["samples per second", f"{time['samples_per_second']:.0f}"])
     rows.append([f"time of {time['steps']:,} steps", f"{time['hours']:.1f} h"])

@@ -113,7 +113,13 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
     if prepare is not None:
         source = prepare(source)
         test_source = None if test_source is None else prepare(test_source)
-    plain = {"masker": None, "views": 1, "grid": encoder.grid, "token_count": encoder.token_count, "seed": cfg.seed}
+    plain = {
+        "masker": None,
+        "masks_per_sample": 1,
+        "grid": encoder.grid,
+        "token_count": encoder.token_count,
+        "seed": cfg.seed,
+    }
     module = DataModule(
         source=source,
         test_source=test_source,

@@ -203,7 +203,7 @@ def facts_section(summary: dict, *, command: str) -> Section:
 
 
 def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int], *, drawn_as: str) -> Section:
-    """Each image beside its first few masked views, hidden patches covered.
+    """Each image beside its first few masks, hidden patches covered.
 
     Args:
         images: (n, H, W, C) in [0, 1]; other than 3 channels: the first one in grey.
@@ -215,11 +215,11 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
     rows = []
     for image, masks in zip(images, masked, strict=True):
         tile = tiled(image, side=TILE_PX)
-        views = [
+        covered = [
             image_tag(png_of(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
             for hidden in masks[:SHOWN_MASKS]
         ]
-        rows.append([_td(cell) for cell in (image_tag(png_of(tile), alt="image"), *views)])
+        rows.append([_td(cell) for cell in (image_tag(png_of(tile), alt="image"), *covered)])
     lowest, highest = masked.mean(-1).min(), masked.mean(-1).max()
     between = f" (between {lowest:.1%} and {highest:.1%})" if highest - lowest > 5e-4 else ""
     return Section(
@@ -227,7 +227,7 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
         f"Blue patches are hidden from the student, which has to predict the teacher's features there; it sees only "
         f"the others. {masked.mean():.1%} of the {grid[0]} x {grid[1]} patches are hidden{between}. "
         f"Masks are drawn as: {drawn_as}.{_channel_note(images)}",
-        table(["image", *(f"mask {view + 1}" for view in range(len(rows[0]) - 1))], rows, css="pictures"),
+        table(["image", *(f"mask {number + 1}" for number in range(len(rows[0]) - 1))], rows, css="pictures"),
     )
 
 

@@ -44,7 +44,7 @@ def audio_masks_section(
     return Section(
         "What the student hears",
         f"Shaded stretches are hidden from the student, which has to predict the teacher's features there; the strips "
-        f"below show the masks of the first {SHOWN_MASKS} views, the first one being the one shaded. {share:.1%} of "
+        f"below show the first {SHOWN_MASKS} masks, the first one being the one shaded. {share:.1%} of "
         f"the frames are hidden, in runs of {runs.mean():.1f} frames on average, about "
         f"{1000 * runs.mean() * seconds_per_token:.0f} ms. Masks are drawn as: {drawn_as}.",
         f'<div class="clips">{"".join(figures)}</div>',
@@ -63,14 +63,14 @@ def tokens_section(
     """
     parts = []
     for (pieces, name), masks in zip(documents, masked, strict=True):
-        for view, mask in enumerate(np.asarray(masks, bool)[:2]):
+        for number, mask in enumerate(np.asarray(masks, bool)[:2]):
             tokens = "".join(
                 f'<mark title="hidden">{_visible(piece)}</mark>' if hidden else _visible(piece)
                 for piece, hidden in zip(pieces[:SHOWN_TOKENS], mask[:SHOWN_TOKENS], strict=True)
             )
             more = " ..." if len(pieces) > SHOWN_TOKENS else ""
             parts.append(
-                f'<p class="tokens"><span class="quiet">{escape(name)}, mask {view + 1}</span><br>{tokens}{more}</p>'
+                f'<p class="tokens"><span class="quiet">{escape(name)}, mask {number + 1}</span><br>{tokens}{more}</p>'
             )
     runs = np.concatenate([_run_lengths(masks) for masks in masked])
     share = np.concatenate([np.asarray(masks).ravel() for masks in masked]).mean()
@@ -87,10 +87,13 @@ def sequence_masks_section(masked: Sequence[np.ndarray], *, drawn_as: str) -> Se
     """Strips of the masks of a few samples of any sequence, (M, T_i) bool each."""
     rows = []
     for sample, masks in enumerate(masked):
-        for view, mask in enumerate(np.asarray(masks, bool)[:SHOWN_MASKS]):
+        for number, mask in enumerate(np.asarray(masks, bool)[:SHOWN_MASKS]):
             colours = np.where(mask[:, None], HIDDEN_COLOUR, np.float32(220)) / 255
             rows.append(
-                [f"<th>sample {sample + 1}, mask {view + 1}</th>", f"<td>{image_tag(_strip(colours), alt='mask')}</td>"]
+                [
+                    f"<th>sample {sample + 1}, mask {number + 1}</th>",
+                    f"<td>{image_tag(_strip(colours), alt='mask')}</td>",
+                ]
             )
     share = np.concatenate([np.asarray(masks).ravel() for masks in masked]).mean()
     return Section(

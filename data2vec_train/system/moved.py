@@ -1,6 +1,17 @@
-"""Classes that configs name, and where they were in earlier versions: old runs, checkpoints and recipes still work."""
+"""Classes and settings that configs name, and what earlier versions called them.
 
+Old runs and checkpoints still work: their configs and commands are read with the names of today. On a command line and
+in a user's own file an old name of a setting is a fault, which says the new one.
+"""
+
+import copy
+import re
 from typing import Any
+
+# Setting, then and now.
+SETTINGS = {
+    "objective.views": "objective.masks_per_sample",
+}
 
 # Module below `data2vec_train`, then and now.
 _MODULES = {
@@ -50,3 +61,31 @@ def with_current_names(tree: Any) -> Any:
             for key, value in tree.items()
         }
     return [with_current_names(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def with_current_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The whole config of a run in which every `_target_` and every setting has the name of today."""
+    config = copy.deepcopy(with_current_names(config))
+    for old, new in SETTINGS.items():
+        above, name = _node_of(config, old)
+        below, new_name = _node_of(config, new)
+        if above is not None and below is not None and name in above:
+            below.setdefault(new_name, above.pop(name))
+    return config
+
+
+def _node_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping that holds a setting, None where there is none; and the setting's own name."""
+    *parents, name = path.split(".")
+    node: Any = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else None), name
+
+
+def with_current_setting(override: str) -> str:
+    """An override of a saved command with the name that its setting has today."""
+    plus, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", override, re.DOTALL).groups()
+    for old, new in SETTINGS.items():
+        rest = rest.replace(f"${{{old}}}", f"${{{new}}}")
+    return f"{plus}{SETTINGS.get(key, key)}{rest}"

@@ -49,7 +49,7 @@ def build_collator(cfg: DictConfig, *, encoder: ModalityEncoder) -> Collator:
     modality = cfg.modality
     return Collator(
         masker=build(modality.masker),
-        views=cfg.objective.views,
+        masks_per_sample=cfg.objective.masks_per_sample,
         grid=encoder.grid,
         token_count=encoder.token_count,
         seed=cfg.seed,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from data2vec_train import checkpoints
 from data2vec_train.config.saved import COMMAND, HEAL, read_yaml
 from data2vec_train.errors import ConfigError
-from data2vec_train.system.moved import with_current_names
+from data2vec_train.system.moved import with_current_settings
 from data2vec_train.system.outputs import lock_directory, read_rows, replace_file
 from data2vec_train.training.callbacks.monitor import CSVLog
 from data2vec_train.training.module import TrainingModule
@@ -98,7 +98,7 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
             "checkpoint that says which run: choose another hydra.run.dir, or remove it"
         )
     if used and cfg.resume != "changed":
-        _check_same(with_current_names(_config_of(path) or content.get("config") or {}), config, path)
+        _check_same(with_current_settings(_config_of(path) or content.get("config") or {}), config, path)
     if finished and checkpoint is None and cfg.resume == "changed":
         raise ConfigError(
             f"resume=changed: {path} is finished and has no checkpoints to go on from; choose another hydra.run.dir, "

@@ -30,7 +30,7 @@ SIZES = {
     ],
     "step": [
         *("step.image_px=64", "step.audio_seconds=0.5", "step.text_tokens=16"),
-        'step.settings="objective.targets.top_k_layers=2 objective.views=1"',
+        'step.settings="objective.targets.top_k_layers=2 objective.masks_per_sample=1"',
     ],
     "loader": ["loader.workers=[0,1]", "loader.batches=2", "loader.samples=4"],
     "seed_table": [
@@ -126,7 +126,7 @@ def test_a_step_says_what_it_is_made_of(several):
         assert [arm["name"] for arm in case["arms"]][1:] == ["forward", "backward", "clipping and optimizer", "EMA"]
         assert "the teacher takes" in case["notes"][0]
     whole = next(case for case in several[1]["cases"] if case["name"] == "vision data2vec2, 1 x 64 px")
-    assert whole["arms"][-1]["items"] == {"samples": 1, "masked views": 1, "tokens": 16}
+    assert whole["arms"][-1]["items"] == {"samples": 1, "masks": 1, "tokens": 16}
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_peers_that_are_not_asked_for_are_left_out_and_memory_is_found(tmp_path)
     ("kind", "setting", "said"),
     [
         ("loader", "data=foldr", "data=foldr: there is no data called 'foldr'; did you mean folder?"),
-        ("step", "objective.view=2", "objective.view=2: there is no setting called 'objective.view'; did you mean"),
+        ("step", "objective.mask=2", "objective.mask=2: there is no setting called 'objective.mask'; did you mean"),
     ],
 )
 def test_a_mistake_in_settings_for_training_is_one_line(kind, setting, said, composed):

@@ -272,7 +272,7 @@ def test_a_step_is_compared_with_an_original_that_computes_the_same(original, sa
     else:
         assert said in "\n".join(case_lines(whole, peak=1e9))
         assert ratio is None or ratio.wall is None
-    assert whole.arm(OURS).items == {"samples": 2, "masked views": 2, "tokens": 32}
+    assert whole.arm(OURS).items == {"samples": 2, "masks": 2, "tokens": 32}
     assert len(parts.arms) == 5
     assert all(len(arm.seconds) == 2 for arm in parts.arms)
 

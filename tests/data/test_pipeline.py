@@ -99,7 +99,7 @@ def data_module(folder: Path, source, *, broken: tuple[int, ...] = (), **changes
         "tolerated_bad_samples": 0,
         "seed": 0,
     }
-    changes.setdefault("collator", collator(views=2))
+    changes.setdefault("collator", collator(masks_per_sample=2))
     fixed = {"decode": stages.decode, "transform": stages, "quarantine_path": folder / "quarantine.jsonl"}
     return DataModule(source=source, **fixed | options | changes)
 
@@ -158,8 +158,8 @@ def test_first_batch_continues_exactly(start):
 # ------------------------------------------------------------------------------------------------------------- masks
 
 
-def collator(views: int = 3, seed: int = 0, masker=MASKER) -> Collator:
-    return Collator(masker=masker, views=views, grid=GRID, token_count=twelve, seed=seed)
+def collator(masks_per_sample: int = 3, seed: int = 0, masker=MASKER) -> Collator:
+    return Collator(masker=masker, masks_per_sample=masks_per_sample, grid=GRID, token_count=twelve, seed=seed)
 
 
 def sample(number: int, epoch: int = 0) -> Sample:
@@ -170,7 +170,7 @@ def test_a_mask_depends_on_seed_epoch_sample_and_view_only():
     together = collator()([sample(5), sample(6), sample(7)]).masks.masked  # (B, M, T)
     assert torch.equal(collator()([sample(6)]).masks.masked[0], together[1])
     assert torch.equal(collator()([sample(7), sample(6)]).masks.masked[1], together[1])
-    assert torch.equal(collator(views=1)([sample(6)]).masks.masked[0], together[1, :1])
+    assert torch.equal(collator(masks_per_sample=1)([sample(6)]).masks.masked[0], together[1, :1])
     for other in (collator()([sample(6, epoch=1)]), collator(seed=1)([sample(6)]), collator()([sample(8)])):
         assert not torch.equal(other.masks.masked[0], together[1])
     assert len({tuple(row.tolist()) for row in together.flatten(0, 1)}) > 6
@@ -564,8 +564,8 @@ def test_a_worker_without_a_share_of_the_stream_ends():
 
 
 def test_a_stream_trains_without_length_and_without_probes(tmp_path):
-    data = data_module(tmp_path, Stream(6), num_workers=2, collator=collator(views=2, masker=InverseBlockMasker(
-        hidden_fraction=0.5, adjust_fraction=0.1, block_patches=2)))  # fmt: skip
+    masker = InverseBlockMasker(hidden_fraction=0.5, adjust_fraction=0.1, block_patches=2)
+    data = data_module(tmp_path, Stream(6), num_workers=2, collator=collator(masks_per_sample=2, masker=masker))
     batches = first(data.train_dataloader(), 7)
     assert [len(batch) for batch in batches] == [4] * 7
     assert data.num_samples is None

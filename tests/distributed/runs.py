@@ -101,7 +101,9 @@ def main() -> None:
         version, _, special = kind.partition("-")
         arguments = [*commands[modality], f"objective={'data2vec' if version == '1' else 'data2vec2'}"]
         if version == "1":  # neither masks per sample nor convolutions
-            arguments = [one for one in arguments if not one.startswith(("objective.views", "objective.decoder"))]
+            arguments = [
+                one for one in arguments if not one.startswith(("objective.masks_per_sample", "objective.decoder"))
+            ]
         arguments += [f"trainer.max_steps={STEPS}", "data.num_workers=0", "callbacks.checkpoint.every_n_steps=10"]
         arguments += ["modality.encoder.dropout=0.1", "modality.encoder.attention_dropout=0.1"]
         if (modality, version) == ("audio", "1"):

@@ -65,8 +65,8 @@ def images(count: int = 2, **shape) -> torch.Tensor:
     return torch.randn(count, *size.values(), generator=torch.Generator().manual_seed(3))
 
 
-def random_masks(samples: int, views: int, num_tokens: int = 12, hidden: int = 7) -> Masks:
-    drawn = torch.rand(samples, views, num_tokens, generator=torch.Generator().manual_seed(4))
+def random_masks(samples: int, masks_per_sample: int, num_tokens: int = 12, hidden: int = 7) -> Masks:
+    drawn = torch.rand(samples, masks_per_sample, num_tokens, generator=torch.Generator().manual_seed(4))
     return Masks.from_masked(drawn.argsort(dim=2) < hidden)
 
 

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 # Recipe and settings -> samples in the batch.
 RUNS = {
-    "+recipes=vision/base_imagenet_v2 objective.views=8": 32,
-    "+recipes=vision/base_imagenet_v2 objective.views=16": 32,
-    "+recipes=audio/base_librispeech_v2 modality.max_seconds=20 objective.views=8": 4,
-    "+recipes=text/base_books_wiki_v2 modality.block_tokens=512 objective.views=8": 16,
+    "+recipes=vision/base_imagenet_v2 objective.masks_per_sample=8": 32,
+    "+recipes=vision/base_imagenet_v2 objective.masks_per_sample=16": 32,
+    "+recipes=audio/base_librispeech_v2 modality.max_seconds=20 objective.masks_per_sample=8": 4,
+    "+recipes=text/base_books_wiki_v2 modality.block_tokens=512 objective.masks_per_sample=8": 16,
     "+recipes=vision/base_imagenet_v1": 64,
     "+recipes=audio/base_librispeech_v1": 12,
     "+recipes=text/base_books_wiki_v1": 32,

@@ -210,7 +210,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
     inputs = tensors["in/tokens_full" if "in/tokens_full" in tensors else "in/source"]
     layer_norms, mean_norms = _norms(config["target_norm"])
     depth = config["depth"] if version == 1 else config["main_blocks"] + config["prenet_blocks"]
-    views = config.get("views", 1)
+    masks_per_sample = config.get("views", 1)
     common = {
         "dim": config["dim"],
         "depth": depth,
@@ -228,7 +228,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
         encoder = _text_encoder(config, **common)
         inputs = inputs.long()
     # The originals sum the class-token term over rows; ours is a mean over rows (ALGORITHM.md 7, row 5).
-    weight = _number_after("cls", config["loss"], 0.0) * inputs.shape[0] * views
+    weight = _number_after("cls", config["loss"], 0.0) * inputs.shape[0] * masks_per_sample
     reduction = (
         "mean" if "mean over" in config["loss"] else "sum_over_sqrt_dim" if "sqrt(D)" in config["loss"] else "sum"
     )
@@ -243,7 +243,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
             reference_padding=False,
         ),
         mask_mode="drop" if version == 2 else "corrupt" if modality == "text" else "replace",
-        views=views,
+        masks_per_sample=masks_per_sample,
         loss_beta=_number_after("beta", config["loss"], 0.0),
         channel_reduction=reduction,
         class_token_weight=weight,
@@ -253,7 +253,9 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
         share_embeddings=TEACHER[modality, version]["share_embeddings"],
         copied=TEACHER[modality, version]["copied"],
     )
-    masked = tensors["in/mask" if version == 1 else "in/precomputed_mask"].view(inputs.shape[0], views, -1).bool()
+    masked = (
+        tensors["in/mask" if version == 1 else "in/precomputed_mask"].view(inputs.shape[0], masks_per_sample, -1).bool()
+    )
     corrupted = tensors["in/tokens_student"].long()[:, None] if "in/tokens_student" in tensors else None
     batch = Batch(inputs=inputs, masks=Masks.from_masked(masked), corrupted=corrupted)
     names = _names(config, version=version, modality=modality, depth=depth)

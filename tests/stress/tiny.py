@@ -20,7 +20,7 @@ from data2vec_train import checkpoints
 
 STEPS = 15
 SIZE = ["size.dim=16", "size.depth=2", "size.num_heads=2", "size.ffn_dim=32", "objective.decoder.channels=16"]
-SIZE += ["objective.targets.top_k_layers=2", "objective.views=2", "report=false", "optimizer.lr=1e-3"]
+SIZE += ["objective.targets.top_k_layers=2", "objective.masks_per_sample=2", "report=false", "optimizer.lr=1e-3"]
 SIZE += ["precision=fp32"]  # whatever the machine: runs are compared
 OFTEN = [f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "callbacks.probe.every_n_steps=1000"]
 OFTEN += ["callbacks.probe.rank_samples=8", "data.held_out_fraction=0.1", "callbacks.monitor.grace_steps=1000"]

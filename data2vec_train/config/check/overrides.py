@@ -49,7 +49,7 @@ from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.errors import ConfigError
 from data2vec_train.paths import config_directory, expose_recipes, text_of_recipe
 from data2vec_train.system.compat import private
-from data2vec_train.system.moved import current
+from data2vec_train.system.moved import SETTINGS, current
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError)
 MAX_MEMBERS_CHECKED = (
@@ -80,6 +80,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("mfu", "utilization"), "utilisation"),
     **dict.fromkeys(("machine", "gpu_type"), "hardware"),
     "dataset": "data",
+    # Settings that have other names today, said without their group.
+    **{old.rpartition(".")[2]: new for old, new in SETTINGS.items()},
 }
 
 _apply_overrides = private("hydra._internal.config_loader_impl:ConfigLoaderImpl._apply_overrides_to_config")
@@ -475,6 +477,8 @@ def _setting_fault(override: Override, error: HydraException, cfg: DictConfig) -
     if "Could not append" in str(error):
         return f"{line}: {key} is already there; leave out the plus: {line.removeprefix('+')}"
     if "Could not override" in str(error) or "does not exist" in str(error):
+        if renamed := _renamed(key, cfg):
+            return renamed
         return f"{line}: there is no setting called '{key}'{_did_you_mean_setting(cfg, key)}"
     return f"{line}: {_one_line(error.__cause__ or error)}"
 
@@ -506,6 +510,14 @@ def _one_line(error: BaseException) -> str:
 # Near names
 
 
+def _renamed(path: str, cfg: DictConfig) -> str | None:
+    """A sentence for a setting that an earlier version had under this name."""
+    new = SETTINGS.get(path)
+    if new is None or not isinstance(OmegaConf.select(cfg, new.rpartition(".")[0]), DictConfig):
+        return None
+    return f"{path} is now called {new}"
+
+
 def _did_you_mean_setting(cfg: DictConfig, key: str) -> str:
     tree = OmegaConf.to_container(cfg, resolve=False)
     hydras = tree.get("hydra", {})
@@ -517,6 +529,8 @@ def _did_you_mean_setting(cfg: DictConfig, key: str) -> str:
         return "; data=sample needs none, for your own data choose data=folder, hf, manifest or stream"
     if parent == "data.test_source" and parent in paths:
         return f"; write {parent}={{{last}:...}}"
+    if key in SETTINGS and SETTINGS[key] in paths:
+        return f"; it is now called {SETTINGS[key]}"
     if (other := _ELSEWHERE.get(key)) in paths:
         return f"; did you mean {other}?"
     last_names = {path: path.rpartition(".")[2] for path in paths}
@@ -713,9 +727,13 @@ class _Walk:
         supplied = [name for name in SUPPLIED.get(target, ()) if name in given]
         for name in supplied:
             self.faults.setdefault(f"{prefix}{name}", f"{prefix}{name}: the program says this itself; leave it out")
+        renamed_arguments: set[str] = set()  # which are given, under the names of earlier versions
         for name, (label, value) in given.items():
             parameter = takes.parameters.get(name)
-            if parameter is None and not takes.is_open:
+            if parameter is None and (renamed := _renamed(f"{prefix}{name}", self.root)):
+                self.faults.setdefault(f"{prefix}{name}", renamed)
+                renamed_arguments.add(SETTINGS[f"{prefix}{name}"].rpartition(".")[2])
+            elif parameter is None and not takes.is_open:
                 near = did_you_mean(name, takes.parameters)
                 listing = f" It takes {', '.join(takes.parameters) or 'no settings'}." if near == "." else ""
                 text = f"{prefix}{name}: {short} has no setting called '{name}'{near}{listing}"
@@ -725,7 +743,7 @@ class _Walk:
         if arguments.get("_partial_", ("", False))[1] is True:
             return
         for name, parameter in takes.parameters.items():
-            if parameter.required and name not in given:
+            if parameter.required and name not in given and name not in renamed_arguments:
                 self.faults.setdefault(f"{prefix}{name}", f"{prefix}{name}: not set, and {short} needs it")
 
     def _check_value(self, label: str, value: object, parameter: Parameter) -> None:

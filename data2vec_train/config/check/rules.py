@@ -94,7 +94,7 @@ _RANGES = [
         """
         trainer.max_steps trainer.log_every_n_steps trainer.accumulate_grad_batches
         data.batch_size_per_device data.max_probe_samples data.shuffle_buffer data.train_samples
-        objective.views size.depth size.dim size.ffn_dim size.conv_dim
+        objective.masks_per_sample size.depth size.dim size.ffn_dim size.conv_dim
         modality.patch_px modality.channels modality.visible_block_patches modality.batch_size_per_device
         modality.block_tokens modality.min_tokens modality.sample_rate_hz
         modality.encoder.conv_kernel modality.encoder.conv_stride modality.encoder.position_kernel

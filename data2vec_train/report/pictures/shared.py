@@ -34,8 +34,8 @@ def good_samples(dataset: EvaluationDataset, count: int) -> list[Sample]:
 
 def masks_of(data: DataModule, samples: list[Sample]) -> list[np.ndarray]:
     """The masks (M, T_i) bool of each sample."""
-    rows, views = data.collate.draw(samples), data.collate.views
-    return [np.stack(rows[start : start + views]) for start in range(0, len(rows), views)]
+    rows, masks_per_sample = data.collate.draw(samples), data.collate.masks_per_sample
+    return [np.stack(rows[start : start + masks_per_sample]) for start in range(0, len(rows), masks_per_sample)]
 
 
 @torch.no_grad()
