@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data2vec_train.batch import Masks
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer
 from data2vec_train.objective.masking import RandomMasker
 
 VIEWS = 2
@@ -117,15 +117,19 @@ def _check_outputs(encoder: ModalityEncoder, tokens: Tensor, masks: Masks, mode:
 
 
 def _check_taps(encoder: ModalityEncoder, tokens: Tensor) -> None:
-    last = encoder.depth - encoder.prenet_depth
-    for tap in get_args(Tap):
-        layers = encoder.contextualize(tokens, None, tap=tap, last=last).layers
-        assert len(layers) == last, f"tap={tap}, last={last} gives {len(layers)} layers"
+    top_k_layers = encoder.depth - encoder.prenet_depth
+    for target_layer in get_args(TargetLayer):
+        layers = encoder.contextualize(tokens, None, target_layer=target_layer, top_k_layers=top_k_layers).layers
+        assert len(layers) == top_k_layers, (
+            f"target_layer={target_layer}, top_k_layers={top_k_layers} gives {len(layers)} layers"
+        )
         for layer in layers:
-            assert layer.shape == tokens.shape, f"a tapped layer is {tuple(layer.shape)}, tokens {tuple(tokens.shape)}"
-        fewer = encoder.contextualize(tokens, None, tap=tap, last=1).layers
-        assert torch.equal(fewer[0], layers[-1]), f"tap={tap}: last=1 must give the last layer"
-    assert not encoder.contextualize(tokens, None).layers, "without a tap no layers are expected"
+            assert layer.shape == tokens.shape, f"a target layer is {tuple(layer.shape)}, tokens {tuple(tokens.shape)}"
+        fewer = encoder.contextualize(tokens, None, target_layer=target_layer, top_k_layers=1).layers
+        assert torch.equal(fewer[0], layers[-1]), (
+            f"target_layer={target_layer}: top_k_layers=1 must give the last layer"
+        )
+    assert not encoder.contextualize(tokens, None).layers, "without a target layer no layers are expected"
 
 
 def _check_hiding(encoder: ModalityEncoder, tokens: Tensor, masks: Masks, mode: MaskMode, atol: float) -> None:

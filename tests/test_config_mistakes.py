@@ -48,6 +48,7 @@ MISTAKES = {
     "batch_size=32": "did you mean data.batch_size_per_device?",
     "max_steps=100": "did you mean trainer.max_steps?",
     "objective.views=2": "objective.views is now called objective.masks_per_sample",
+    "objective.targets.tap=block": "objective.targets.tap is now called objective.targets.target_layer",
     "views=2": "did you mean objective.masks_per_sample?",
     "seed=${objective.views}": "called 'objective.views'; it is now called objective.masks_per_sample",
     "optimzer.lr=0.1": "did you mean optimizer.lr?",

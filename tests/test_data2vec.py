@@ -27,7 +27,13 @@ GRID = (4, 6)
 
 
 def objective(encoder: ModalityEncoder, decoder: Decoder, **changes) -> Data2Vec:
-    target_options = {"tap": "ffn", "top_k_layers": 1, "layer_norms": [], "mean_norms": [], "reference_padding": False}
+    target_options = {
+        "target_layer": "ffn",
+        "top_k_layers": 1,
+        "layer_norms": [],
+        "mean_norms": [],
+        "reference_padding": False,
+    }
     options = {
         "mask_mode": "replace",
         "masks_per_sample": 1,
@@ -58,8 +64,8 @@ class GivenLayers(ModalityEncoder):
     def embed(self, inputs, attention_mask):
         return inputs, attention_mask
 
-    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", tap=None, last=0):
-        layers = [tokens] * last
+    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", target_layer=None, top_k_layers=0):
+        layers = [tokens] * top_k_layers
         if masks is not None:
             tokens, _ = hide(tokens, attention_mask, masks=masks, mode="replace", mask_token=torch.zeros(1))
         rows = torch.arange(len(tokens))[:, None, None] + self.row_prefix
@@ -163,8 +169,8 @@ def test_the_class_token_is_compared_with_the_mean_over_real_positions(reference
         targets={"reference_padding": reference_padding},
     )
     batch = Batch(inputs=inputs, attention_mask=real, masks=Masks.from_masked(masked, real))
-    last = inputs[1] if reference_padding else inputs[1, :2]
-    means = torch.stack([inputs[0].mean(dim=0), last.mean(dim=0)])
+    top_k_layers = inputs[1] if reference_padding else inputs[1, :2]
+    means = torch.stack([inputs[0].mean(dim=0), top_k_layers.mean(dim=0)])
     rows = torch.arange(2.0)[:, None].expand(2, 3)
     expected = (rows - means).square().sum(dim=1).mean() / math.sqrt(3)
     torch.testing.assert_close(model(batch).terms["class_token"], expected)
@@ -207,7 +213,7 @@ def test_shared_embeddings_reach_the_teacher_as_the_student_has_them_dropout_inc
     assert (0.3 < dropped < 0.7) if training else dropped == 0
     y = model.teach(Batch(inputs=ids, masks=Masks.from_masked(masked)), embedded)
     with torch.no_grad():
-        teacher = model.teacher.encoder.contextualize(*embedded, tap="ffn", last=1)
+        teacher = model.teacher.encoder.contextualize(*embedded, target_layer="ffn", top_k_layers=1)
     torch.testing.assert_close(y, teacher.layers[0])  # nothing else drops out in the teacher
 
 
@@ -268,7 +274,7 @@ def vision(version: int, *, attention: str = "sdpa", **changes) -> Data2Vec:
     )
     if first:
         decoder = LinearDecoder(dim=16, init_std=None)
-        norms = {"tap": "block", "top_k_layers": 2, "layer_norms": ["layer"], "mean_norms": ["layer"]}
+        norms = {"target_layer": "block", "top_k_layers": 2, "layer_norms": ["layer"], "mean_norms": ["layer"]}
         options = {"loss_beta": 2.0, "channel_reduction": "mean"}
     else:
         decoder = Conv2dDecoder(
@@ -455,12 +461,12 @@ class TokenEncoder(ModalityEncoder):
         self.embedded.append(inputs)
         return self.embedder(inputs), attention_mask
 
-    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", tap=None, last=0):
+    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", target_layer=None, top_k_layers=0):
         if masks is not None:
             tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x = tokens + F.gelu(self.mix(tokens.mT)).mT
         ffn = self.ffn(x)
-        return EncoderOutput(prefix=x[:, :0], tokens=x + ffn, layers=[ffn] * last)
+        return EncoderOutput(prefix=x[:, :0], tokens=x + ffn, layers=[ffn] * top_k_layers)
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -89,7 +89,7 @@ def objective(version: int, *, dropout: float = 0.0, noise_std: float = 0.0) -> 
     convolutions = {"channels": 8, "depth": 2, "kernel": 3, "groups": 2, "residual": True, "projection_layers": 1}
     convolutions |= {"reference_padding": False}
     targets = TargetBuilder(
-        tap="block" if first else "ffn",
+        target_layer="block" if first else "ffn",
         top_k_layers=2,
         layer_norms=["layer" if first else "instance"],
         mean_norms=["layer"],

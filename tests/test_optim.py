@@ -148,7 +148,7 @@ def objective() -> Data2Vec:
         encoder=encoder,
         decoder=LinearDecoder(dim=4, init_std=None),
         targets=TargetBuilder(
-            tap="block", top_k_layers=2, layer_norms=["layer"], mean_norms=[], reference_padding=False
+            target_layer="block", top_k_layers=2, layer_norms=["layer"], mean_norms=[], reference_padding=False
         ),
         mask_mode="replace",
         masks_per_sample=1,

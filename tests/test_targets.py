@@ -14,7 +14,7 @@ X = torch.sin(0.7 * torch.arange(24)).view(2, 4, 3)  # the recorded input
 
 def builder(layer_norms=(), mean_norms=(), *, k=1, reference_padding=False) -> TargetBuilder:
     return TargetBuilder(
-        tap="ffn",
+        target_layer="ffn",
         top_k_layers=k,
         layer_norms=layer_norms,
         mean_norms=mean_norms,
@@ -140,13 +140,13 @@ def test_another_number_of_layers_than_k_is_refused(given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tap": "attention"}, "got 'attention'"),
+        ({"target_layer": "attention"}, "got 'attention'"),
         ({"top_k_layers": 0}, "at least 1, got 0"),
         ({"layer_norms": ["group"]}, "got 'group'"),
         ({"mean_norms": ["none"]}, "got 'none'"),
     ],
 )
 def test_unknown_settings_are_refused(change, message):
-    good = {"tap": "ffn", "top_k_layers": 1, "layer_norms": [], "mean_norms": [], "reference_padding": False}
+    good = {"target_layer": "ffn", "top_k_layers": 1, "layer_norms": [], "mean_norms": [], "reference_padding": False}
     with pytest.raises(ValueError, match=message):
         TargetBuilder(**good | change)

@@ -24,9 +24,9 @@ class Toy(ModalityEncoder):
     def embed(self, inputs, attention_mask):
         return self.embedder(inputs), attention_mask
 
-    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", tap=None, last=0):
+    def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", target_layer=None, top_k_layers=0):
         x = self.mixture(self.dropout(self.mix(tokens)))
-        return EncoderOutput(prefix=x[:, :0], tokens=x, layers=[x] * last)
+        return EncoderOutput(prefix=x[:, :0], tokens=x, layers=[x] * top_k_layers)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_integer_and_float_buffers_are_copied_not_averaged(student):
 
 def run(teacher: EMATeacher, student: Toy, inputs: torch.Tensor, mask=None):
     embedded = student.embed(inputs, mask)
-    return embedded, teacher(inputs, mask, student_tokens=embedded, tap="ffn", last=1)
+    return embedded, teacher(inputs, mask, student_tokens=embedded, target_layer="ffn", top_k_layers=1)
 
 
 def test_shared_embeddings_start_from_the_students_tokens(student):

@@ -518,7 +518,7 @@ def _multi(
         layerdrop=0.0,
         embed_dim=widths["dim"],
         mlp_ratio=widths["ffn_dim"] / widths["dim"],
-        end_of_block_targets=ours.targets.tap == "block",
+        end_of_block_targets=ours.targets.target_layer == "block",
         clone_batch=ours.masks_per_sample,
         ema_encoder_only=modality == "TEXT",
         supported_modality=kind,

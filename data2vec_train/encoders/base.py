@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data2vec_train.batch import Masks
 
 MaskMode = Literal["replace", "drop", "corrupt"]
-Tap = Literal["ffn", "block"]
+TargetLayer = Literal["ffn", "block"]
 
 
 class EncoderOutput(NamedTuple):
@@ -28,7 +28,7 @@ class EncoderOutput(NamedTuple):
 
     prefix: Tensor  # (N, E, D) class and other extra positions
     tokens: Tensor  # (N, T, D), or (N, V, D) in mask mode "drop"
-    layers: list[Tensor]  # the tapped layers, lowest first, each (N, T, D) without prefix; empty without a tap
+    layers: list[Tensor]  # those asked for, lowest first, each (N, T, D) without prefix
 
 
 class ModalityEncoder(nn.Module, ABC):
@@ -56,8 +56,8 @@ class ModalityEncoder(nn.Module, ABC):
         *,
         masks: Masks | None = None,
         mode: MaskMode = "replace",
-        tap: Tap | None = None,
-        last: int = 0,
+        target_layer: TargetLayer | None = None,
+        top_k_layers: int = 0,
     ) -> EncoderOutput:
         """Mix positions.
 
@@ -67,9 +67,9 @@ class ModalityEncoder(nn.Module, ABC):
             masks: None = everything is visible and N = B.
             mode: "replace" puts a learned vector into hidden places, "drop" leaves them out, "corrupt" leaves the
                 tokens as they are since the inputs were changed.
-            tap: which tensor of each block to return in `layers`: the raw output of the second linear of its FFN
-                ("ffn") or the block's output ("block").
-            last: how many of the last blocks to tap.
+            target_layer: which tensor of each block to return in `layers`: the raw output of the second linear of its
+                FFN ("ffn") or the block's output ("block"); None = of no block.
+            top_k_layers: K, how many of the last blocks to return it of.
         """
 
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> EncoderOutput:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, hide
 from data2vec_train.encoders.layers import init_bert
 from data2vec_train.encoders.transformer import Extras, Transformer
 
@@ -172,14 +172,19 @@ class TextEncoder(ModalityEncoder):
         *,
         masks: Masks | None = None,
         mode: MaskMode = "replace",
-        tap: Tap | None = None,
-        last: int = 0,
+        target_layer: TargetLayer | None = None,
+        top_k_layers: int = 0,
         extras: Extras | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`; a mask (B, T, S) says for each token what it may attend to."""
         if masks is not None:
             tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x, layers = self.transformer(
-            tokens, key_mask=attention_mask, biases=[None] * self.depth, tap=tap, last=last, extras=extras
+            tokens,
+            key_mask=attention_mask,
+            biases=[None] * self.depth,
+            target_layer=target_layer,
+            top_k_layers=top_k_layers,
+            extras=extras,
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

@@ -5,7 +5,8 @@
     ffn(x) = fc2(gelu(fc1(x)))
 
 g1 and g2 are learned scales per channel, or 1. Every branch passes dropout and drop path. A block also returns the raw
-output of fc2, which is what most variants of data2vec regress ("ffn" tap), before dropout, scale, residual and norm.
+output of fc2, which is what most variants of data2vec regress (target_layer="ffn"), before dropout, scale,
+residual and norm.
 
 `Extras` carries what pretraining never needs: keys and values of earlier tokens, states of another encoder to attend
 to, and lists to collect attention weights in.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.encoders.attention import Bias, attention, attention_weights, check_backend, dense, fastest
-from data2vec_train.encoders.base import Tap
+from data2vec_train.encoders.base import TargetLayer
 from data2vec_train.encoders.layers import DropPath, activation_of
 
 QKVBias = Literal["qkv", "qv", "none"]
@@ -313,8 +314,8 @@ class Transformer(nn.Module):
         *,
         key_mask: Tensor | None,
         biases: Iterable[Bias | Tensor | None],
-        tap: Tap | None,
-        last: int,
+        target_layer: TargetLayer | None,
+        top_k_layers: int,
         extras: Extras | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all blocks.
@@ -323,12 +324,12 @@ class Transformer(nn.Module):
             x: (N, S, D).
             key_mask: (N, S) or (N, S, S) bool, True = may be attended to, or None.
             biases: one attention bias (or None) for each block, lowest first.
-            tap: see `ModalityEncoder.contextualize`.
-            last: how many of the last blocks to tap.
+            target_layer: see `ModalityEncoder.contextualize`.
+            top_k_layers: as there.
             extras: see `Extras`.
 
         Returns:
-            The last block's output (N, S, D) and the tapped tensors, each (N, S, D); a dropped block has none.
+            The last block's output (N, S, D) and the target layers, each (N, S, D); a dropped block has none.
         """
         biases = list(biases)
         backend = self._backend(x, key_mask, biases[0])
@@ -337,7 +338,7 @@ class Transformer(nn.Module):
             made = {one: dense(bias) for one, bias in {id(bias): bias for bias in biases if bias is not None}.items()}
             biases = [made.get(id(bias)) for bias in biases]
         layers: list[Tensor] = []
-        first_tapped = len(self.blocks) - last
+        first_target = len(self.blocks) - top_k_layers
         draws = None if self.layer_seed is None else torch.Generator().manual_seed(self.layer_seed)
         keep = extras is not None and extras.keep_hidden_states
         if keep:
@@ -354,8 +355,8 @@ class Transformer(nn.Module):
                 x, ffn = block(x, key_mask, bias, extras, backend=backend)
             if keep:
                 extras.hidden_states.append(x)
-            if tap is not None and layer >= first_tapped:
-                layers.append(ffn if tap == "ffn" else x)
+            if target_layer is not None and layer >= first_target:
+                layers.append(ffn if target_layer == "ffn" else x)
         return x, layers
 
     def _backend(self, x: Tensor, key_mask: Tensor | None, bias: Bias | Tensor | None) -> str:

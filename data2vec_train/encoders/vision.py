@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
 from data2vec_train.encoders.attention import Bias
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, Tap, hide
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, hide
 from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.encoders.positions import RelativeBias, RelativePositionBias, sincos_grid
 from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
@@ -209,8 +209,8 @@ class VisionEncoder(ModalityEncoder):
         *,
         masks: Masks | None = None,
         mode: MaskMode = "replace",
-        tap: Tap | None = None,
-        last: int = 0,
+        target_layer: TargetLayer | None = None,
+        top_k_layers: int = 0,
         extras: Extras | None = None,
         grid: tuple[int, int] | None = None,
     ) -> EncoderOutput:
@@ -221,8 +221,8 @@ class VisionEncoder(ModalityEncoder):
             attention_mask: as there.
             masks: as there.
             mode: as there.
-            tap: as there.
-            last: as there.
+            target_layer: as there.
+            top_k_layers: as there.
             extras: see `Extras`.
             grid: rows and columns of the patches, when they are not the encoder's own: fixed positions are those of
                 that grid, learned ones and biases are resized, bicubically and bilinearly.
@@ -248,8 +248,8 @@ class VisionEncoder(ModalityEncoder):
             self.dropout(self.input_norm(tokens)),
             key_mask=attention_mask,
             biases=self._attention_biases(masks.visible if masks is not None and mode == "drop" else None, grid),
-            tap=tap,
-            last=last,
+            target_layer=target_layer,
+            top_k_layers=top_k_layers,
             extras=extras,
         )
         x = self.final_norm(x)

@@ -26,7 +26,7 @@ from data2vec_train.encoders.base import (
     EncoderOutput,
     MaskMode,
     ModalityEncoder,
-    Tap,
+    TargetLayer,
     hide,
     keep_visible,
     repeat_per_mask,
@@ -347,8 +347,8 @@ class AudioEncoder(ModalityEncoder):
         *,
         masks: Masks | None = None,
         mode: MaskMode = "replace",
-        tap: Tap | None = None,
-        last: int = 0,
+        target_layer: TargetLayer | None = None,
+        top_k_layers: int = 0,
         extras: Extras | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`."""
@@ -371,8 +371,8 @@ class AudioEncoder(ModalityEncoder):
             self.dropout(self.input_norm(tokens)),
             key_mask=attention_mask,
             biases=biases,
-            tap=tap,
-            last=last,
+            target_layer=target_layer,
+            top_k_layers=top_k_layers,
             extras=extras,
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

@@ -143,8 +143,8 @@ class Data2Vec(nn.Module):
                 batch.teacher_inputs if instead else batch.inputs,
                 batch.teacher_attention_mask if instead else batch.attention_mask,
                 student_tokens=embedded,
-                tap=self.targets.tap,
-                last=self.targets.top_k_layers,
+                target_layer=self.targets.target_layer,
+                top_k_layers=self.targets.top_k_layers,
             )
             return self.targets(output.layers, token_mask)
 

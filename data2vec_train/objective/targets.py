@@ -1,6 +1,6 @@
 """What the student has to predict: normalised, averaged representations of the teacher's last K layers.
 
-    y = N_mean( 1/K sum_k N_layer(a_k) ),  a_k (B, T, D) the tapped tensor of layer k
+    y = N_mean( 1/K sum_k N_layer(a_k) ),  a_k (B, T, D) the target layer of block k, see `TargetBuilder`
 
 N_layer and N_mean are sequences of norms without parameters: "instance" (each channel of a sample over time), "layer"
 (each position over channels) and "batch" (each channel over samples and time). Which model uses which: ALGORITHM.md
@@ -14,43 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data2vec_train.encoders.base import Tap
+from data2vec_train.encoders.base import TargetLayer
 
 Norm = Literal["instance", "layer", "batch"]
 EPS = 1e-5
 
 
 class TargetBuilder:
-    """Turns tapped layers into targets.
+    """Turns layers of the teacher into targets.
 
     Args:
-        tap: "ffn" for the raw output of a block's FFN, "block" for the block's output.
+        target_layer: "ffn" for the raw output of a block's FFN, "block" for the block's output.
         top_k_layers: K, how many of the last layers to average.
         layer_norms: applied to every layer, in this order.
         mean_norms: applied to the mean.
         reference_padding: let padded positions into the statistics of instance and batch norm, as the originals do.
 
     Raises:
-        ValueError: an unknown tap or norm, or K below 1.
+        ValueError: an unknown target layer or norm, or K below 1.
     """
 
     def __init__(
         self,
         *,
-        tap: Tap,
+        target_layer: TargetLayer,
         top_k_layers: int,
         layer_norms: Sequence[Norm],
         mean_norms: Sequence[Norm],
         reference_padding: bool,
     ) -> None:
-        if tap not in ("ffn", "block"):
-            raise ValueError(f"tap is 'ffn' or 'block', got {tap!r}")
+        if target_layer not in ("ffn", "block"):
+            raise ValueError(f"target_layer is 'ffn' or 'block', got {target_layer!r}")
         if top_k_layers < 1:
             raise ValueError(f"top_k_layers must be at least 1, got {top_k_layers}")
         for norm in (*layer_norms, *mean_norms):
             if norm not in ("instance", "layer", "batch"):
                 raise ValueError(f"a target norm is 'instance', 'layer' or 'batch', got {norm!r}")
-        self.tap: Tap = tap
+        self.target_layer: TargetLayer = target_layer
         self.top_k_layers = top_k_layers
         self.layer_norms = tuple(layer_norms)
         self.mean_norms = tuple(mean_norms)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, Tap
+from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, TargetLayer
 
 
 def tau_at(step: int, *, start: float, end: float, anneal_steps: int) -> float:
@@ -101,8 +101,8 @@ class EMATeacher(nn.Module):
         attention_mask: Tensor | None,
         *,
         student_tokens: tuple[Tensor, Tensor | None],
-        tap: Tap,
-        last: int,
+        target_layer: TargetLayer,
+        top_k_layers: int,
     ) -> tuple[EncoderOutput, Tensor | None]:
         """Encode the whole input.
 
@@ -110,14 +110,16 @@ class EMATeacher(nn.Module):
             inputs: (B, ...), uncorrupted.
             attention_mask: at the rate of the inputs.
             student_tokens: what the student's `embed` returned, used when embeddings are shared.
-            tap: see `ModalityEncoder.contextualize`.
-            last: how many layers to tap.
+            target_layer: see `ModalityEncoder.contextualize`.
+            top_k_layers: as there.
 
         Returns:
             The encoder's output, and the attention mask at token rate, (B, T) or None.
         """
         tokens, token_mask = student_tokens if self.share_embeddings else self.encoder.embed(inputs, attention_mask)
-        return self.encoder.contextualize(tokens, token_mask, tap=tap, last=last), token_mask
+        return self.encoder.contextualize(
+            tokens, token_mask, target_layer=target_layer, top_k_layers=top_k_layers
+        ), token_mask
 
 
 def _local(tensor: Tensor) -> Tensor:

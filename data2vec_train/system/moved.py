@@ -11,6 +11,7 @@ from typing import Any
 # Setting, then and now.
 SETTINGS = {
     "objective.views": "objective.masks_per_sample",
+    "objective.targets.tap": "objective.targets.target_layer",
 }
 
 # Module below `data2vec_train`, then and now.

@@ -223,7 +223,7 @@ def run(
     prepare(encoder)
     tokens, _ = encoder.embed(inputs_of(which).to(device))
     tokens = tokens.repeat_interleave(2, dim=0) if mode == "corrupt" else tokens
-    output = encoder.contextualize(tokens, real, masks=masks, mode=mode, tap="ffn", last=2)
+    output = encoder.contextualize(tokens, real, masks=masks, mode=mode, target_layer="ffn", top_k_layers=2)
     kept = torch.ones(4, 12, dtype=torch.bool, device=device) if real is None else real.repeat_interleave(2, dim=0)
     if mode == "drop":
         kept = kept.gather(1, masks.visible)

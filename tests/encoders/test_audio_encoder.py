@@ -138,9 +138,9 @@ def test_layer_drop_skips_whole_blocks_in_training_only():
     tokens = torch.randn(1, 12, 32)
     counts = []
     for _ in range(40):
-        counts.append(len(encoder.contextualize(tokens, None, tap="ffn", last=8).layers))
+        counts.append(len(encoder.contextualize(tokens, None, target_layer="ffn", top_k_layers=8).layers))
     assert 2.5 < sum(counts) / len(counts) < 5.5  # 4 expected, standard error 0.22
-    assert len(encoder.eval().contextualize(tokens, None, tap="ffn", last=8).layers) == 8
+    assert len(encoder.eval().contextualize(tokens, None, target_layer="ffn", top_k_layers=8).layers) == 8
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def test_hidden_inputs_cannot_change_any_output(family, backend, mode):
     encoder, inputs, masks = build(family, attention=backend), images(), random_masks(2, 1)
     pixels = masks.masked.view(2, 1, 3, 4).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, 1, H, W)
     noise = 10 * torch.randn(inputs.shape)
-    before = with_masks(encoder, inputs, masks, mode, tap="block", last=3)
-    hidden_changed = with_masks(encoder, inputs + noise * pixels, masks, mode, tap="block", last=3)
+    before = with_masks(encoder, inputs, masks, mode, target_layer="block", top_k_layers=3)
+    hidden_changed = with_masks(encoder, inputs + noise * pixels, masks, mode, target_layer="block", top_k_layers=3)
     assert torch.equal(before.tokens, hidden_changed.tokens)
     assert torch.equal(before.prefix, hidden_changed.prefix)
     assert all(torch.equal(a, b) for a, b in zip(before.layers, hidden_changed.layers, strict=True))
@@ -198,20 +198,20 @@ def test_padded_tokens_cannot_change_real_ones(family, backend, mode):
     assert (unmasked[kept] - one[kept]).abs().max() > 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------------- taps
+# ----------------------------------------------------------------------------------------------------- target layers
 
 
-@pytest.mark.parametrize("tap", ["ffn", "block"])
-@pytest.mark.parametrize("last", [1, 2, 3])
-def test_taps_are_the_last_layers_lowest_first_without_the_class_token(family, tap, last):
+@pytest.mark.parametrize("target_layer", ["ffn", "block"])
+@pytest.mark.parametrize("top_k_layers", [1, 2, 3])
+def test_target_layers_are_the_last_layers_lowest_first_without_the_class_token(family, target_layer, top_k_layers):
     encoder, recorded = build(family), []
     for block in encoder.transformer.blocks:
-        source = block.ffn.fc2 if tap == "ffn" else block
-        source.register_forward_hook(lambda _, __, out: recorded.append(out if tap == "ffn" else out[0]))
+        source = block.ffn.fc2 if target_layer == "ffn" else block
+        source.register_forward_hook(lambda _, __, out: recorded.append(out if target_layer == "ffn" else out[0]))
     tokens, _ = encoder.embed(images())
-    output = encoder.contextualize(tokens, tap=tap, last=last)
-    assert len(output.layers) == last
-    for layer, wanted in zip(output.layers, recorded[3 - last :], strict=True):
+    output = encoder.contextualize(tokens, target_layer=target_layer, top_k_layers=top_k_layers)
+    assert len(output.layers) == top_k_layers
+    for layer, wanted in zip(output.layers, recorded[3 - top_k_layers :], strict=True):
         assert layer.shape == (2, 12, 8)
         assert torch.equal(layer, wanted[:, 1:])
 
@@ -219,7 +219,7 @@ def test_taps_are_the_last_layers_lowest_first_without_the_class_token(family, t
 def test_block_tap_of_the_last_layer_is_the_output_before_the_final_norm(family):
     encoder = build(family)
     tokens, _ = encoder.embed(images())
-    output = encoder.contextualize(tokens, tap="block", last=1)
+    output = encoder.contextualize(tokens, target_layer="block", top_k_layers=1)
     assert torch.equal(encoder.final_norm(output.layers[0]), output.tokens)
     assert torch.equal(output.layers[0], output.tokens) == (not family["norm_first"])
 
@@ -233,7 +233,7 @@ def test_without_a_tap_no_layers_are_kept(family):
 
 def gradients(encoder: VisionEncoder, inputs: torch.Tensor, masks: Masks, mode: str, real=None):
     tokens, _ = encoder.embed(inputs)
-    output = encoder.contextualize(tokens, real, masks=masks, mode=mode, tap="ffn", last=2)
+    output = encoder.contextualize(tokens, real, masks=masks, mode=mode, target_layer="ffn", top_k_layers=2)
     loss = output.tokens.square().sum() + output.prefix.sum() + sum(layer.sum() for layer in output.layers)
     loss.backward()
     return output, {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
@@ -327,7 +327,7 @@ def test_an_image_of_another_size_is_refused(family, shape):
 
 def test_without_a_class_token_there_is_no_prefix(family):
     encoder = build(family, class_token=False)
-    output = with_masks(encoder, images(), random_masks(2, 2), "drop", tap="ffn", last=2)
+    output = with_masks(encoder, images(), random_masks(2, 2), "drop", target_layer="ffn", top_k_layers=2)
     assert output.prefix.shape == (4, 0, 8)
     assert output.tokens.shape == output.layers[0].shape == (4, 5, 8)
     assert encoder.num_prefix_tokens == 0

@@ -236,7 +236,7 @@ def load(path: Path, attention: str = "sdpa") -> Recording:
         encoder=encoder,
         decoder=_decoder(config, version=version, modality=modality),
         targets=TargetBuilder(
-            tap=config.get("tap", "ffn"),
+            target_layer=config.get("tap", "ffn"),
             top_k_layers=config["top_k"],
             layer_norms=layer_norms,
             mean_norms=mean_norms,
@@ -370,12 +370,12 @@ def test_targets_at_all_positions_and_teacher_taps(recording: Recording) -> None
     embedded = model.student.embed(recording.batch.inputs)
     targets = model.teach(recording.batch, embedded)
     torch.testing.assert_close(targets, tensors["out/targets_all_positions"], rtol=0, atol=1e-5)
-    taps = tensors.get("out/teacher_tap_per_layer")
-    if taps is not None:
+    layers = tensors.get("out/teacher_tap_per_layer")
+    if layers is not None:
         encoder = model.teacher.encoder
         tokens = embedded[0] if model.teacher.share_embeddings else encoder.embed(recording.batch.inputs)[0]
-        output = encoder.contextualize(tokens, tap=model.targets.tap, last=taps.shape[0])
-        for ours, recorded in zip(output.layers, taps, strict=True):
+        output = encoder.contextualize(tokens, target_layer=model.targets.target_layer, top_k_layers=layers.shape[0])
+        for ours, recorded in zip(output.layers, layers, strict=True):
             torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-5)
 
 
