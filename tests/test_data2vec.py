@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data2vec_train.batch import Batch, Masks
-from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, hide
+from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, apply_mask
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
@@ -67,7 +67,7 @@ class GivenLayers(ModalityEncoder):
     def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", target_layer=None, top_k_layers=0):
         layers = [tokens] * top_k_layers
         if masks is not None:
-            tokens, _ = hide(tokens, attention_mask, masks=masks, mode="replace", mask_token=torch.zeros(1))
+            tokens, _ = apply_mask(tokens, attention_mask, masks=masks, mode="replace", mask_token=torch.zeros(1))
         rows = torch.arange(len(tokens))[:, None, None] + self.row_prefix
         return EncoderOutput(prefix=rows, tokens=tokens, layers=layers)
 
@@ -463,7 +463,7 @@ class TokenEncoder(ModalityEncoder):
 
     def contextualize(self, tokens, attention_mask, *, masks=None, mode="replace", target_layer=None, top_k_layers=0):
         if masks is not None:
-            tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
+            tokens, attention_mask = apply_mask(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x = tokens + F.gelu(self.mix(tokens.mT)).mT
         ffn = self.ffn(x)
         return EncoderOutput(prefix=x[:, :0], tokens=x + ffn, layers=[ffn] * top_k_layers)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data2vec_train.objective.decoders import Conv2dDecoder, LinearDecoder, MLPDecoder, put_back
+from data2vec_train.objective.decoders import Conv2dDecoder, LinearDecoder, MLPDecoder, scatter_tokens
 
 GRID = (3, 4)
 HIDDEN = torch.tensor([[0, 1, 2, 5, 6, 7, 10, 11], [0, 2, 3, 4, 5, 8, 9, 10]])  # of 12 positions, two rows
@@ -34,11 +34,11 @@ def tokens() -> torch.Tensor:
     return torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-# --------------------------------------------------------------------------------------------------------- put_back
+# ---------------------------------------------------------------------------------------------------- scatter_tokens
 
 
-def test_put_back_returns_every_token_to_its_place(tokens):
-    full = put_back(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
+def test_scattering_returns_every_token_to_its_place(tokens):
+    full = scatter_tokens(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
     wanted = torch.zeros(2, 12, 4)
     for row in range(2):
         for rank, position in enumerate(VISIBLE[row].tolist()):
@@ -49,7 +49,7 @@ def test_put_back_returns_every_token_to_its_place(tokens):
 def test_noise_is_fresh_at_each_call_and_has_the_given_std(tokens):
     torch.manual_seed(0)
     visible = torch.zeros(2, 0, dtype=torch.int64)
-    one, other = (put_back(tokens[:, :0], visible=visible, num_tokens=5000, noise_std=0.01) for _ in range(2))
+    one, other = (scatter_tokens(tokens[:, :0], visible=visible, num_tokens=5000, noise_std=0.01) for _ in range(2))
     assert (one != other).all()
     for noise in (one, other):  # 40,000 numbers: the std is known to 0.4 %
         assert noise.std().item() == pytest.approx(0.01, rel=0.02)
@@ -58,14 +58,14 @@ def test_noise_is_fresh_at_each_call_and_has_the_given_std(tokens):
 
 def test_noise_stays_away_from_visible_tokens_and_gets_no_gradient(tokens):
     tokens.requires_grad_()
-    full = put_back(tokens, visible=VISIBLE, num_tokens=12, noise_std=5.0)
+    full = scatter_tokens(tokens, visible=VISIBLE, num_tokens=12, noise_std=5.0)
     assert torch.equal(full.gather(1, VISIBLE[..., None].expand(-1, -1, 4)), tokens)
     full.sum().backward()
     assert torch.equal(tokens.grad, torch.ones_like(tokens))
 
 
 def test_noise_has_the_type_of_the_tokens(tokens):
-    assert put_back(tokens.bfloat16(), visible=VISIBLE, num_tokens=12, noise_std=0.01).dtype == torch.bfloat16
+    assert scatter_tokens(tokens.bfloat16(), visible=VISIBLE, num_tokens=12, noise_std=0.01).dtype == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------- linear and MLP
@@ -106,7 +106,7 @@ def by_hand(decoder: Conv2dDecoder, full: torch.Tensor, *, residual: list[bool])
 @pytest.mark.parametrize("kernel", [2, 3, 4, 5])
 def test_convolutions_equal_the_formula_for_odd_and_even_kernels(tokens, kernel):
     decoder = conv(kernel=kernel)
-    full = put_back(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
+    full = scatter_tokens(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
     predictions = run(decoder, tokens)
     assert predictions.shape == (16, 4)
     torch.testing.assert_close(predictions, by_hand(decoder, full, residual=[True, True]), rtol=1e-4, atol=1e-5)
@@ -114,7 +114,7 @@ def test_convolutions_equal_the_formula_for_odd_and_even_kernels(tokens, kernel)
 
 def test_residual_only_where_widths_agree(tokens):
     decoder = conv(channels=8, depth=3)
-    full = put_back(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
+    full = scatter_tokens(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
     torch.testing.assert_close(
         run(decoder, tokens), by_hand(decoder, full, residual=[False, True, True]), rtol=1e-4, atol=1e-5
     )
@@ -122,7 +122,7 @@ def test_residual_only_where_widths_agree(tokens):
 
 def test_residual_can_be_switched_off(tokens):
     decoder = conv(residual=False)
-    full = put_back(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
+    full = scatter_tokens(tokens, visible=VISIBLE, num_tokens=12, noise_std=0.0)
     torch.testing.assert_close(run(decoder, tokens), by_hand(decoder, full, residual=[False, False]))
 
 

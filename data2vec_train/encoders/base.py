@@ -78,7 +78,7 @@ class ModalityEncoder(nn.Module, ABC):
         return self.contextualize(tokens, token_mask)
 
 
-def hide(
+def apply_mask(
     tokens: Tensor,
     attention_mask: Tensor | None,
     *,
@@ -103,7 +103,7 @@ def hide(
     """
     masks_per_sample = masks.masked.shape[1]
     if mode == "drop":
-        return keep_visible(tokens, attention_mask, masks)
+        return gather_visible(tokens, attention_mask, masks)
     attention_mask = repeat_per_mask(attention_mask, masks_per_sample)  # (N, T)
     if mode == "corrupt":
         return tokens, attention_mask
@@ -113,7 +113,7 @@ def hide(
     return torch.where(masks.masked.flatten(0, 1)[..., None], mask_token.to(tokens.dtype), tokens), attention_mask
 
 
-def keep_visible(tokens: Tensor, attention_mask: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None]:
+def gather_visible(tokens: Tensor, attention_mask: Tensor | None, masks: Masks) -> tuple[Tensor, Tensor | None]:
     """The visible tokens under every mask, (N, V, D), from tokens (B, T, D) or (N, T, D); and their attention mask.
 
     Raises:

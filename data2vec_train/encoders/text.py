@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, hide
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_bert
 from data2vec_train.encoders.transformer import Extras, Transformer
 
@@ -178,7 +178,7 @@ class TextEncoder(ModalityEncoder):
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`; a mask (B, T, S) says for each token what it may attend to."""
         if masks is not None:
-            tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
+            tokens, attention_mask = apply_mask(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x, layers = self.transformer(
             tokens,
             key_mask=attention_mask,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
 from data2vec_train.encoders.attention import Bias
-from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, hide
+from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.encoders.positions import RelativeBias, RelativePositionBias, sincos_grid
 from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
@@ -232,7 +232,7 @@ class VisionEncoder(ModalityEncoder):
         if positions is not None and mode == "drop":
             tokens = tokens + positions
         if masks is not None:
-            tokens, attention_mask = hide(
+            tokens, attention_mask = apply_mask(
                 tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token
             )  # (N, T or V, D)
         if positions is not None and mode != "drop":

@@ -27,8 +27,8 @@ from data2vec_train.encoders.base import (
     MaskMode,
     ModalityEncoder,
     TargetLayer,
-    hide,
-    keep_visible,
+    apply_mask,
+    gather_visible,
     repeat_per_mask,
 )
 from data2vec_train.encoders.layers import activation_of, init_bert
@@ -358,10 +358,12 @@ class AudioEncoder(ModalityEncoder):
             attention_mask = repeat_per_mask(attention_mask, masks_per_sample)
             tokens = repeat_per_mask(tokens, masks_per_sample) * ~masks.masked.flatten(0, 1)[..., None]  # (N, T, D)
         elif masks is not None:
-            tokens, attention_mask = hide(tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token)
+            tokens, attention_mask = apply_mask(
+                tokens, attention_mask, masks=masks, mode=mode, mask_token=self.mask_token
+            )
         tokens = tokens + self.positions(tokens, attention_mask)
         if dropped:
-            tokens, attention_mask = keep_visible(tokens, attention_mask, masks)  # (N, V, D)
+            tokens, attention_mask = gather_visible(tokens, attention_mask, masks)  # (N, V, D)
         biases: list[Bias | None] = [None] * self.depth
         if self.alibi is not None:
             where = masks.visible if dropped else torch.arange(tokens.shape[1], device=tokens.device)[None]

@@ -164,7 +164,7 @@ class ConvDecoder(Decoder):
         shape = self.shape(num_tokens, grid)
         x = self.input_dropout(tokens)
         if visible is not None:
-            x = put_back(x, visible=visible, num_tokens=num_tokens, noise_std=self.noise_std)  # (N, T, D)
+            x = scatter_tokens(x, visible=visible, num_tokens=num_tokens, noise_std=self.noise_std)  # (N, T, D)
         x = x.mT.unflatten(2, shape)  # (N, D, *shape)
         real = None
         if attention_mask is not None and not self.reference_padding:
@@ -199,7 +199,7 @@ class Conv2dDecoder(ConvDecoder):
         return grid
 
 
-def put_back(tokens: Tensor, *, visible: Tensor, num_tokens: int, noise_std: float) -> Tensor:
+def scatter_tokens(tokens: Tensor, *, visible: Tensor, num_tokens: int, noise_std: float) -> Tensor:
     """Visible tokens (N, V, D) at their positions among T, fresh N(0, noise_std) vectors elsewhere: (N, T, D)."""
     num_rows, _, dim = tokens.shape
     noise = torch.randn(num_rows, num_tokens, dim, device=tokens.device, dtype=tokens.dtype) * noise_std

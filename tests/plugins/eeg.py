@@ -8,7 +8,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, hide
+from data2vec_train.encoders.base import EncoderOutput, ModalityEncoder, apply_mask
 from data2vec_train.encoders.positions import ConvPositions
 from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.errors import BadSample
@@ -47,9 +47,9 @@ class EEGEncoder(ModalityEncoder):
         tokens = tokens if attention_mask is None else tokens * attention_mask[..., None]
         token = torch.zeros(self.dim, device=tokens.device)
         if masks is not None:  # positions come from visible windows only
-            seen, mask = hide(tokens, attention_mask, masks=masks, mode="replace", mask_token=token)
+            seen, mask = apply_mask(tokens, attention_mask, masks=masks, mode="replace", mask_token=token)
             tokens = seen + self.positions(seen, mask)
-            tokens, attention_mask = hide(tokens, mask, masks=masks, mode="drop", mask_token=None)
+            tokens, attention_mask = apply_mask(tokens, mask, masks=masks, mode="drop", mask_token=None)
         else:
             tokens = tokens + self.positions(tokens, attention_mask)
         none = repeat(None, self.depth)
