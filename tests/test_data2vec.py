@@ -211,7 +211,7 @@ def test_shared_embeddings_reach_the_teacher_as_the_student_has_them_dropout_inc
     embedded = model.student.embed(ids, None)
     dropped = float((embedded[0] == 0).float().mean())
     assert (0.3 < dropped < 0.7) if training else dropped == 0
-    y = model.teach(Batch(inputs=ids, masks=Masks.from_masked(masked)), embedded)
+    y = model.compute_targets(Batch(inputs=ids, masks=Masks.from_masked(masked)), embedded)
     with torch.no_grad():
         teacher = model.teacher.encoder.contextualize(*embedded, target_layer="ffn", top_k_layers=1)
     torch.testing.assert_close(y, teacher.layers[0])  # nothing else drops out in the teacher
@@ -371,7 +371,7 @@ def test_targets_carry_no_gradient_to_shared_embeddings():
     batch = vision_batch(model)
     embedded = model.student.embed(batch.inputs)
     assert embedded[0].requires_grad
-    assert not model.teach(batch, embedded).requires_grad
+    assert not model.compute_targets(batch, embedded).requires_grad
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -383,7 +383,7 @@ def test_teacher_sees_the_whole_input_once_per_sample(version):
     one = model(batch)
     assert shapes == [(4, 1 + 24, 16)]
     masks = Masks.from_masked(batch.masks.masked.roll(1, dims=0))
-    other = model.teach(Batch(inputs=batch.inputs, masks=masks), model.student.embed(batch.inputs))
+    other = model.compute_targets(Batch(inputs=batch.inputs, masks=masks), model.student.embed(batch.inputs))
     rows = other.repeat_interleave(model.masks_per_sample, dim=0).flatten(0, 1)
     torch.testing.assert_close(rows[batch.masks.hidden], one.targets)
 

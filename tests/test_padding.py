@@ -56,7 +56,7 @@ def measured(model: Data2Vec, batch: Batch) -> list[dict[str, Tensor]]:
     """Features, targets and loss of each sample of a batch."""
     embedded = model.student.embed(batch.inputs, batch.attention_mask)
     features = model.student.contextualize(*embedded).tokens
-    targets = model.teach(batch, embedded)
+    targets = model.compute_targets(batch, embedded)
     output = model(batch)
     errors = model.scale * model._error(output.predictions, output.targets).sum(dim=1)
     owner = batch.masks.hidden // (model.masks_per_sample * batch.masks.masked.shape[2])

@@ -116,16 +116,16 @@ def _parts(bench: Bench, name: str, run: StepRun) -> Case:
     ours: Data2Vec = run.arm.model
     batch = run.batch
 
-    def teach() -> None:
+    def compute_targets() -> None:
         with run.arithmetic.autocast():
-            ours.teach(batch, embedded)
+            ours.compute_targets(batch, embedded)
 
     for _ in range(bench.effort.rounds):
         with torch.no_grad(), run.arithmetic.autocast():
             embedded = ours.student.embed(batch.inputs, batch.attention_mask)
         losses: list[Tensor] = []
         steps = (
-            teach,
+            compute_targets,
             lambda losses=losses: losses.append(run.forward()),
             lambda losses=losses: losses.pop().backward(),
             run.arm.optimise,

@@ -116,7 +116,7 @@ class Data2Vec(nn.Module):
         if batch.masks is None or batch.masks.masked.shape[1] != self.masks_per_sample:
             raise ValueError(f"expected a batch with {self.masks_per_sample} masks per sample")
         embedded = self.student.embed(batch.inputs, batch.attention_mask)  # tokens (B, T, D), mask (B, T) or None
-        y = self.teach(batch, embedded)  # (B, T, D)
+        y = self.compute_targets(batch, embedded)  # (B, T, D)
         predictions, student = self.predict(batch, embedded)  # (P, D)
 
         num_tokens, hidden = y.shape[1], batch.masks.hidden
@@ -132,7 +132,7 @@ class Data2Vec(nn.Module):
             terms["class_token"] = self.class_token_weight * per_row.mean()
         return Data2VecOutput(sum(terms.values()), terms, predictions, targets)
 
-    def teach(self, batch: Batch, embedded: tuple[Tensor, Tensor | None]) -> Tensor:
+    def compute_targets(self, batch: Batch, embedded: tuple[Tensor, Tensor | None]) -> Tensor:
         """Targets of all positions, (B, T, D) float32; one teacher pass serves all masks."""
         # The teacher's weights are float32; when the student's are not, autocast gives both the same arithmetic.
         dtype = next(self.student.parameters()).dtype

@@ -346,7 +346,11 @@ def _booked(allocations: Allocations, part: str, call: Callable[[], Any]) -> Any
 def _parts(objective: Data2Vec, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
     """Have `around(part, call)` make each part's calls."""
     student = objective.student
-    places = [(student, "embed", FRONT_END), (student, "contextualize", BLOCKS), (objective, "teach", TEACHER)]
+    places = [
+        (student, "embed", FRONT_END),
+        (student, "contextualize", BLOCKS),
+        (objective, "compute_targets", TEACHER),
+    ]
     places.append((objective.decoder, "forward", DECODER))
     with ExitStack() as stack:
         for owner, name, part in places:

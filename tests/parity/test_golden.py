@@ -368,7 +368,7 @@ def test_targets_at_all_positions_and_teacher_taps(recording: Recording) -> None
     if "out/targets_all_positions" not in tensors:
         pytest.skip("no targets recorded")
     embedded = model.student.embed(recording.batch.inputs)
-    targets = model.teach(recording.batch, embedded)
+    targets = model.compute_targets(recording.batch, embedded)
     torch.testing.assert_close(targets, tensors["out/targets_all_positions"], rtol=0, atol=1e-5)
     layers = tensors.get("out/teacher_tap_per_layer")
     if layers is not None:

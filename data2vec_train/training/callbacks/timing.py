@@ -77,7 +77,7 @@ class Timing:
         self.switch(REST)
         objective = module.objective
         self._time(objective, "forward", STUDENT)
-        self._time(objective, "teach", TEACHER)
+        self._time(objective, "compute_targets", TEACHER)
         self._time(objective, "step_teacher", EMA)
         for encoder in (objective.student, objective.teacher.encoder):
             self._time(encoder, "embed", ENCODE)
