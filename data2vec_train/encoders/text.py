@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data2vec_train.batch import Masks
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_bert
-from data2vec_train.encoders.transformer import Extras, Transformer
+from data2vec_train.encoders.transformer import ForwardContext, Transformer
 
 
 class TextEmbedding(nn.Module):
@@ -174,7 +174,7 @@ class TextEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         target_layer: TargetLayer | None = None,
         top_k_layers: int = 0,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`; a mask (B, T, S) says for each token what it may attend to."""
         if masks is not None:
@@ -185,6 +185,6 @@ class TextEncoder(ModalityEncoder):
             biases=[None] * self.depth,
             target_layer=target_layer,
             top_k_layers=top_k_layers,
-            extras=extras,
+            context=context,
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

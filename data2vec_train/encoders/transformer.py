@@ -8,8 +8,8 @@ g1 and g2 are learned scales per channel, or 1. Every branch passes dropout and 
 output of fc2, which is what most variants of data2vec regress (target_layer="ffn"), before dropout, scale,
 residual and norm.
 
-`Extras` carries what pretraining never needs: keys and values of earlier tokens, states of another encoder to attend
-to, and lists to collect attention weights in.
+`ForwardContext` carries what pretraining never needs: keys and values of earlier tokens, states of another encoder to
+attend to, and lists to collect attention weights in.
 """
 
 from collections.abc import Iterable
@@ -55,8 +55,8 @@ class KeyValueCache:
 
 
 @dataclass
-class Extras:
-    """What only decoders and people who look inside need of a block."""
+class ForwardContext:
+    """What a forward pass takes and collects besides its result: a decoder's cache and memory, states to look at."""
 
     cache: KeyValueCache | None = None
     memory: Tensor | None = None  # (N, S', D) states of another encoder
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
         x: Tensor,
         key_mask: Tensor | None,
         bias: Bias | Tensor | None,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
         *,
         backend: str,
     ) -> Tensor:
@@ -101,9 +101,9 @@ class SelfAttention(nn.Module):
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, H, Q, Dh)
-        if extras is not None and extras.cache is not None:
-            k, v = extras.cache.extend(self.block, k, v)
-        collect = extras.attentions if extras is not None and extras.keep_attentions else None
+        if context is not None and context.cache is not None:
+            k, v = context.cache.extend(self.block, k, v)
+        collect = context.attentions if context is not None and context.keep_attentions else None
         dropout_p = self.attention_dropout if self.training else 0.0
         mixed = _mix(q, k, v, key_mask, bias, dropout_p=dropout_p, backend=backend, collect=collect)
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -122,18 +122,18 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, extras: Extras, *, backend: str) -> Tensor:
-        """X (N, Q, D), attending to `extras.memory` -> (N, Q, D)."""
+    def forward(self, x: Tensor, context: ForwardContext, *, backend: str) -> Tensor:
+        """X (N, Q, D), attending to `context.memory` -> (N, Q, D)."""
         q = self._heads(self.query(x))
-        if extras.cache is not None and self.block in extras.cache.memory:
-            k, v = extras.cache.memory[self.block]
+        if context.cache is not None and self.block in context.cache.memory:
+            k, v = context.cache.memory[self.block]
         else:
-            k, v = self._heads(self.key(extras.memory)), self._heads(self.value(extras.memory))
-            if extras.cache is not None:
-                extras.cache.memory[self.block] = (k, v)
-        collect = extras.cross_attentions if extras.keep_attentions else None
+            k, v = self._heads(self.key(context.memory)), self._heads(self.value(context.memory))
+            if context.cache is not None:
+                context.cache.memory[self.block] = (k, v)
+        collect = context.cross_attentions if context.keep_attentions else None
         dropout_p = self.attention_dropout if self.training else 0.0
-        mixed = _mix(q, k, v, extras.memory_mask, None, dropout_p=dropout_p, backend=backend, collect=collect)
+        mixed = _mix(q, k, v, context.memory_mask, None, dropout_p=dropout_p, backend=backend, collect=collect)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -224,18 +224,18 @@ class Block(nn.Module):
         x: Tensor,
         key_mask: Tensor | None,
         bias: Bias | Tensor | None,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
         *,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """X (N, S, D) -> the block's output and the raw FFN output, both (N, S, D)."""
         if self.norm_first:
-            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias, extras, backend=backend), self.scale1)
+            x = x + self._branch(self.attention(self.norm1(x), key_mask, bias, context, backend=backend), self.scale1)
             ffn = self.ffn(self.norm2(x))
             return x + self._branch(ffn, self.scale2), ffn
-        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias, extras, backend=backend), self.scale1))
-        if self.cross is not None and extras is not None and extras.memory is not None:
-            x = self.norm_cross(x + self._branch(self.cross(x, extras, backend=backend), None))
+        x = self.norm1(x + self._branch(self.attention(x, key_mask, bias, context, backend=backend), self.scale1))
+        if self.cross is not None and context is not None and context.memory is not None:
+            x = self.norm_cross(x + self._branch(self.cross(x, context, backend=backend), None))
         ffn = self.ffn(x)
         return self.norm2(x + self._branch(ffn, self.scale2)), ffn
 
@@ -316,7 +316,7 @@ class Transformer(nn.Module):
         biases: Iterable[Bias | Tensor | None],
         target_layer: TargetLayer | None,
         top_k_layers: int,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run all blocks.
 
@@ -326,7 +326,7 @@ class Transformer(nn.Module):
             biases: one attention bias (or None) for each block, lowest first.
             target_layer: see `ModalityEncoder.contextualize`.
             top_k_layers: as there.
-            extras: see `Extras`.
+            context: see `ForwardContext`.
 
         Returns:
             The last block's output (N, S, D) and the target layers, each (N, S, D); a dropped block has none.
@@ -340,21 +340,21 @@ class Transformer(nn.Module):
         layers: list[Tensor] = []
         first_target = len(self.blocks) - top_k_layers
         draws = None if self.layer_seed is None else torch.Generator().manual_seed(self.layer_seed)
-        keep = extras is not None and extras.keep_hidden_states
+        keep = context is not None and context.keep_hidden_states
         if keep:
-            extras.hidden_states.append(x)
+            context.hidden_states.append(x)
         for layer, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             # Drawn on the host, so that no device has to be asked whether to run the block.
             if self.training and self.layer_drop and float(torch.rand((), generator=draws)) < self.layer_drop:
-                if keep and not extras.omit_dropped:
-                    extras.hidden_states.append(x)
+                if keep and not context.omit_dropped:
+                    context.hidden_states.append(x)
                 continue
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x, ffn = checkpoint(block, x, key_mask, bias, extras, backend=backend, use_reentrant=False)
+                x, ffn = checkpoint(block, x, key_mask, bias, context, backend=backend, use_reentrant=False)
             else:
-                x, ffn = block(x, key_mask, bias, extras, backend=backend)
+                x, ffn = block(x, key_mask, bias, context, backend=backend)
             if keep:
-                extras.hidden_states.append(x)
+                context.hidden_states.append(x)
             if target_layer is not None and layer >= first_target:
                 layers.append(ffn if target_layer == "ffn" else x)
         return x, layers

@@ -20,7 +20,7 @@ from data2vec_train.encoders.attention import Bias
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.encoders.positions import RelativeBias, RelativePositionBias, sincos_grid
-from data2vec_train.encoders.transformer import Extras, QKVBias, Transformer
+from data2vec_train.encoders.transformer import ForwardContext, QKVBias, Transformer
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class VisionEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         target_layer: TargetLayer | None = None,
         top_k_layers: int = 0,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
         grid: tuple[int, int] | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`.
@@ -223,7 +223,7 @@ class VisionEncoder(ModalityEncoder):
             mode: as there.
             target_layer: as there.
             top_k_layers: as there.
-            extras: see `Extras`.
+            context: see `ForwardContext`.
             grid: rows and columns of the patches, when they are not the encoder's own: fixed positions are those of
                 that grid, learned ones and biases are resized, bicubically and bilinearly.
         """
@@ -250,7 +250,7 @@ class VisionEncoder(ModalityEncoder):
             biases=self._attention_biases(masks.visible if masks is not None and mode == "drop" else None, grid),
             target_layer=target_layer,
             top_k_layers=top_k_layers,
-            extras=extras,
+            context=context,
         )
         x = self.final_norm(x)
         return EncoderOutput(

@@ -33,7 +33,7 @@ from data2vec_train.encoders.base import (
 )
 from data2vec_train.encoders.layers import activation_of, init_bert
 from data2vec_train.encoders.positions import ALiBi, ConvPositions
-from data2vec_train.encoders.transformer import Extras, Transformer
+from data2vec_train.encoders.transformer import ForwardContext, Transformer
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ class AudioEncoder(ModalityEncoder):
         mode: MaskMode = "replace",
         target_layer: TargetLayer | None = None,
         top_k_layers: int = 0,
-        extras: Extras | None = None,
+        context: ForwardContext | None = None,
     ) -> EncoderOutput:
         """See `ModalityEncoder.contextualize`."""
         dropped = masks is not None and mode == "drop"
@@ -375,6 +375,6 @@ class AudioEncoder(ModalityEncoder):
             biases=biases,
             target_layer=target_layer,
             top_k_layers=top_k_layers,
-            extras=extras,
+            context=context,
         )
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)

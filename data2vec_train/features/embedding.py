@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.encoders.transformer import Extras
+from data2vec_train.encoders.transformer import ForwardContext
 from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.weights.convert import load_pretrained
 
@@ -29,10 +29,10 @@ def layer_tokens(
     The last layer is what the encoder gives, a final norm included where it has one.
     """
     tokens, mask = encoder.embed(inputs, attention_mask)
-    extras = Extras(keep_hidden_states=True)
-    last = encoder.contextualize(tokens, mask, extras=extras).tokens
+    context = ForwardContext(keep_hidden_states=True)
+    last = encoder.contextualize(tokens, mask, context=context).tokens
     prefix = encoder.num_prefix_tokens
-    found = [last if layer == encoder.depth else extras.hidden_states[layer][:, prefix:] for layer in layers]
+    found = [last if layer == encoder.depth else context.hidden_states[layer][:, prefix:] for layer in layers]
     return [one.float() for one in found], mask
 
 

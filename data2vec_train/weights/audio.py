@@ -263,13 +263,13 @@ class Data2VecAudioModel(AudioPretrainedModel):
         tokens = self._hide(encoder.project(features), mask, mask_time_indices, mask_feature_indices)
         if mask is not None:
             tokens = tokens * mask[..., None]
-        extras = self._extras(output_attentions, output_hidden_states)
-        x = encoder.contextualize(tokens, mask, extras=extras).tokens
+        context = self._forward_context(output_attentions, output_hidden_states)
+        x = encoder.contextualize(tokens, mask, context=context).tokens
         output = ModelOutput(
             last_hidden_state=x if self.adapter is None else self.adapter(x),
             extract_features=features,
-            hidden_states=hidden_states_of(extras, output_hidden_states),
-            attentions=attentions_of(extras),
+            hidden_states=hidden_states_of(context, output_hidden_states),
+            attentions=attentions_of(context),
         )
         return self._result(return_dict, output)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data2vec_train.encoders.backends import NAMES
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.encoders.transformer import Extras, Transformer
+from data2vec_train.encoders.transformer import ForwardContext, Transformer
 from data2vec_train.errors import ConfigError
 from data2vec_train.weights.checks import check_size
 from data2vec_train.weights.configs import Data2VecConfig
@@ -334,11 +334,13 @@ class PretrainedModel(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # Forward
 
-    def _extras(self, output_attentions: bool | None, output_hidden_states: Layers | None, **more: Any) -> Extras:
+    def _forward_context(
+        self, output_attentions: bool | None, output_hidden_states: Layers | None, **more: Any
+    ) -> ForwardContext:
         """What to collect on the way; None = as the config says."""
         config = self.config
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return Extras(
+        return ForwardContext(
             keep_attentions=config.output_attentions if output_attentions is None else output_attentions,
             keep_hidden_states=wanted is not False,
             # transformers leaves no trace of a block that layer drop skipped, and then averages fewer layers than it
@@ -351,9 +353,9 @@ class PretrainedModel(nn.Module):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def hidden_states_of(extras: Extras, wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
+def hidden_states_of(context: ForwardContext, wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
     """The first block's input and every block's output, (B, S, D) each; None when they were not asked for."""
-    return choose_layers(extras.hidden_states, wanted) if extras.keep_hidden_states else None
+    return choose_layers(context.hidden_states, wanted) if context.keep_hidden_states else None
 
 
 def choose_layers(layers: Sequence[Tensor], wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
@@ -366,9 +368,9 @@ def choose_layers(layers: Sequence[Tensor], wanted: Layers | None) -> tuple[Tens
     return tuple(one if index in chosen else None for index, one in enumerate(layers))
 
 
-def attentions_of(extras: Extras) -> tuple[Tensor, ...] | None:
+def attentions_of(context: ForwardContext) -> tuple[Tensor, ...] | None:
     """Attention weights of every block, (B, H, Q, S) each; None when they were not asked for."""
-    return tuple(extras.attentions) if extras.keep_attentions else None
+    return tuple(context.attentions) if context.keep_attentions else None
 
 
 def _check_backend(name: str) -> None:

@@ -177,22 +177,22 @@ class Data2VecTextModel(TextPretrainedModel):
             key = torch.arange(past + num_tokens, device=given.device)
             causal = (key <= key[past:, None])[None]  # (1, T, past + T)
             mask = causal.expand(num_rows, -1, -1) if mask is None else causal & mask[:, None]
-        extras = self._extras(
+        context = self._forward_context(
             output_attentions,
             output_hidden_states,
             cache=cache,
             memory=encoder_hidden_states if config.is_decoder else None,
             memory_mask=None if encoder_attention_mask is None else encoder_attention_mask.bool(),
         )
-        x = self.encoder.contextualize(tokens, mask, extras=extras).tokens
-        crossed = extras.keep_attentions and config.add_cross_attention
+        x = self.encoder.contextualize(tokens, mask, context=context).tokens
+        crossed = context.keep_attentions and config.add_cross_attention
         output = ModelOutput(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler(x),
             past_key_values=cache if use_cache else None,
-            hidden_states=hidden_states_of(extras, output_hidden_states),
-            attentions=attentions_of(extras),
-            cross_attentions=tuple(extras.cross_attentions) if crossed else None,
+            hidden_states=hidden_states_of(context, output_hidden_states),
+            attentions=attentions_of(context),
+            cross_attentions=tuple(context.cross_attentions) if crossed else None,
         )
         return self._result(return_dict, output)
 

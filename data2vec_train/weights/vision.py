@@ -144,13 +144,13 @@ class Data2VecVisionModel(VisionPretrainedModel):
                 raise ConfigError("bool_masked_pos needs a model with a mask token; set use_mask_token=True")
             masked = bool_masked_pos.bool()[:, None]  # (B, 1, T)
             masks = Masks(masked=masked, hidden=masked.new_empty(0, dtype=torch.int64), visible=None)
-        extras = self._extras(output_attentions, output_hidden_states)
-        encoded = encoder.contextualize(tokens, masks=masks, extras=extras, grid=grid)
+        context = self._forward_context(output_attentions, output_hidden_states)
+        encoded = encoder.contextualize(tokens, masks=masks, context=context, grid=grid)
         output = ModelOutput(
             last_hidden_state=torch.cat([encoded.prefix, encoded.tokens], dim=1),
             pooler_output=None if self.pooler is None else self.pooler(encoded.prefix, encoded.tokens),
-            hidden_states=hidden_states_of(extras, output_hidden_states),
-            attentions=attentions_of(extras),
+            hidden_states=hidden_states_of(context, output_hidden_states),
+            attentions=attentions_of(context),
         )
         return self._result(return_dict, output)
 
