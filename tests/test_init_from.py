@@ -14,7 +14,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.export.run import example_for
 from data2vec_train.training import init_from
 from data2vec_train.training.assemble import build_objective
-from data2vec_train.training.init_from import adopt, initialise
+from data2vec_train.training.init_from import config_from_pretrained, initialise
 from data2vec_train.weights.convert import load_pretrained
 from data2vec_train.weights.preprocessing import AudioFeatureExtractor
 
@@ -54,7 +54,7 @@ def trained(composed, tmp_path):
 def start_from(composed, path, modality: str, objective: str, *more: str):
     torch.manual_seed(4)
     cfg = composed(*settings(modality, objective, f"init_from={path}", *more))
-    start = adopt(cfg)
+    start = config_from_pretrained(cfg)
     model = build_objective(cfg)
     return model, initialise(model, start, str(path)), cfg
 
@@ -153,7 +153,7 @@ def test_the_last_run_of_a_directory_is_found(composed, trained, tmp_path):
 def test_a_fresh_teacher_is_a_copy_of_the_student(modality, composed, trained):
     path, old = trained(modality, "data2vec")
     cfg = composed(*settings(modality, "data2vec", f"init_from={path}", *SMALL_INPUTS[modality]))
-    start = adopt(cfg)
+    start = config_from_pretrained(cfg)
     model = build_objective(cfg)
     notes = initialise(model, start, str(path), fresh_teacher=True)
     assert "the teacher starts as a copy of the student" in notes
@@ -223,7 +223,7 @@ def test_a_run_at_8_khz_is_continued_at_8_khz_and_says_so(composed, tmp_path, ca
     path = run_of_8_khz(composed, tmp_path / "alone.ckpt")  # nothing lies beside it
     cfg = composed(*settings("audio", "data2vec2", f"init_from={path}"))
     with caplog.at_level("INFO"):
-        adopt(cfg)
+        config_from_pretrained(cfg)
     assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (8000, False)
     assert cfg.modality.preprocessing.sampling_rate == 8000
     assert cfg.modality.decode.sample_rate_hz == 8000
@@ -234,7 +234,7 @@ def test_a_rate_that_the_command_sets_counts_and_the_difference_is_said(composed
     path = run_of_8_khz(composed, tmp_path / "alone.ckpt")
     cfg = composed(*settings("audio", "data2vec2", f"init_from={path}", "modality.sample_rate_hz=4000"))
     with caplog.at_level("INFO"):
-        adopt(cfg, {"modality.sample_rate_hz"})
+        config_from_pretrained(cfg, {"modality.sample_rate_hz"})
     assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (4000, False)
     assert "modality.sample_rate_hz=4000, as you say" in caplog.text
     assert "8000" in caplog.text
@@ -244,7 +244,7 @@ def test_what_lies_beside_the_weights_goes_before_the_config_in_the_checkpoint(c
     path = run_of_8_khz(composed, tmp_path / "run" / "checkpoints" / "step-00000001" / "state.ckpt")
     AudioFeatureExtractor(sampling_rate=11025).save_pretrained(tmp_path / "run" / "preprocessing")
     cfg = composed(*settings("audio", "data2vec2", f"init_from={path}"))
-    adopt(cfg)
+    config_from_pretrained(cfg)
     assert (cfg.modality.sample_rate_hz, cfg.modality.normalise) == (11025, True)
 
 
@@ -255,7 +255,7 @@ def test_images_keep_the_mean_and_deviation_of_the_weights(composed, trained, tm
     torch.save(content, path)
     cfg = composed(*settings("vision", "data2vec2", f"init_from={path}"))
     with caplog.at_level("INFO"):
-        adopt(cfg)
+        config_from_pretrained(cfg)
     assert (list(cfg.modality.mean), list(cfg.modality.std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     assert "mean=[0.1, 0.2, 0.3]" in caplog.text
 

@@ -125,7 +125,7 @@ class PredictionMeter(Meter):
 class HeadTask(ABC):
     """What a head is trained for.
 
-    The order of calls: `study` with the training records, `model_settings` for the model, then `example` and `collate`
+    The order of calls: `setup` with the training records, `model_settings` for the model, then `example` and `collate`
     in the loader's processes, `loss` in training, `meter` for a data set, `predictions` for people.
 
     Attributes:
@@ -135,7 +135,7 @@ class HeadTask(ABC):
         lower_is_better: of that score.
         same_classes: whether test records must have the classes of the training records.
         may_crop: whether a part of a record has the record's label.
-        class_names: what labels 0, 1, ... mean; None before `study`, and for heads without classes.
+        class_names: what labels 0, 1, ... mean; None before `setup`, and for heads without classes.
     """
 
     model_class: ClassVar[str]
@@ -173,7 +173,7 @@ class HeadTask(ABC):
         """The records to learn from, when they are not those that lie in the files."""
         return source
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
+    def setup(self, source: Source, rows: np.ndarray) -> None:
         """Learn from the training records what has to be known before a model can be built.
 
         Args:
@@ -198,7 +198,7 @@ class HeadTask(ABC):
 
     @property
     def outputs(self) -> list[str] | None:
-        """What each output of the model means, after `study`; None where outputs are no classes."""
+        """What each output of the model means, after `setup`; None where outputs are no classes."""
         return self.class_names
 
     def usable(self, source: Source) -> np.ndarray:
@@ -211,7 +211,7 @@ class HeadTask(ABC):
         return np.flatnonzero(known)
 
     def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Those of the rows whose labels can teach nothing, with the reason; after `study`."""
+        """Those of the rows whose labels can teach nothing, with the reason; after `setup`."""
         return []
 
     def check_test(self, source: Source) -> None:
@@ -230,12 +230,12 @@ class HeadTask(ABC):
             DataError: they cannot.
         """
 
-    def adopt(self, model: PretrainedModel) -> None:
-        """Take what `study` finds out from a trained model instead."""
+    def setup_from_pretrained(self, model: PretrainedModel) -> None:
+        """Instead of `setup`: take from a trained model what it would find out."""
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
 
     def continues(self, model: PretrainedModel) -> bool:
-        """Whether the outputs of a model's head mean what they are to mean here; after `study`."""
+        """Whether the outputs of a model's head mean what they are to mean here; after `setup`."""
         names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         return self.class_names in (None, names)
 

@@ -174,7 +174,7 @@ class FinetuneData(ResumableData):
             rows = few_of(source.labels() if task.needs_classes else None, rows, train_samples, seed=seed)
         if not len(rows):
             raise DataError("no records are left to train on")
-        task.study(source, rows)
+        task.setup(source, rows)
         if test_source is not None:
             self._check_classes(test_source)
             if task.needs_classes and test_source.class_names != source.class_names and task.same_classes:

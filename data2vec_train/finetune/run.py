@@ -85,7 +85,7 @@ def finetune(cfg: DictConfig) -> float | None:
         log.info("%s is finished already", run_dir)
         return (run.summary.get("best") or {}).get(run.summary.get("metric"))
     if getattr(task, "vocabulary", None) == "keep":
-        task.adopt(start)
+        task.setup_from_pretrained(start)
     data = build_records(cfg, task, run)
     model, notes = with_head(
         start,
@@ -284,7 +284,7 @@ def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> Hea
     task: HeadTask = build(head)(inputs=inputs)
     if type(model).__name__ != task.model_class:
         raise ConfigError(f"the settings are those of {task.model_class}, the weights are a {type(model).__name__}")
-    task.adopt(model)
+    task.setup_from_pretrained(model)
     return task
 
 

@@ -223,7 +223,7 @@ class CTC(SpeechTask):
         """All: `unusable` names those whose transcript cannot be spelt."""
         return np.arange(len(source))
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
+    def setup(self, source: Source, rows: np.ndarray) -> None:
         """Collect the symbols of the transcripts, or take those that were asked for.
 
         Raises:
@@ -325,7 +325,7 @@ class CTC(SpeechTask):
         if not any(map(self.text_of, source.column(self.text_column))):
             raise DataError(NOTHING_KNOWN)
 
-    def adopt(self, model: PretrainedModel) -> None:
+    def setup_from_pretrained(self, model: PretrainedModel) -> None:
         """The tokenizer that lies beside the weights.
 
         Raises:
@@ -581,7 +581,7 @@ class FrameClassification(SpeechTask):
         """See `HeadTask.label_fields`."""
         return [self.labels_column]
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
+    def setup(self, source: Source, rows: np.ndarray) -> None:
         """Collect the classes."""
         column = source.column(self.labels_column)
         names = {str(_name(one)) for row in rows for one in _list_of(column[row])}

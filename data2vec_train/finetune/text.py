@@ -142,8 +142,8 @@ class SequenceClassification(TextTask):
         """See `HeadTask.needs_classes`."""
         return self.problem == "classification"
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
-        """See `HeadTask.study`."""
+    def setup(self, source: Source, rows: np.ndarray) -> None:
+        """See `HeadTask.setup`."""
         if self.problem == "multi_label":
             lists = source.column(self.label_column)
             names = {str(one) for row in rows for one in lists[row] or ()}
@@ -154,7 +154,7 @@ class SequenceClassification(TextTask):
             _check_numbers(source, rows, self.label_column)
             self.class_names = ["score"]
         else:
-            super().study(source, rows)
+            super().setup(source, rows)
 
     def check_test(self, source: Source) -> None:
         """See `HeadTask.check_test`."""
@@ -264,7 +264,7 @@ class TokenClassification(TextTask):
         """See `HeadTask.label_fields`."""
         return [self.tags_column]
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
+    def setup(self, source: Source, rows: np.ndarray) -> None:
         """Collect the classes."""
         column = source.column(self.tags_column)
         names = {str(tag) for row in rows for tag in column[row] or ()}
@@ -401,7 +401,7 @@ class QuestionAnswering(TextTask):
         """See `HeadTask.label_fields`."""
         return [self.answers_column]
 
-    def adopt(self, model: PretrainedModel) -> None:
+    def setup_from_pretrained(self, model: PretrainedModel) -> None:
         """There are no classes."""
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
@@ -533,7 +533,7 @@ class MultipleChoice(TextTask):
         """See `HeadTask.label_fields`."""
         return [self.label_column]
 
-    def adopt(self, model: PretrainedModel) -> None:
+    def setup_from_pretrained(self, model: PretrainedModel) -> None:
         """There are no classes."""
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
@@ -628,7 +628,7 @@ class LanguageTask(TextTask):
         """Blocks of ids."""
         return self.inputs.blocks(source)
 
-    def adopt(self, model: PretrainedModel) -> None:
+    def setup_from_pretrained(self, model: PretrainedModel) -> None:
         """There are no classes."""
 
     def _ids(self, raw: RawSample) -> np.ndarray:

@@ -210,7 +210,7 @@ class SemanticSegmentation(HeadTask):
         """All: maps are not read before they are needed."""
         return np.arange(len(source))
 
-    def study(self, source: Source, rows: np.ndarray) -> None:
+    def setup(self, source: Source, rows: np.ndarray) -> None:
         """Check that there is a map for every image.
 
         Raises:

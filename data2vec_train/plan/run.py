@@ -56,9 +56,9 @@ def plan(cfg: DictConfig) -> None:
 def make_plan(cfg: DictConfig) -> dict[str, Any]:
     """All that is known about the run, as it stands in `plan.json`."""
     if cfg.init_from is not None:
-        from data2vec_train.training.init_from import adopt
+        from data2vec_train.training.init_from import config_from_pretrained
 
-        adopt(cfg)
+        config_from_pretrained(cfg)
     with torch.device("meta"):
         objective: Data2Vec = build(cfg.objective)
     hardware = Hardware(**OmegaConf.to_container(cfg.hardware, resolve=True))

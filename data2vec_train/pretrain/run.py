@@ -34,7 +34,7 @@ from data2vec_train.training.callbacks.checkpointing import Checkpointing
 from data2vec_train.training.callbacks.monitor import Monitor
 from data2vec_train.training.callbacks.probe import ProbeCallback
 from data2vec_train.training.callbacks.timing import REPORT, Timing
-from data2vec_train.training.init_from import adopt, initialise
+from data2vec_train.training.init_from import config_from_pretrained, initialise
 from data2vec_train.training.module import Data2VecModule
 from data2vec_train.training.precision import (
     uncompiled,
@@ -102,7 +102,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     start = None
     if cfg.init_from is not None:
-        start = adopt(cfg, given_settings())
+        start = config_from_pretrained(cfg, given_settings())
     run = open_run(cfg, run_dir)
     if run.summary is not None:
         log.info("%s is finished already", run_dir)

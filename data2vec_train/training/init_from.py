@@ -23,7 +23,7 @@ _TOKENIZERS = ("tokenizer.json", "merges.txt")
 _INPUTS = ("image_px", "patch_px", "channels")
 
 
-def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
+def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Start:
     """Read `cfg.init_from` and make `cfg` describe its encoder; how the encoder is trained stays as configured.
 
     Args:
@@ -49,7 +49,7 @@ def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
         follow(cfg, {name: fact for name, fact in facts.items() if name not in _INPUTS}, given, where)
     with open_dict(cfg):
         if modality == "text":
-            _adopt_tokenizer(cfg, arguments, given)
+            _tokenizer_from_pretrained(cfg, arguments, given)
         for name in _SIZES:
             if name in arguments:
                 cfg.size[name] = arguments[name]
@@ -66,7 +66,7 @@ def adopt(cfg: DictConfig, given: Collection[str] = ()) -> Start:
 
 
 def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection[str], where: str) -> None:
-    """See `adopt`."""
+    """See `config_from_pretrained`."""
     for name in _SIZES:
         if name in arguments and not {"size", f"size.{name}"}.isdisjoint(given):
             fact = arguments[name]  # of the front end a width for each layer, or one for all
@@ -82,7 +82,7 @@ def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection
             refuse_other(f"modality.encoder.{name}", asked, value, where)
 
 
-def _adopt_tokenizer(cfg: DictConfig, arguments: dict, given: Collection[str]) -> None:
+def _tokenizer_from_pretrained(cfg: DictConfig, arguments: dict, given: Collection[str]) -> None:
     folder = Path(cfg.init_from).expanduser()
     places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
     if cfg.modality.tokenizer.path is None:

@@ -61,9 +61,9 @@ def ctc(**settings) -> CTC:
 
 
 def reasons(values: list, lengths: list[int] | None = None, **settings) -> list[str]:
-    """Why each of the records cannot be learnt, after a study of all; "" if it can."""
+    """Why each of the records cannot be learnt, after `setup` with all; "" if it can."""
     task, source = ctc(**settings), Rows(values, lengths)
-    task.study(source, np.arange(len(values)))
+    task.setup(source, np.arange(len(values)))
     found = dict(task.unusable(source, np.arange(len(values))))
     return [found.get(row, "") for row in range(len(values))]
 
@@ -104,7 +104,7 @@ def test_a_transcript_that_is_odd(attack):
     assert (wanted in why) if wanted else not why
     if not wanted:
         task = ctc()
-        task.study(Rows(["ab", value]), np.arange(2))
+        task.setup(Rows(["ab", value]), np.arange(2))
         text = task.text_of(value)
         again = task.tokenizer.decode(task.spelt(text)[0], group_tokens=False)
         assert task.writing(again) == text, "what is learnt is what is said"
@@ -148,14 +148,14 @@ def test_the_same_transcripts_in_another_order_give_the_same_numbers():
     for seed in range(3):
         task = ctc()
         shuffled = random.Random(seed).sample(texts, len(texts))
-        task.study(Rows(shuffled), np.arange(len(texts)))
+        task.setup(Rows(shuffled), np.arange(len(texts)))
         made.append(list(task.tokenizer.vocabulary.items()))
     assert made[0] == made[1] == made[2]
 
 
 def test_two_apostrophes_are_one_letter_in_training_and_scores():
     task = ctc()
-    task.study(Rows(["don't", "don’t"]), np.arange(2))
+    task.setup(Rows(["don't", "don’t"]), np.arange(2))
     assert task.spelt(task.text_of("don't"))[0] == task.spelt(task.text_of("don’t"))[0]
     assert task.score(["don't"], [task.text_of("don’t")])["wer"] == 0
 

@@ -226,7 +226,7 @@ def test_five_channels_from_pretraining_to_predictions(program_of, images, run_p
 
 def test_continued_pretraining_takes_the_size_that_is_asked_for(composed, folder):
     from data2vec_train.training.assemble import build_objective
-    from data2vec_train.training.init_from import adopt, initialise
+    from data2vec_train.training.init_from import config_from_pretrained, initialise
 
     for make, name in ((small, "one"), (version_two, "two")):
         path = folder(make(32), name)
@@ -238,7 +238,7 @@ def test_continued_pretraining_takes_the_size_that_is_asked_for(composed, folder
             "modality.image_px=[32,64]",
         ]
         cfg = composed(*given)
-        start = adopt(cfg, {"modality.image_px"})
+        start = config_from_pretrained(cfg, {"modality.image_px"})
         assert list(cfg.modality.image_px) == [32, 64]
         objective = build_objective(cfg)
         initialise(objective, start, str(path))
@@ -255,12 +255,12 @@ def test_continued_pretraining_takes_the_size_that_is_asked_for(composed, folder
     ],
 )
 def test_continued_pretraining_refuses_sizes_that_are_not_the_weights(composed, folder, asked, given):
-    from data2vec_train.training.init_from import adopt
+    from data2vec_train.training.init_from import config_from_pretrained
 
     path = folder(small(32))
     cfg = composed("modality=vision", "data=folder", "data.path=nowhere", f"init_from={path}", asked)
     with pytest.raises(ConfigError, match=r"=.*: init_from=.* was made for .*; leave it out"):
-        adopt(cfg, {given})
+        config_from_pretrained(cfg, {given})
 
 
 # ---------------------------------------------------------------------------------------------------- from end to end

@@ -300,7 +300,7 @@ def test_capital_letters_of_turkish_transcripts(monkeypatch):
     task = ctc(case="upper")
     texts = ["iki", "ılık"]
     source = type("Rows", (), {"column": lambda self, name: texts, "lengths": None})()
-    task.study(source, np.arange(2))
+    task.setup(source, np.arange(2))
     assert [task.text_of(one) for one in texts] == ["İKİ", "ILIK"]
 
 

@@ -235,7 +235,7 @@ def test_a_map_stands_for_one_image_alone(tmp_path):
         FolderSource(path=str(tmp_path / name), extensions=[".png"], class_from_folder=False)
         for name in ("train", "test", "other")
     ]
-    task.study(sources[0], np.arange(1))
+    task.setup(sources[0], np.arange(1))
     task.check_test(sources[0])
     task.check_test(sources[2])
     with pytest.raises(DataError, match=r"a\.png is a training and another test image"):
