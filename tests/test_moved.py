@@ -1,5 +1,6 @@
 """Runs and files of earlier versions, whose settings and classes had other names."""
 
+import json
 import shutil
 
 import pytest
@@ -98,6 +99,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, run_program):
     content = checkpoints.read(first / checkpoints.STATE)
     content["config"] = as_of_an_earlier_version(content["config"])
     assert content["config"]["objective"]["views"] == 2
+    [probe] = [state for state in content["callbacks"].values() if "r2" in state]
+    probe["explained"] = probe.pop("r2")
+    probe["metrics"]["heldout/explained"] = probe["metrics"].pop("heldout/r2")
     shutil.rmtree(run / checkpoints.FOLDER)
     checkpoints.write(content, first, pointers=["last"], keep_last=1)
     (run / "config.yaml").write_text(yaml.safe_dump(content["config"]))
@@ -106,11 +110,13 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, run_program):
     words = [f"{new_to_old.get(name, name)}={value}" for name, _, value in (word.partition("=") for word in words)]
     assert "objective.views=2" in words
     (run / ".command.yaml").write_text(yaml.safe_dump(words))
-    (run / "summary.json").unlink()
 
     assert load_pretrained(str(run)).encoder.depth == 2
+    reached_r2 = json.loads((run / "summary.json").read_text())["r2"]
+    (run / "summary.json").unlink()
     done = run_program(f"resume={run}")
     assert done.returncode == 0, done.stderr
     assert "going on after step 1" in done.stdout
     found = checkpoints.read(checkpoints.resolve(run))["state_dict"]
     assert all(torch.equal(tensor, found[name]) for name, tensor in reached.items())
+    assert json.loads((run / "summary.json").read_text())["r2"] == reached_r2

@@ -70,7 +70,7 @@ def test_a_folder_of_recordings_trains_on_the_good_ones_and_lists_the_bad(
     assert all(reason == "values that are not finite" for reason in bad.values())
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["modality"]) == ("finished", 6, "audio")
-    assert summary["explained"]["trained"] < 1
+    assert summary["r2"]["trained"] < 1
     page = (run / "report.html").read_text()
     for heading in ("What the student hears", "Features over time as colours", "The task on held-out samples"):
         assert heading in page
@@ -154,5 +154,5 @@ def test_the_demo_ends_with_a_report_and_solves_the_task_on_held_out_samples(run
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith("report.html")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["explained"]["trained"] > 0.05 > summary["explained"]["untrained"]
+    assert summary["r2"]["trained"] > 0.05 > summary["r2"]["untrained"]
     assert summary["probe"]["linear"]["trained"] > summary["probe"]["linear"]["untrained"]

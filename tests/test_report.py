@@ -9,7 +9,6 @@ from data2vec_train.report.page import (
     Section,
     _covered,
     curves_section,
-    explained_section,
     facts_section,
     image_tag,
     masks_section,
@@ -17,6 +16,7 @@ from data2vec_train.report.page import (
     pca_colours,
     pca_section,
     probe_section,
+    r2_section,
     read_metrics,
     tiled,
     write_report,
@@ -96,26 +96,32 @@ def test_a_name_cannot_leave_the_alt_attribute():
     assert set(found) == {"class", "alt", "src"}
 
 
-def test_explained_variance_below_zero_stays_in_the_panel(monkeypatch):
+def test_r2_below_zero_stays_in_the_panel(monkeypatch):
     from matplotlib.figure import Figure
 
     lowest, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (lowest.append(self.axes[0].get_ylim()[0]), save(self, *a, **k))
     )
-    section = curves_section({"heldout/explained": (np.arange(3), np.array([-1.2, -0.1, 0.4]))}, baselines={})
+    section = curves_section({"heldout/r2": (np.arange(3), np.array([-1.2, -0.1, 0.4]))}, baselines={})
     assert "Target variance explained, held out" in section.html
     assert lowest[0] < -1.2
 
 
+def test_r2_of_a_run_that_an_earlier_version_began_is_one_line(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,heldout/explained,heldout/r2\n1,0.1,\n2,0.2,\n3,,0.3\n")
+    steps, values = read_metrics(tmp_path / "metrics.csv")["heldout/r2"]
+    assert (steps.tolist(), values.tolist()) == ([1, 2, 3], [0.1, 0.2, 0.3])
+
+
 @pytest.mark.parametrize("word", ["patch", "image", "pixel"])
 def test_sections_of_all_modalities_speak_of_no_image(word):
-    summary = SUMMARY | {"modality": "audio", "explained": {"trained": 0.2, "samples": 3, "tokens": 9}}
+    summary = SUMMARY | {"modality": "audio", "r2": {"trained": 0.2, "samples": 3, "tokens": 9}}
     metrics = {column: (np.arange(3), np.ones(3)) for panel in PANELS.values() for column in panel.values()}
     sections = [
         probe_section(summary),
         probe_section({"rankme": 2.0}),
-        explained_section(summary),
+        r2_section(summary),
         curves_section(metrics, baselines=SUMMARY["probe"]),
         facts_section(summary, command="train modality=audio"),
     ]

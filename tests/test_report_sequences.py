@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data2vec_train.report.page import explained_section, probe_section
+from data2vec_train.report.page import probe_section, r2_section
 from data2vec_train.report.sequences import (
     STRIP_PX,
     audio_masks_section,
@@ -108,13 +108,15 @@ def test_neighbours_are_listed_nearest_first_and_marked_where_classes_are_known(
     assert ("trained 50.0%" in section.explanation) == labelled
 
 
-def test_explained_variance_is_shown_only_where_it_was_measured():
-    assert explained_section({}) is None
-    assert explained_section({"explained": {"untrained": -1.0}}) is None
-    section = explained_section({"explained": {"untrained": -1.5, "trained": 0.25, "samples": 1234, "tokens": 5}})
+def test_r2_is_shown_only_where_it_was_measured():
+    assert r2_section({}) is None
+    assert r2_section({"r2": {"untrained": -1.0}}) is None
+    section = r2_section({"r2": {"untrained": -1.5, "trained": 0.25, "samples": 1234, "tokens": 5}})
     assert "25.0 %" in section.html
     assert "-150.0 %" in section.html
     assert "1,234 held-out samples" in section.html
+    earlier = {"explained": {"untrained": -1.5, "trained": 0.25, "samples": 1234, "tokens": 5}}
+    assert r2_section(earlier) == section
 
 
 def test_the_probe_table_names_its_baseline_its_pooling_and_what_should_be_known():

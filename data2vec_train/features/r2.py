@@ -9,14 +9,12 @@ from data2vec_train.objective.data2vec import Data2Vec
 
 
 @torch.no_grad()
-def explained_variance(
-    objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device
-) -> tuple[float, int, int]:
-    """Share of the targets' variance at hidden positions that the predictions explain; how many positions and samples.
+def held_out_r2(objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int, int]:
+    """R2, the share of the targets' variance that is predicted at hidden positions; how many positions and samples.
 
-    1 - sum (p - y)^2 / sum (y - mean y)^2 over all hidden positions and channels, the mean per channel. 1 = predicted
-    exactly, 0 = no better than always predicting the mean; below 0 = worse. Targets come from the teacher as it is
-    now: they change in the course of training, and richer ones are harder to predict.
+    R2 = 1 - sum (p - y)^2 / sum (y - mean y)^2 over all hidden positions and channels, the mean per channel. 1 =
+    predicted exactly, 0 = no better than always predicting the mean; below 0 = worse. Targets come from the teacher as
+    it is now: they change in the course of training, and richer ones are harder to predict.
 
     Args:
         objective: student, teacher and decoder; put into evaluation mode for the time being.

@@ -30,7 +30,7 @@ PANELS = {  # title: {label: column of metrics.csv}
     "Loss": {"": "train/loss"},
     "Spread (std) of the features": {"targets": "train/target_std", "predictions": "train/prediction_std"},
     "Difference between samples before normalisation (std)": {"": "train/feature_std"},
-    "Target variance explained, held out": {"": "heldout/explained"},
+    "Target variance explained, held out": {"": "heldout/r2"},
     "k-NN probe accuracy": {"pretrained": "probe/knn"},
     "Linear probe accuracy": {"pretrained": "probe/linear"},
     "RankMe: directions the features use": {"": "probe/rankme"},
@@ -40,6 +40,7 @@ PANELS = {  # title: {label: column of metrics.csv}
     "Samples per second": {"": "train/samples_per_second"},
     "Share of time spent waiting for data": {"": "train/data_wait"},
 }
+_RENAMED = {"heldout/explained": "heldout/r2"}  # columns of runs that an earlier version began
 # Keys of the summary in the order of the table; other single values follow.
 FACTS = ("modality", "objective", "seed", "steps", "seconds", "samples_per_second", "loss_first", "loss_last")
 FACTS += ("target_std", "prediction_std", "rankme")
@@ -70,7 +71,7 @@ def read_metrics(path: Path) -> Metrics:
                 raise ValueError(f"{path}, line {rows.line_num}: expected a cell `step` and one per column, got {row}")
             for name, cell in row.items():
                 if name != "step" and cell:
-                    series.setdefault(name, {})[int(row["step"])] = float(cell)
+                    series.setdefault(_RENAMED.get(name, name), {})[int(row["step"])] = float(cell)
     return {
         name: (np.array(sorted(points), np.int64), np.array([points[step] for step in sorted(points)], np.float64))
         for name, points in series.items()
@@ -165,24 +166,20 @@ def probe_section(summary: dict) -> Section:
     )
 
 
-def explained_section(summary: dict) -> Section | None:
-    """How well the pretext task is solved on held-out samples, from `summary["explained"]`; None if not measured."""
-    explained = summary.get("explained")
-    if not explained or "trained" not in explained:
+def r2_section(summary: dict) -> Section | None:
+    """How well the pretext task is solved on held-out samples, from `summary["r2"]`; None if not measured."""
+    r2 = summary.get("r2") or summary.get("explained")  # as earlier versions called it
+    if not r2 or "trained" not in r2:
         return None
-    rows = [
-        [f"<th>{which}</th>", _td(f"{100 * explained[which]:.1f} %")]
-        for which in ("untrained", "trained")
-        if which in explained
-    ]
+    rows = [[f"<th>{which}</th>", _td(f"{100 * r2[which]:.1f} %")] for which in ("untrained", "trained") if which in r2]
     return Section(
         "The task on held-out samples",
         "Share of the variance of the teacher's features at hidden positions that the student predicts, on samples "
         "that never trained it. 100 % is a perfect prediction, 0 % is no better than always answering with the mean, "
         "below 0 is worse. The targets change with the teacher: the share may fall while the features get richer, so "
         "it says that the task is being learnt, not how useful the features are.",
-        f"{table([], rows)}<p class='quiet'>{_value(explained['samples'])} held-out samples, "
-        f"{_value(explained['tokens'])} hidden positions</p>",
+        f"{table([], rows)}<p class='quiet'>{_value(r2['samples'])} held-out samples, "
+        f"{_value(r2['tokens'])} hidden positions</p>",
     )
 
 

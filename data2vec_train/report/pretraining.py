@@ -12,9 +12,9 @@ from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.report.page import (
     Section,
     curves_section,
-    explained_section,
     facts_section,
     probe_section,
+    r2_section,
     read_metrics,
     write_report,
 )
@@ -37,7 +37,7 @@ def write_run_report(cfg: DictConfig, *, run_dir: Path, objective: Data2Vec, dat
     metrics = read_metrics(run_dir / "metrics.csv")
     sections = [
         probe_section(summary),
-        explained_section(summary),
+        r2_section(summary),
         curves_section(metrics, baselines=summary["probe"] or {}),
         *_pictures(cfg, objective.student, data),
         facts_section(summary, command=command_line()),

@@ -20,7 +20,7 @@ from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.features.embedding import pool
 from data2vec_train.features.measures import knn_accuracy, linear_accuracy, rankme
-from data2vec_train.features.r2 import explained_variance
+from data2vec_train.features.r2 import held_out_r2
 from data2vec_train.system.clock import seconds_since
 from data2vec_train.training.precision import in_float32, uncompiled
 
@@ -80,7 +80,7 @@ class ProbeCallback(L.Callback):
         self.metrics: dict[str, float] = {}
         self.accuracies: dict[str, dict[str, float]] = {"knn": {}, "linear": {}}
         self.ranks: dict[str, float] = {}
-        self.explained: dict[str, float | int] = {}
+        self.r2: dict[str, float | int] = {}
         self.best: dict[str, float | int] = {}  # highest kNN accuracy and its step
         self.samples: dict[str, int] = {}  # that could be used
         self.measured_at = -1
@@ -97,7 +97,7 @@ class ProbeCallback(L.Callback):
             raw = [raw_input(self.raw, data.evaluation_batches(one)) for one in (data.fit_set, data.test_set)]
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
-        self._explain(trainer, pl_module, "untrained")
+        self._measure_r2(trainer, pl_module, "untrained")
         self.seconds += seconds_since(start)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
@@ -108,7 +108,7 @@ class ProbeCallback(L.Callback):
             self.measured_at = step
             start = time.perf_counter()
             self._measure(trainer, pl_module.objective.student, "trained")
-            self._explain(trainer, pl_module, "trained")
+            self._measure_r2(trainer, pl_module, "trained")
             accuracy = self.accuracies["knn"].get("trained")
             if accuracy is not None and accuracy > self.best.get("knn", -1):
                 self.best = {"knn": accuracy, "step": step}
@@ -139,15 +139,15 @@ class ProbeCallback(L.Callback):
         if which != "teacher":
             self.metrics["probe/rankme"] = self.ranks[which]
 
-    def _explain(self, trainer: L.Trainer, pl_module: L.LightningModule, which: str) -> None:
+    def _measure_r2(self, trainer: L.Trainer, pl_module: L.LightningModule, which: str) -> None:
         data: DataModule = trainer.datamodule
         if data.held_out_set is None:
             return
         with uncompiled(), trainer.precision_plugin.forward_context():
             batches = in_float32(data.evaluation_batches(data.held_out_set, masked=True))
-            share, tokens, samples = explained_variance(pl_module.objective, batches, device=pl_module.device)
-        self.explained |= {which: share, "samples": samples, "tokens": tokens}
-        self.metrics["heldout/explained"] = share
+            r2, tokens, samples = held_out_r2(pl_module.objective, batches, device=pl_module.device)
+        self.r2 |= {which: r2, "samples": samples, "tokens": tokens}
+        self.metrics["heldout/r2"] = r2
 
     def _score(self, which: str, fit: Labelled, test: Labelled) -> None:
         self.samples = {"fit_samples": len(fit.labels), "test_samples": len(test.labels)}
@@ -175,7 +175,7 @@ class ProbeCallback(L.Callback):
         return {
             "rankme": rank,
             "rankme_untrained": self.ranks.get("untrained"),
-            "explained": dict(self.explained) or None,
+            "r2": dict(self.r2) or None,
             "probe": probe,
         }
 
@@ -184,7 +184,7 @@ class ProbeCallback(L.Callback):
         return {
             "accuracies": self.accuracies,
             "ranks": self.ranks,
-            "explained": self.explained,
+            "r2": self.r2,
             "metrics": self.metrics,
             "best": self.best,
             "samples": self.samples,
@@ -193,7 +193,9 @@ class ProbeCallback(L.Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         """See `state_dict`."""
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
-        self.explained, self.metrics = state_dict["explained"], state_dict["metrics"]
+        renamed = {"heldout/explained": "heldout/r2"}  # of checkpoints from before, where it was called that
+        self.metrics = {renamed.get(name, name): value for name, value in state_dict["metrics"].items()}
+        self.r2 = state_dict["r2"] if "r2" in state_dict else state_dict["explained"]
         self.best = state_dict["best"]
         self.samples = state_dict.get("samples", {})  # not in checkpoints from before
 
