@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from data2vec_train import checkpoints
 from data2vec_train.config.check.overrides import find_faults
 from data2vec_train.paths import config_directory
-from data2vec_train.system.moved import SETTINGS, _node_of, with_current_setting, with_current_settings
+from data2vec_train.system.moved import SETTINGS, _node_of, current, with_current_setting, with_current_settings
 from data2vec_train.weights.convert import load_pretrained
 
 SMALL = ["size.dim=16", "size.depth=2", "size.ffn_dim=16", "size.num_heads=2", "objective.targets.top_k_layers=1"]
@@ -23,6 +23,24 @@ def test_every_new_name_is_that_of_a_setting(composed):
     cfg = composed("modality=vision")
     for new in SETTINGS.values():
         assert OmegaConf.select(cfg, new) is not None
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("data2vec_train.encoders.audio.AudioEncoder", "data2vec_train.encoders.waveform.WaveformEncoder"),
+        ("data2vec_train.encoders.waveform.AudioEncoder", "data2vec_train.encoders.waveform.WaveformEncoder"),
+        ("data2vec_train.encoders.waveform.WaveformEncoder", "data2vec_train.encoders.waveform.WaveformEncoder"),
+        ("data2vec_train.encoders.audio.ConvLayer", "data2vec_train.encoders.waveform.ConvLayer"),
+        ("data2vec_train.hf.preprocessing.ImageProcessor", "data2vec_train.weights.preprocessing.ImageProcessor"),
+        ("data2vec_train.Data2Vec", "data2vec_train.Data2Vec"),
+        ("data2vec_train", "data2vec_train"),
+        ("masking.SpanMasker", "masking.SpanMasker"),
+        ("torch.nn.Linear", "torch.nn.Linear"),
+    ],
+)
+def test_a_class_is_found_where_it_is_today(then, now):
+    assert current(then) == now
 
 
 def test_a_saved_config_gets_the_names_of_today():

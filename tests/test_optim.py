@@ -8,7 +8,7 @@ from torch import nn
 
 from data2vec_train.encoders.positions import ALiBi
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.objective.decoders import LinearDecoder
 from data2vec_train.objective.targets import TargetBuilder
@@ -197,7 +197,7 @@ def test_the_scale_of_alibi_does_not_decay(decay_all, decay):
     encoder = nn.Module()
     encoder.alibi = ALiBi(num_heads=4, num_scales=1)
     model = nn.ModuleDict({"encoder": encoder})
-    options = {"weight_decay": 0.1, "decay_all": decay_all, "no_decay": AudioEncoder.no_decay}
+    options = {"weight_decay": 0.1, "decay_all": decay_all, "no_decay": WaveformEncoder.no_decay}
     layered = layered_adamw(
         model, block_of=lambda name: 0, lr=1.0, betas=(0.9, 0.98), eps=1e-6, fused=False, layer_decay=1.0, **options
     )

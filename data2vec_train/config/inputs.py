@@ -16,7 +16,7 @@ from data2vec_train.data.image import remarks_on
 from data2vec_train.data.sources.files import Source, StreamingSource
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.convert import with_image_size
@@ -25,7 +25,7 @@ from data2vec_train.weights.preprocessing import AudioFeatureExtractor, ImagePro
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images, before anything is done with them
-MODALITIES = {"audio": AudioEncoder, "text": TextEncoder, "vision": VisionEncoder}
+MODALITIES = {"audio": WaveformEncoder, "text": TextEncoder, "vision": VisionEncoder}
 
 
 def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedModel:

@@ -162,7 +162,7 @@ class WaveformEmbedding(nn.Module):
         return self.project(self.local_features(x))
 
 
-class AudioEncoder(ModalityEncoder):
+class WaveformEncoder(ModalityEncoder):
     """Speech and other time series.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.system.outputs import output_path, sole_writer, writing
 from data2vec_train.weights.base import PretrainedModel
@@ -283,7 +283,7 @@ def example_for(model: PretrainedModel, folder: Path | None = None) -> Example:
     """
     generator = torch.Generator().manual_seed(0)
     encoder = model.get_encoder()
-    if isinstance(encoder, AudioEncoder):
+    if isinstance(encoder, WaveformEncoder):
         count = encoder.token_count
         shortest = next(size for size in range(1, 10**7) if count(size) >= 2)  # graphs take one frame for a constant
         size = next(size for size in range(shortest, 10**7) if count(size) >= 48)

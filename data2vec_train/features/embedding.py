@@ -149,7 +149,7 @@ def embed_inputs(
         BadSample: an input cannot be used.
     """
     from data2vec_train.encoders.text import TextEncoder
-    from data2vec_train.encoders.waveform import AudioEncoder, multiply_convolutions
+    from data2vec_train.encoders.waveform import WaveformEncoder, multiply_convolutions
 
     model = load_pretrained(path)
     multiply_convolutions(model)
@@ -167,7 +167,7 @@ def embed_inputs(
         tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
     source = model.source
-    if isinstance(encoder, AudioEncoder):
+    if isinstance(encoder, WaveformEncoder):
         from data2vec_train.data.audio import AudioTransform, decode_audio
         from data2vec_train.weights.preprocessing import AudioFeatureExtractor as Described
 

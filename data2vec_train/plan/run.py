@@ -16,7 +16,7 @@ from data2vec_train.data.dataset import Sample
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.plan.planner import GIB, Hardware, Planner, Reserve, Setup, largest_that_fits
@@ -151,7 +151,7 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
     batching = build(modality.batching)
     if isinstance(encoder, VisionEncoder):
         inputs = [torch.zeros(modality.channels, *encoder.image_size)] * samples
-    elif isinstance(encoder, AudioEncoder):
+    elif isinstance(encoder, WaveformEncoder):
         shape = (batching.max_length,) if encoder.channels == 1 else (encoder.channels, batching.max_length)
         inputs = [torch.zeros(shape)] * samples
     elif isinstance(encoder, TextEncoder):
@@ -227,7 +227,7 @@ def _strategy(cfg: DictConfig, devices: int) -> str:
 def _sample_size(cfg: DictConfig, encoder: ModalityEncoder) -> str:
     if isinstance(encoder, VisionEncoder):
         return "image of {} x {} px".format(*encoder.image_size)
-    if isinstance(encoder, AudioEncoder):
+    if isinstance(encoder, WaveformEncoder):
         return f"recording of {cfg.modality.max_seconds:g} s"
     return f"block of {cfg.modality.block_tokens} tokens"
 
@@ -237,7 +237,7 @@ def _assumptions(cfg: DictConfig, objective: Data2Vec, setup: Setup) -> list[str
     made = [f"time: a step reaches {cfg.utilisation:.0%} of the matmul rate, which nobody has measured here"]
     if isinstance(objective.student, TextEncoder):
         made.append(f"text: a vocabulary of {cfg.modality.vocab_size:,} tokens, and every block is full")
-    if isinstance(objective.student, AudioEncoder):
+    if isinstance(objective.student, WaveformEncoder):
         made.append("sound: every recording is as long as modality.max_seconds allows")
     if cfg.modality.encoder.get("layer_drop", 0) > 0:
         made.append("no block is skipped, although layer drop would skip some")

@@ -47,11 +47,19 @@ _MODULES = {
 }
 
 
+# Class in its module of today, then and now.
+_CLASSES = {
+    "encoders.waveform.AudioEncoder": "encoders.waveform.WaveformEncoder",
+}
+
+
 def current(target: str) -> str:
     """The dotted path of a class today, for what an earlier version may have called it."""
+    if not target.startswith("data2vec_train."):
+        return target
     module, _, name = target.removeprefix("data2vec_train.").rpartition(".")
-    is_ours = target.startswith("data2vec_train.") and module in _MODULES
-    return f"data2vec_train.{_MODULES[module]}.{name}" if is_ours else target
+    path = f"{_MODULES.get(module, module)}.{name}".lstrip(".")
+    return f"data2vec_train.{_CLASSES.get(path, path)}"
 
 
 def with_current_names(tree: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.heads.losses import (
     additive_margin_loss,
@@ -28,7 +28,7 @@ from data2vec_train.weights.outputs import ModelOutput
 
 
 def encoder_arguments(config: Data2VecAudioConfig) -> dict[str, Any]:
-    """What `AudioEncoder` is to be built with."""
+    """What `WaveformEncoder` is to be built with."""
     if config.encoder is not None:
         return {**config.encoder, "attention": config.attn_implementation}
     has_mask_token = config.keep_mask_token
@@ -224,7 +224,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__(config)
-        self.encoder = build_encoder(AudioEncoder, encoder_arguments(config))
+        self.encoder = build_encoder(WaveformEncoder, encoder_arguments(config))
         self.adapter = Adapter(config) if config.add_adapter else None
         if config.encoder is None:
             self.init_weights()

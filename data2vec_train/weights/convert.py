@@ -158,7 +158,7 @@ def _spread(depth: int) -> list[int]:
 
 FAMILIES = {
     "audio": Family(
-        "data2vec_train.encoders.waveform.AudioEncoder",
+        "data2vec_train.encoders.waveform.WaveformEncoder",
         audio.Data2VecAudioModel,
         {"CTC": audio.Data2VecAudioForCTC},
         audio.encoder_arguments,

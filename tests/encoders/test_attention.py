@@ -16,7 +16,7 @@ from data2vec_train.encoders.positions import ALiBi, LinearBias, RelativeBias, R
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import ConfigError
 
 pytestmark = [
@@ -137,8 +137,8 @@ def vision(attention: str, *, first: bool, relative_bias: str, dim: int) -> Visi
     )
 
 
-def audio(attention: str, *, alibi: str, dim: int) -> AudioEncoder:
-    return AudioEncoder(
+def audio(attention: str, *, alibi: str, dim: int) -> WaveformEncoder:
+    return WaveformEncoder(
         channels=1,
         conv_dim=4,
         conv_kernel=[4],

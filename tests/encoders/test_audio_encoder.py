@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 from data2vec_train.batch import Masks
 from data2vec_train.encoders.positions import ALiBi, ConvPositions, alibi_slopes
-from data2vec_train.encoders.waveform import AudioEncoder, ConvLayer, ConvLengths, multiply_convolutions
+from data2vec_train.encoders.waveform import ConvLayer, ConvLengths, WaveformEncoder, multiply_convolutions
 from data2vec_train.testing import check_encoder
 
 RECORDED = json.loads((Path(__file__).parents[1] / "statistics.json").read_text())
 WAV2VEC = ConvLengths((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2))
 
 
-def audio(**changes) -> AudioEncoder:
+def audio(**changes) -> WaveformEncoder:
     torch.manual_seed(0)
     options = {
         "channels": 1,
@@ -49,7 +49,7 @@ def audio(**changes) -> AudioEncoder:
         "activation_checkpointing": False,
         "attention": "sdpa",
     }
-    return AudioEncoder(**options | changes)
+    return WaveformEncoder(**options | changes)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.batch import Batch
 from data2vec_train.config.build import build
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.plan.run import drawn_batch, make_plan
 
@@ -65,5 +65,5 @@ def batch_of(cfg: DictConfig, objective: Data2Vec, samples: int) -> Batch:
     batch = drawn_batch(cfg, objective, samples=samples)
     if batch.inputs.is_floating_point():
         batch.inputs.normal_()
-    assert not isinstance(objective.student, AudioEncoder) or batch.inputs.shape[-1] == 320_000
+    assert not isinstance(objective.student, WaveformEncoder) or batch.inputs.shape[-1] == 320_000
     return batch

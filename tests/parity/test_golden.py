@@ -21,7 +21,7 @@ from data2vec_train.encoders.backends import NAMES
 from data2vec_train.encoders.positions import relative_position_index
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
-from data2vec_train.encoders.waveform import AudioEncoder
+from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, std_over_rows
 from data2vec_train.objective.decoders import Conv1dDecoder, Conv2dDecoder, Decoder, LinearDecoder, MLPDecoder
 from data2vec_train.objective.targets import TargetBuilder
@@ -107,9 +107,9 @@ def _vision_encoder(config: dict, *, version: int, depth: int, channels: int, **
     )
 
 
-def _audio_encoder(config: dict, *, version: int, **common) -> AudioEncoder:
+def _audio_encoder(config: dict, *, version: int, **common) -> WaveformEncoder:
     widths, kernels, strides = zip(*ast.literal_eval(config["conv_layers"]), strict=True)
-    return AudioEncoder(
+    return WaveformEncoder(
         channels=1,
         conv_dim=widths,
         conv_kernel=kernels,
