@@ -288,7 +288,7 @@ def test_a_broken_command_ends_with_status_2_before_the_task_runs(toy, monkeypat
         config.main(lambda cfg: pytest.fail("the task ran"), config_name="train")
     heading, *faults = err.getvalue().splitlines()
     assert stopped.value.code == 2
-    assert heading.endswith("to mend in the command or config:")
+    assert heading.endswith("errors in the command or config:") or heading.endswith("error in the command or config:")
     assert len(faults) == int(heading.split()[0])
     assert fragment in err.getvalue()
     assert "Traceback" not in err.getvalue()

@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(make, words, run_program, tmp_
     make(tmp_path / "images")
     result = run_program("data=folder", f"data.path={tmp_path / 'images'}", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.returncode == 2
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("1 thing to mend")]
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("1 error in the command")]
     assert len(lines) == 1, result.stderr
     assert "images" in lines[0]
 

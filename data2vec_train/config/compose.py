@@ -77,7 +77,7 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         faults += _faults_of_command(args, config_name)
         if faults:
             lines = "".join(f"  {fault}\n" for fault in faults)
-            sys.stderr.write(f"{len(faults)} thing{'s' * (len(faults) > 1)} to mend in the command or config:\n{lines}")
+            sys.stderr.write(f"{len(faults)} error{'s' * (len(faults) > 1)} in the command or config:\n{lines}")
             sys.exit(2)
         if args.help:
             sys.stdout.write(_help(args, config_name))

@@ -41,9 +41,7 @@ class EEGEncoder(ModalityEncoder):
         mask = None if attention_mask is None else attention_mask[:, self.window - 1 :: self.window]
         return self.embedder(inputs).mT, mask
 
-    def contextualize(
-        self, tokens, attention_mask=None, *, masks=None, mode="replace", target_layer=None, top_k_layers=0
-    ):
+    def contextualize(self, tokens, attention_mask=None, *, masks=None, mode="replace", **targets):
         tokens = tokens if attention_mask is None else tokens * attention_mask[..., None]
         token = torch.zeros(self.dim, device=tokens.device)
         if masks is not None:  # positions come from visible windows only
@@ -53,9 +51,8 @@ class EEGEncoder(ModalityEncoder):
         else:
             tokens = tokens + self.positions(tokens, attention_mask)
         none = repeat(None, self.depth)
-        x, layers = self.transformer(
-            tokens, key_mask=attention_mask, biases=none, target_layer=target_layer, top_k_layers=top_k_layers
-        )
+        targets = {"target_layer": None, "top_k_layers": 0} | targets
+        x, layers = self.transformer(tokens, key_mask=attention_mask, biases=none, **targets)
         return EncoderOutput(prefix=x[:, :0], tokens=x, layers=layers)
 
 

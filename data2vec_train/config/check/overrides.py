@@ -101,7 +101,7 @@ def find_faults(
     names_only: bool = False,
     on_this_machine: bool = False,
 ) -> list[str]:
-    """Every fault of a command line, one plain sentence each; an empty list when there is nothing to mend.
+    """Every fault of a command line, one plain sentence each; an empty list when there is none.
 
     Faulty overrides are left out, so that the rest can be composed and one answer has everything. Of a sweep, each
     choice of a group is looked up, and the first `MAX_MEMBERS_CHECKED` members are composed.
@@ -664,7 +664,7 @@ class _Walk:
         self.derived: list[tuple[str, str, str]] = []  # (path, expression, sentence)
 
     def visit(self, node: DictConfig | ListConfig, plain: dict | list, path: str) -> None:
-        arguments: dict[str, tuple[str, object]] = {}  # name -> (path that the user has to mend, value)
+        arguments: dict[str, tuple[str, object]] = {}  # name -> (path that the user has to change, value)
         for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
             here = f"{path}.{key}" if path else str(key)
             if here == "hydra":
@@ -701,7 +701,7 @@ class _Walk:
         return _UNKNOWN
 
     def _origin(self, here: str, raw: object) -> str:
-        """Where a value that is only passed on was written: that is what the user has to mend."""
+        """Where a value that is only passed on was written: that is what the user has to change."""
         written = dict(nodes_of(self.plain))
         while passed_on := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw)):
             here, raw = passed_on[1], written.pop(passed_on[1], None)
