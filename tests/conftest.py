@@ -27,7 +27,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from data2vec_train.encoders import backends
 
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(backends, "_flex", lambda case: "it drops no attention weights" if case.dropout else None)
+    monkeypatch.setattr(backends, "_flex", lambda case: "no attention dropout" if case.dropout else None)
 
 
 @pytest.fixture

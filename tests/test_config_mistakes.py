@@ -86,7 +86,7 @@ MISTAKES = {
     "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches: expected a whole number of at",
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val: expected a number of at least 0, got -1",
     "attention=flex strategy.accelerator=cpu": "no backward pass without a GPU; choose one of eager, sdpa, flash",
-    "modality=audio attention=flash": "it adds no position bias; choose one of eager, sdpa",
+    "modality=audio attention=flash": "no position bias; choose one of eager, sdpa",
     "attention=flash modality.encoder.attention_dropout=0.1 strategy.accelerator=cpu": "on a GPU and without padding",
     "attention=flesh": "there is no attention called 'flesh'; did you mean flash?",
     "precision.trainer=16-mixed strategy.accelerator=cpu": "16-mixed needs a GPU, and this run is on the CPU",

@@ -244,7 +244,7 @@ def test_flash_and_flex_keep_no_scores_and_auto_takes_them(which, composed):
 
 
 def test_a_backend_is_refused_as_on_the_planned_device(composed):
-    with pytest.raises(ConfigError, match="attention=flash: its kernels multiply bfloat16 and float16, not float32"):
+    with pytest.raises(ConfigError, match=r"attention=flash: .* bfloat16 and float16, not float32"):
         make_plan(composed("modality=text", "attention=flash", "precision=fp32", config_name="plan"))
     with pytest.raises(ConfigError, match="attention=flex: it has no backward pass without a GPU"):
         make_plan(composed("modality=text", "attention=flex", "hardware=cpu", config_name="plan"))

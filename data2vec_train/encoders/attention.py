@@ -1,9 +1,9 @@
-"""Attention behind one signature, whatever computes it.
+"""One attention function for all backends.
 
     out = softmax(q k^T / sqrt(Dh) + bias + key mask) v
 
-Shapes: B rows, H heads, Q queries and S keys (the same positions in self-attention), Dh head width. Which backends
-there are and what they cannot do: `layers.backends`.
+Shapes: B rows, H heads, Q queries and S keys (the same positions in self-attention), Dh head width. Backends and their
+limits: `encoders/backends.py`.
 """
 
 import logging
@@ -22,25 +22,25 @@ from data2vec_train.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Instead of -inf: a row in which everything is masked would become NaN, and spread.
+# Used instead of -inf, with which a fully masked row would become NaN, and the NaN would spread.
 LOWEST = torch.finfo(torch.float32).min
 
 
 class Bias(ABC):
-    """Numbers that are added to the logits, kept as the few that they follow from."""
+    """Additive attention bias, stored as its parameters and expanded on use."""
 
     @property
     @abstractmethod
     def learned(self) -> Tensor:
-        """What gradients go to."""
+        """The tensor that receives gradients."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """All of them, (1 or B, H, Q, S)."""
+        """The whole bias, (1 or B, H, Q, S)."""
 
     @abstractmethod
     def at(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """One of them, from () integer tensors."""
+        """One value of the bias; all indices are () integer tensors."""
 
 
 def attention(
@@ -57,11 +57,11 @@ def attention(
 
     Args:
         q: (B, H, Q, Dh).
-        k: (B, H, S, Dh), as v.
-        v: see k.
+        k: (B, H, S, Dh).
+        v: (B, H, S, Dh).
         backend: a name in `BACKENDS`.
-        key_mask: (B, S) or (B, Q, S) bool, True = a real position that may be attended to. The output of a query that
-            may attend to nothing is finite and means nothing: it differs between backends.
+        key_mask: (B, S) or (B, Q, S) bool, True = a real position that may be attended to. A query without such a key
+            gets a finite output without meaning, which differs between backends.
         bias: added to the logits; a tensor is broadcastable to (B, H, Q, S).
         dropout_p: share of attention weights dropped; 0 outside training.
 
@@ -69,7 +69,7 @@ def attention(
         (B, H, Q, Dh).
 
     Raises:
-        ConfigError: the backend cannot do that; the message names those that can.
+        ConfigError: the backend does not support these arguments; the message names the backends that do.
     """
     case = case_of(q.device.type, q.dtype, q.shape[-1], key_mask=key_mask, bias=bias, dropout_p=dropout_p)
     reason = refusal(backend, case)
@@ -81,7 +81,7 @@ def attention(
 def attention_weights(
     q: Tensor, k: Tensor, *, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float
 ) -> Tensor:
-    """What `attention` weighs values with, after dropout: (B, H, Q, S); arguments as there."""
+    """The attention weights after dropout, (B, H, Q, S); arguments as in `attention`."""
     logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, Q, S)
     if bias is not None:
         logits = logits + dense(bias)
@@ -92,12 +92,12 @@ def attention_weights(
 
 
 def dense(bias: Bias | Tensor) -> Tensor:
-    """A bias as the tensor that is added to the logits."""
+    """The bias as a tensor to add to the logits."""
     return bias.dense() if isinstance(bias, Bias) else bias
 
 
 def check_backend(backend: str) -> str:
-    """Return `backend`; raise ConfigError when there is none of that name."""
+    """Return `backend`; raise ConfigError if it does not exist."""
     if backend not in (*NAMES, "auto"):
         raise ConfigError(f"attention backend {backend!r} does not exist; choose one of {', '.join(NAMES)}, auto")
     return backend
@@ -112,7 +112,7 @@ def case_of(
     bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> Case:
-    """What `attention` is asked for: device type, dtype and head width of its queries, the rest as there."""
+    """Describe a call of `attention`: device type, dtype and head width of the queries, the rest as in `attention`."""
     return Case(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
@@ -158,7 +158,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: None,
 
 
 def _flash_with_padding(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """FlashAttention for rows of different lengths, all laid end to end; nothing on the device is counted."""
+    """FlashAttention over rows of different lengths, packed end to end, without a sync between device and host."""
     from torch.nn.attention.varlen import varlen_attn
 
     num_rows, _, num_queries, _ = q.shape
@@ -170,17 +170,17 @@ def _flash_with_padding(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Te
 
 
 def padding_as_sequences(key_mask: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sequences for every row: its real keys, for all of its queries; and its padding, which nobody asks about.
+    """Split every row into two sequences: its real keys with all of its queries, and its padding with no query.
 
-    So the number of sequences is known without counting real keys.
+    The number of sequences is then known without counting the real keys on the device.
 
     Args:
         key_mask: (B, S) bool, True = real.
         num_queries: Q.
 
     Returns:
-        Where the 2 B sequences begin and end among all B * Q queries, and among all B * S keys, (2 B + 1,) int32 each;
-        and the order of keys, real ones first, (B, S) int64.
+        Boundaries of the 2 B sequences among the B * Q queries and among the B * S keys, (2 B + 1,) int32 each; and the
+        order of keys in each row, real ones first, (B, S) int64.
     """
     num_rows, num_keys = key_mask.shape
     rows = torch.arange(num_rows, device=key_mask.device)
@@ -213,7 +213,7 @@ def _flex(
 def _flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Inside a compiled block it is compiled with the rest.
+    # Inside a compiled block, FlexAttention is compiled with the block.
     return (
         flex_attention if torch.compiler.is_compiling() or not torch.cuda.is_available() else _compiled(flex_attention)
     )
@@ -228,7 +228,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"eager": _eager, "sdpa": _sdpa, "f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fastest
+# Choosing the fastest backend
 
 
 _fastest: dict[tuple, str] = {}
@@ -243,13 +243,14 @@ def fastest(
     bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> str:
-    """The fastest backend for self-attention over x (B, S, D), measured at its first call for every kind of shape.
+    """The fastest backend for self-attention over x (B, S, D), measured once for each kind of shape.
 
-    Lengths and numbers of rows count as alike up to the next power of two. What is measured differs from run to run,
-    and with it the last bits of a run.
+    Numbers of rows and lengths are rounded up to a power of two. Timings vary between runs, so the chosen backend and
+    with it the last bits of the results may vary too.
 
     Args:
-        like: x, whose shape, device and type count; with a gradient the backward pass is measured as well.
+        like: x, of which only shape, device and dtype matter; if it requires a gradient, the backward pass is measured
+            as well.
         num_heads: H.
         key_mask: see `attention`, like the rest.
         bias: see `attention`.
@@ -287,7 +288,7 @@ def _measure(
     bias: Bias | Tensor | None,
     dropout_p: float,
 ) -> float:
-    """Seconds of one call, the least of several."""
+    """Seconds of one call, the minimum of several."""
     learned = bias.learned if isinstance(bias, Bias) else bias
     wanted = [q, k, v] if learned is None or not learned.requires_grad else [q, k, v, learned]
     wait = torch.cuda.synchronize if q.is_cuda else lambda: None

@@ -1,7 +1,7 @@
-"""What the algorithm and an encoder tell each other.
+"""The interface between the algorithm and an encoder.
 
-An encoder has two halves: `embed` does everything that looks at one token's neighbourhood only (patches, convolutional
-front end, token embedding), `contextualize` everything that mixes positions. Between the two, tokens are hidden.
+An encoder has two halves: `embed` computes local features (patches, convolutional front end, token embedding), and
+`contextualize` mixes positions. Tokens are hidden between the two.
 
 Shape letters, for the whole package: B samples, M masks per sample, N = B * M rows, sample-major; T tokens,
 V visible tokens of a row, E prefix tokens (class token), P hidden tokens in the batch, D width, L layers, K averaged
@@ -24,11 +24,11 @@ TargetLayer = Literal["ffn", "block"]
 
 
 class EncoderOutput(NamedTuple):
-    """What `contextualize` returns; a tuple, inside which sharding finds the tensors in every version of torch."""
+    """Result of `contextualize`. A tuple, because every version of FSDP finds the tensors inside a tuple."""
 
     prefix: Tensor  # (N, E, D) class and other extra positions
     tokens: Tensor  # (N, T, D), or (N, V, D) in mask mode "drop"
-    layers: list[Tensor]  # those asked for, lowest first, each (N, T, D) without prefix
+    layers: list[Tensor]  # the target layers, lowest first, each (N, T, D) without prefix
 
 
 class ModalityEncoder(nn.Module, ABC):
@@ -36,11 +36,11 @@ class ModalityEncoder(nn.Module, ABC):
 
     embedder: nn.Module | None  # all weights that `embed` uses; None in a teacher that shares the student's
     dim: int
-    depth: int  # all blocks
-    prenet_depth: int  # of these, the first ones that never serve as targets
+    depth: int  # number of blocks, the prenet included
+    prenet_depth: int  # number of first blocks that never serve as targets
     num_prefix_tokens: int
     grid: tuple[int, int] | None  # rows and columns of the token grid; None for sequences
-    # Length of an input's last axis -> T. Loader workers use it: it must not hold the encoder or its weights.
+    # Length of an input's last axis -> T. Loader workers call it, so it must not refer to the encoder or its weights.
     token_count: Callable[[int], int]
     no_decay: frozenset[str] = frozenset()  # parameter names exempt from weight decay, besides biases and 1-d tensors
 
@@ -62,18 +62,18 @@ class ModalityEncoder(nn.Module, ABC):
         """Mix positions.
 
         Args:
-            tokens: (B, T, D) from `embed`; (N, T, D) in mode "corrupt", where every mask has inputs of its own.
+            tokens: (B, T, D) from `embed`; (N, T, D) in mode "corrupt", where each mask has its own inputs.
             attention_mask: (B, T) bool, True = real.
             masks: None = everything is visible and N = B.
-            mode: "replace" puts a learned vector into hidden places, "drop" leaves them out, "corrupt" leaves the
-                tokens as they are since the inputs were changed.
-            target_layer: which tensor of each block to return in `layers`: the raw output of the second linear of its
-                FFN ("ffn") or the block's output ("block"); None = of no block.
-            top_k_layers: K, how many of the last blocks to return it of.
+            mode: "replace" replaces hidden tokens by a learned vector, "drop" removes them, "corrupt" changes no token
+                because the inputs were changed.
+            target_layer: which tensor of a block to return in `layers`: the raw output of the second linear layer of
+                its FFN ("ffn") or the block's output ("block"); None = none.
+            top_k_layers: K, the number of last blocks to return it for.
         """
 
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> EncoderOutput:
-        """Encode whole inputs, nothing hidden."""
+        """Encode inputs with every token visible."""
         tokens, token_mask = self.embed(inputs, attention_mask)
         return self.contextualize(tokens, token_mask)
 
@@ -86,7 +86,7 @@ def apply_mask(
     mode: MaskMode,
     mask_token: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Repeat the tokens for every mask, without what it hides.
+    """Repeat the tokens for every mask and hide what it hides.
 
     Args:
         tokens: (B, T, D); in mode "corrupt" (N, T, D), returned as it is.
@@ -99,7 +99,8 @@ def apply_mask(
         tokens (N, T, D) or, in mode "drop", (N, V, D); and the attention mask of the same rows and positions.
 
     Raises:
-        ValueError: mode "drop" with rows that differ in their number of visible tokens, or "replace" without a token.
+        ValueError: mode "drop" with rows that differ in their number of visible tokens, or "replace" without a mask
+            token.
     """
     masks_per_sample = masks.masked.shape[1]
     if mode == "drop":

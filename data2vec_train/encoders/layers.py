@@ -23,14 +23,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function of that name; raise ConfigError when there is none."""
+    """The activation function called `name`; raises ConfigError if it does not exist."""
     if name not in ACTIVATIONS:
         raise ConfigError(f"activation {name!r} does not exist; choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the whole branch of a row with probability `rate`, scaling up the others."""
+    """Stochastic depth: in training, drops a row's branch with probability `rate` and scales up those of other rows."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def init_bert(module: nn.Module, *, std: float = 0.02) -> None:
 
 @torch.no_grad()
 def init_beit(module: nn.Module, *, std: float = 0.02) -> None:
-    """Normal of width `std` cut at one sigma for linear and convolution weights, zero biases.
+    """N(0, std) truncated at one sigma for linear and convolution weights, zero biases.
 
     Source: the BEiT code that data2vec 1.0 vision builds on (ALGORITHM.md 2.3).
     """
@@ -74,7 +74,7 @@ def init_beit(module: nn.Module, *, std: float = 0.02) -> None:
 
 @torch.no_grad()
 def scale_down_by_depth(blocks: nn.ModuleList) -> None:
-    """Divide what each block adds to the stream by sqrt(2 * layer), layers counted from 1 (BEiT, ALGORITHM.md 2.3)."""
+    """Divide each block's output projections by sqrt(2 * layer), layers counted from 1 (BEiT, ALGORITHM.md 2.3)."""
     for layer, block in enumerate(blocks, start=1):
         block.attention.out.weight.div_(math.sqrt(2.0 * layer))
         block.ffn.fc2.weight.div_(math.sqrt(2.0 * layer))

@@ -1,4 +1,4 @@
-"""What tells a transformer where a token is.
+"""Position encodings.
 
 Images: fixed sine-cosine grids and learned relative biases. Speech: stacked convolutions and ALiBi.
 Letters: N rows, T tokens, V visible tokens, D width, H heads, E prefix tokens, (Hp, Wp) patch grid, S = E + T.
@@ -56,11 +56,11 @@ def relative_position_index(grid: tuple[int, int], num_prefix_tokens: int) -> Te
 
 @dataclass(frozen=True)
 class RelativeBias(Bias):
-    """A bias that is looked up: what stands in row `index` of a table, for each pair of positions."""
+    """A bias that is looked up in a table, at row `index` for each pair of positions."""
 
     table: Tensor  # (R, H)
     index: Tensor  # (S, S) int64, a row of the table for every query and key
-    kept: Tensor | None = None  # (N, S') int64: the positions that each row kept, None = all of them
+    kept: Tensor | None = None  # (N, S') int64: the positions that each row kept, None = all
 
     @property
     def learned(self) -> Tensor:
@@ -75,7 +75,7 @@ class RelativeBias(Bias):
         return F.embedding(index, self.table).permute(0, 3, 1, 2)
 
     def at(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """See `Bias.at`."""
+        """One value of the bias."""
         if self.kept is not None:
             query, key = self.kept[row, query], self.kept[row, key]
         return self.table[self.index[query, key], head]
@@ -85,8 +85,8 @@ class RelativePositionBias(nn.Module):
     """A learned number per head and relative offset of two patches, added to the attention logits; starts at zero.
 
     Attributes:
-        transposed: resize the table as Hugging Face does, which takes its rows for columns and so is wrong for grids
-            that are not square, even at their own size. Set by `hf_compat`.
+        transposed: resize the table as Hugging Face does, which swaps rows and columns: wrong for grids that are not
+            square, even at their own size. Set by `hf_compat`.
     """
 
     def __init__(self, *, grid: tuple[int, int], num_heads: int, num_prefix_tokens: int) -> None:
@@ -100,7 +100,7 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, grid: tuple[int, int] | None = None) -> RelativeBias:
-        """The bias for the grid it was made for; for another one, the table is resized bilinearly."""
+        """The bias for `grid`, None = the encoder's own; for another grid, the table is resized bilinearly."""
         table, index = self.table, self.index
         if grid is not None and (grid != self.grid or self.transposed):
             table = self._resized(grid)
@@ -124,13 +124,13 @@ class ConvPositions(nn.Module):
 
     Args:
         dim: D.
-        kernel: frames.
+        kernel: width of the convolutions, frames.
         depth: number of layers; 0 adds nothing.
         groups: of the convolutions.
-        reference_padding: the originals zero padded frames before the first layer only, and what later layers then put
-            there leaks into real frames (ALGORITHM.md 7, row 14). False zeroes them before every layer, so that a
-            padded sample gets the same result as a lone one.
-        activation: instead of the GELU.
+        reference_padding: True zeroes padded frames before the first layer only, as the originals do; the values that
+            later layers write there leak into real frames (ALGORITHM.md 7, row 14). False zeroes them before every
+            layer, so that padding does not change the result of a sample.
+        activation: replaces the GELU.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ConvPositions(nn.Module):
 def alibi_slopes(num_heads: int) -> Tensor:
     """(H,) float32: 2^(-8 i / H) for i = 1 ... H when H is a power of two.
 
-    Otherwise the slopes for the largest power of two below, then every second one of those for twice that number.
+    Otherwise the slopes for the next lower power of two, then every second slope for twice that power.
     Source: ALiBi (arXiv:2108.12409), as in data2vec 2.0 (ALGORITHM.md 3.3).
     """
     lower = 2 ** math.floor(math.log2(num_heads))
@@ -172,7 +172,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearBias(Bias):
-    """A bias that falls with the distance of two positions, -slope * |i - j|."""
+    """A bias proportional to the distance of two positions, -slope * |i - j|."""
 
     slope: Tensor  # (H,) float32
     positions: Tensor  # (1 or N, S) int64
@@ -188,7 +188,7 @@ class LinearBias(Bias):
         return -self.slope[:, None, None] * distance
 
     def at(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """See `Bias.at`."""
+        """One value of the bias."""
         row = row if len(self.positions) > 1 else 0
         return -self.slope[head] * (self.positions[row, query] - self.positions[row, key]).abs()
 
@@ -196,11 +196,11 @@ class LinearBias(Bias):
 class ALiBi(nn.Module):
     """Symmetric linear bias -scale * slope * |i - j| on the attention logits, with a learned scale per head.
 
-    Scales start at 1 and act as 0 when they turn negative. Source: data2vec 2.0 speech (ALGORITHM.md 3.3).
+    Scales start at 1; negative ones act as 0. Source: data2vec 2.0 speech (ALGORITHM.md 3.3).
 
     Args:
         num_heads: H.
-        num_scales: 1 = all blocks share the scales, or one set for each block.
+        num_scales: number of sets of scales: 1, shared by all blocks, or one for each block.
     """
 
     def __init__(self, *, num_heads: int, num_scales: int) -> None:
@@ -209,5 +209,5 @@ class ALiBi(nn.Module):
         self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)  # (H,)
 
     def forward(self, positions: Tensor) -> list[LinearBias]:
-        """Positions (1 or N, S) of the tokens before any were dropped -> one bias for each scale."""
+        """Positions (1 or N, S) of the tokens before any were dropped -> one bias for each set of scales."""
         return [LinearBias(self.slopes * scale.flatten().clamp(min=0), positions) for scale in self.scale]

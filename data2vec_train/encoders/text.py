@@ -15,8 +15,8 @@ from data2vec_train.encoders.transformer import ForwardContext, Transformer
 class TextEmbedding(nn.Module):
     """Token plus position (plus token type), layer norm, dropout; zero at padding.
 
-    Position numbers start behind the padding id: the first real token has `pad_id` + 1, and padding has `pad_id`
-    (ALGORITHM.md 2.2), hence `max_tokens` + `pad_id` + 1 rows.
+    Position numbers start after the padding id: the first real token has `pad_id` + 1, padding has `pad_id`
+    (ALGORITHM.md 2.2). The table therefore has `max_tokens` + `pad_id` + 1 rows.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class TextEncoder(ModalityEncoder):
     Args:
         vocab_size: number of token ids.
         max_tokens: longest input.
-        pad_id: id of padding, which also says where position numbers start.
-        num_token_types: rows of a table of token types, as BERT's segments; 0 = there is none.
+        pad_id: id of padding; position numbers start after it.
+        num_token_types: number of token types (BERT's segments); 0 = no table of them.
         dim: width D.
         depth: number of blocks.
-        prenet_depth: first blocks that never serve as targets.
+        prenet_depth: number of first blocks that never serve as targets.
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
-        norm_eps: of all layer norms.
+        norm_eps: epsilon of all layer norms.
         activation: of the feed-forward part.
         dropout: on the embeddings and on both branches of a block.
         attention_dropout: on the attention weights.
@@ -80,11 +80,11 @@ class TextEncoder(ModalityEncoder):
         drop_path: stochastic depth of the last block.
         layer_drop: probability that a block is skipped in training.
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
-        attention: backend, see `layers.attention`.
+        attention: backend, see `encoders/backends.py`.
         cross_attention: blocks can attend to the states of another encoder, as decoders do.
 
     Raises:
-        ValueError: sizes that cannot be built.
+        ValueError: sizes that do not fit together.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class TextEncoder(ModalityEncoder):
                 embedding.weight[pad_id] = 0.0
 
     def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, T) int64 -> (B, T, D) and `attention_mask` (B, T) as it came.
+        """Token ids (B, T) int64 -> (B, T, D) and `attention_mask` (B, T) unchanged.
 
         Raises:
             ValueError: more tokens than the encoder was built for.
         """
         if inputs.shape[1] > self.max_tokens:
-            raise ValueError(f"{inputs.shape[1]} tokens, and the encoder was built for at most {self.max_tokens}")
+            raise ValueError(f"got {inputs.shape[1]} tokens; the encoder was built for at most {self.max_tokens}")
         return self.embedder(inputs, attention_mask), attention_mask
 
     def contextualize(
@@ -176,7 +176,7 @@ class TextEncoder(ModalityEncoder):
         top_k_layers: int = 0,
         context: ForwardContext | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`; a mask (B, T, S) says for each token what it may attend to."""
+        """Mix positions; an attention mask (B, T, S) gives the keys that each token may attend to."""
         if masks is not None:
             tokens, attention_mask = apply_mask(tokens, attention_mask, masks=masks, mode=mode, mask_token=None)
         x, layers = self.transformer(

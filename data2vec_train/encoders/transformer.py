@@ -8,8 +8,8 @@ g1 and g2 are learned scales per channel, or 1. Every branch passes dropout and 
 output of fc2, which is what most variants of data2vec regress (target_layer="ffn"), before dropout, scale,
 residual and norm.
 
-`ForwardContext` carries what pretraining never needs: keys and values of earlier tokens, states of another encoder to
-attend to, and lists to collect attention weights in.
+`ForwardContext` carries what pretraining does not need: keys and values of earlier tokens, states of another encoder to
+attend to, and lists that collect attention weights.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ QKVBias = Literal["qkv", "qv", "none"]
 
 
 class KeyValueCache:
-    """Keys and values of the tokens that a decoder has read, so that the next token need not compute them again."""
+    """Keys and values of the tokens that a decoder has processed, so that each is computed once."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}  # block -> (N, H, S, Dh)
@@ -37,18 +37,18 @@ class KeyValueCache:
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # block -> keys and values of the encoder states
 
     def get_seq_length(self) -> int:
-        """How many tokens have been read."""
+        """Number of cached tokens."""
         return self.keys[0].shape[2] if self.keys else 0
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of new tokens; returns all of the block's, each (N, H, S, Dh)."""
+        """Append the keys and values of new tokens; returns all of the block's, each (N, H, S, Dh)."""
         if block in self.keys:
             k, v = torch.cat([self.keys[block], k], dim=2), torch.cat([self.values[block], v], dim=2)
         self.keys[block], self.values[block] = k, v
         return k, v
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows (N',) int64 of everything, as beam search does."""
+        """Select rows (N',) int64 of every cached tensor, for beam search."""
         self.keys = {block: k[rows] for block, k in self.keys.items()}
         self.values = {block: v[rows] for block, v in self.values.items()}
         self.memory = {block: (k[rows], v[rows]) for block, (k, v) in self.memory.items()}
@@ -56,17 +56,17 @@ class KeyValueCache:
 
 @dataclass
 class ForwardContext:
-    """What a forward pass takes and collects besides its result: a decoder's cache and memory, states to look at."""
+    """Optional inputs of a forward pass (a decoder's cache and memory) and intermediate results that it collects."""
 
     cache: KeyValueCache | None = None
     memory: Tensor | None = None  # (N, S', D) states of another encoder
     memory_mask: Tensor | None = None  # (N, S') bool, True = real
     keep_attentions: bool = False
     keep_hidden_states: bool = False
-    omit_dropped: bool = False  # a block that layer drop skips leaves no entry in `hidden_states`
+    omit_dropped: bool = False  # a block that layer drop skips adds no entry to `hidden_states`
     attentions: list[Tensor] = field(default_factory=list)  # (N, H, Q, S) of each block that ran
     cross_attentions: list[Tensor] = field(default_factory=list)  # (N, H, Q, S')
-    hidden_states: list[Tensor] = field(default_factory=list)  # (N, S, D): the first block's input, and every output
+    hidden_states: list[Tensor] = field(default_factory=list)  # (N, S, D): the first block's input, then all outputs
 
 
 class SelfAttention(nn.Module):
@@ -151,7 +151,7 @@ def _mix(
     backend: str,
     collect: list[Tensor] | None,
 ) -> Tensor:
-    """Attention; its weights go into `collect`, which fused backends do not compute."""
+    """Attention; with `collect`, appends the attention weights to it, which fused backends do not return."""
     if collect is None:
         return attention(q, k, v, backend=backend, key_mask=key_mask, bias=bias, dropout_p=dropout_p)
     weights = attention_weights(q, k, key_mask=key_mask, bias=bias, dropout_p=dropout_p)
@@ -177,8 +177,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One transformer block; see the equations above.
 
-    With cross-attention, a post-norm block attends to another encoder's states between its two branches, when there
-    are any: x = LNc(x + cross(x)).
+    With cross-attention, a post-norm block attends to another encoder's states between its two branches, if it gets
+    any: x = LNc(x + cross(x)).
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Block(nn.Module):
 
 def blocks_of(module: nn.Module) -> list[Block]:
     """All transformer blocks in a module."""
-    return [one for one in module.modules() if isinstance(one, Block)]
+    return [child for child in module.modules() if isinstance(child, Block)]
 
 
 class Transformer(nn.Module):
@@ -252,8 +252,8 @@ class Transformer(nn.Module):
     training, each with probability `layer_drop`, for all rows alike.
 
     Attributes:
-        backend: what computes attention, see `layers.attention`; "auto" = the fastest for the shape.
-        layer_seed: which blocks are skipped follows from this alone; None = they are drawn from torch's generator.
+        backend: of attention, see `encoders/backends.py`; "auto" = the fastest for the shape.
+        layer_seed: seed that alone decides which blocks are skipped; None = draw from torch's generator.
     """
 
     def __init__(
@@ -329,14 +329,15 @@ class Transformer(nn.Module):
             context: see `ForwardContext`.
 
         Returns:
-            The last block's output (N, S, D) and the target layers, each (N, S, D); a dropped block has none.
+            The last block's output (N, S, D) and the target layers, each (N, S, D); a skipped block has none.
         """
         biases = list(biases)
         backend = self._backend(x, key_mask, biases[0])
         if backend != "flex":
-            # Once for all blocks that share it, and outside of what is computed twice with activation checkpointing.
-            made = {one: dense(bias) for one, bias in {id(bias): bias for bias in biases if bias is not None}.items()}
-            biases = [made.get(id(bias)) for bias in biases]
+            # Expanded once for all blocks that share a bias, outside the part that activation checkpointing recomputes.
+            unique = {id(bias): bias for bias in biases if bias is not None}
+            expanded = {key: dense(bias) for key, bias in unique.items()}
+            biases = [expanded.get(id(bias)) for bias in biases]
         layers: list[Tensor] = []
         first_target = len(self.blocks) - top_k_layers
         draws = None if self.layer_seed is None else torch.Generator().manual_seed(self.layer_seed)
@@ -344,7 +345,7 @@ class Transformer(nn.Module):
         if keep:
             context.hidden_states.append(x)
         for layer, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
-            # Drawn on the host, so that no device has to be asked whether to run the block.
+            # Drawn on the host: a draw on the device would need a sync before the block.
             if self.training and self.layer_drop and float(torch.rand((), generator=draws)) < self.layer_drop:
                 if keep and not context.omit_dropped:
                     context.hidden_states.append(x)

@@ -4,8 +4,8 @@
     pre-norm blocks with layer scale and no key bias, a final norm.
 2.0: patches plus fixed sine-cosine positions, class token without a position, a norm, post-norm blocks.
 
-Which is which is said by the switches in `configs/preset/vision_*.yaml`. Letters: see `encoders.base`; C channels,
-(Hp, Wp) patch grid, T = Hp * Wp in row-major order.
+The settings in `configs/preset/vision_*.yaml` select the version. Letters: see `encoders.base`; C channels, (Hp, Wp)
+patch grid, T = Hp * Wp in row-major order.
 """
 
 from dataclasses import dataclass, replace
@@ -55,12 +55,12 @@ class VisionEncoder(ModalityEncoder):
         channels: of the input, any number.
         dim: width D.
         depth: number of blocks, the prenet included.
-        prenet_depth: first blocks that never serve as targets (2.0 base: 2).
+        prenet_depth: number of first blocks that never serve as targets (2.0 base: 2).
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
         norm_first: pre-norm blocks; else post-norm blocks and a norm before the first one.
-        final_norm: a norm after the last block, which pre-norm blocks want in pretraining.
-        norm_eps: of all layer norms.
+        final_norm: a norm after the last block; pre-norm blocks need it in pretraining.
+        norm_eps: epsilon of all layer norms.
         activation: of the feed-forward part.
         positions: "sincos" adds fixed positions to the patches, "learned" trained ones to all tokens, "none" leaves
             them to `relative_bias`.
@@ -75,7 +75,7 @@ class VisionEncoder(ModalityEncoder):
         drop_path: stochastic depth of the last block.
         init: "bert" (2.0: normal weights, Xavier patches, class token of unit variance) or "beit" (1.0).
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
-        attention: backend, see `layers.attention`.
+        attention: backend, see `encoders/backends.py`.
 
     Raises:
         ValueError: a combination that cannot be built, such as patches that do not tile the image.
@@ -188,9 +188,9 @@ class VisionEncoder(ModalityEncoder):
     def embed(
         self, inputs: Tensor, attention_mask: Tensor | None = None, *, any_size: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) as it came.
+        """Images (B, C, H, W) -> patch tokens (B, T, D), without positions, and `attention_mask` (B, T) unchanged.
 
-        With `any_size`, images may be larger or smaller; `contextualize` then has to know their grid.
+        With `any_size`, images may be larger or smaller; `contextualize` then needs their grid.
 
         Raises:
             ValueError: images with other channels, or of another size, than the encoder was built for.
@@ -214,21 +214,13 @@ class VisionEncoder(ModalityEncoder):
         context: ForwardContext | None = None,
         grid: tuple[int, int] | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`.
+        """Mix positions of patches on `grid` (rows, columns), None = the encoder's own grid.
 
-        Args:
-            tokens: as there, like all that follow.
-            attention_mask: as there.
-            masks: as there.
-            mode: as there.
-            target_layer: as there.
-            top_k_layers: as there.
-            context: see `ForwardContext`.
-            grid: rows and columns of the patches, when they are not the encoder's own: fixed positions are those of
-                that grid, learned ones and biases are resized, bicubically and bilinearly.
+        For another grid, fixed positions are computed anew, learned positions are resized bicubically, relative biases
+        bilinearly. The other arguments are those of `ModalityEncoder.contextualize`, and a `ForwardContext`.
         """
         prefix, positions = self._positions(grid)
-        # A dropped token leaves with its position; a replaced one keeps the position, or nobody knew where it was.
+        # A dropped token is removed with its position. A replaced token needs a position, so it is added afterwards.
         if positions is not None and mode == "drop":
             tokens = tokens + positions
         if masks is not None:
@@ -258,7 +250,7 @@ class VisionEncoder(ModalityEncoder):
         )
 
     def _positions(self, grid: tuple[int, int] | None) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the class token (1, E, D) and to the patches (1, T, D)."""
+        """Positions of the class token (1, E, D) and of the patches (1, T, D); None = nothing to add."""
         if self.learned_positions is None and self.positions is None:
             return None, None
         is_other = grid is not None and grid != self.grid
@@ -281,7 +273,7 @@ class VisionEncoder(ModalityEncoder):
         return state
 
     def _attention_biases(self, visible: Tensor | None, grid: tuple[int, int] | None) -> list[Bias | None]:
-        """One for each block."""
+        """The attention bias of each block."""
         if not len(self.relative_biases):
             return [None] * self.depth
         biases: list[RelativeBias] = [module(grid) for module in self.relative_biases]

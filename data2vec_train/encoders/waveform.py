@@ -1,14 +1,13 @@
-"""Speech encoders of both papers, in one class; other sensors as well, by config.
+"""Speech encoders of both papers, in one class; by config, also encoders of other sensors.
 
 Both have a convolutional front end on the waveform, positions from a stack of convolutions, and post-norm blocks:
 
 1.0: hidden frames are replaced by a learned vector before the positions are computed.
-2.0: hidden frames are set to zero, positions are computed over the whole sequence, and then the hidden frames leave.
-    ALiBi tells the remaining ones how far apart they were.
+2.0: hidden frames are set to zero, positions are computed over the whole sequence, and then the hidden frames are
+    dropped. ALiBi uses the distances of the remaining frames in the whole sequence.
 
-Which is which is said by the switches in `configs/preset/audio_*.yaml`. Letters: see `encoders.base`; S samples, C
-channels. Several channels or other rates need nothing but other numbers: strides decide how many samples a token
-covers.
+The settings in `configs/preset/audio_*.yaml` select the version. Letters: see `encoders.base`; S samples, C channels.
+Several channels or other rates need other numbers only: strides decide how many samples a token covers.
 """
 
 from collections.abc import Sequence
@@ -38,13 +37,13 @@ from data2vec_train.encoders.transformer import ForwardContext, Transformer
 
 @dataclass(frozen=True)
 class ConvLengths:
-    """How many frames a stack of convolutions without padding makes: floor((length - kernel) / stride) + 1, chained."""
+    """Number of frames after convolutions without padding: floor((length - kernel) / stride) + 1 at each layer."""
 
     kernels: tuple[int, ...]
     strides: tuple[int, ...]
 
     def __call__(self, length: int | Tensor) -> int | Tensor:
-        """Samples -> frames; 0 when there are too few samples for one."""
+        """Samples -> frames; 0 if there are too few samples for one frame."""
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             length = (length - kernel) // stride + 1
         return length.clamp(min=0) if isinstance(length, Tensor) else max(length, 0)
@@ -60,9 +59,9 @@ class ConvLayer(nn.Module):
         stride: samples.
         bias: of the convolution.
         activation: its name.
-        as_matmul: write the convolution as matrix products, one for each run of `stride` taps of the kernel: such a run
-            reads every sample at most once, so that nothing need be copied, and norm and activation find their
-            channels in order. Faster than the convolution, and rounds otherwise than transformers does.
+        as_matmul: compute the convolution as matrix products, one for each group of `stride` kernel taps. A group reads
+            every sample at most once, so the input is not copied, and norm and activation read contiguous channels.
+            Faster than the convolution, but rounds differently from transformers.
     """
 
     def __init__(
@@ -84,14 +83,14 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S', C')."""
-        # Exported programs take any length, which `unfold` does not say in general.
+        # Exported programs take any length, which `unfold` cannot express in general.
         as_matmul = self.as_matmul and not torch.compiler.is_exporting()
         x = self._multiply(x) if as_matmul else self.conv(x.mT).mT
-        # In half precision the squares overflow (ALGORITHM.md 7, row 16).
+        # In float32, since the squares overflow in half precision (ALGORITHM.md 7, row 16).
         x = F.layer_norm(
             x.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps
         ).to(x.dtype)
-        # After transposing, as transformers does: only then does rounding agree with it to the last bit.
+        # Activate after transposing, as transformers does; otherwise the last bit can differ from it.
         return self.activation(x) if as_matmul else self.activation(x.mT).mT
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -100,14 +99,14 @@ class ConvLayer(nn.Module):
         out = None
         for first in range(0, kernel, stride):
             taps = self.conv.weight[..., first : first + stride]  # (C', C, taps)
-            seen = x[:, first:].unfold(1, taps.shape[2], stride)[:, :num_frames]  # (B, S', C, taps)
-            part = F.linear(seen.mT.flatten(2), taps.mT.flatten(1), self.conv.bias if out is None else None)
+            windows = x[:, first:].unfold(1, taps.shape[2], stride)[:, :num_frames]  # (B, S', C, taps)
+            part = F.linear(windows.mT.flatten(2), taps.mT.flatten(1), self.conv.bias if out is None else None)
             out = part if out is None else out + part
         return out
 
 
 def multiply_convolutions(model: nn.Module) -> None:
-    """Let the speech front ends in a model be matrix products, as in `ConvLayer`, however they were built."""
+    """Compute all speech front ends of a model as matrix products (`as_matmul` of `ConvLayer`)."""
     for layer in model.modules():
         if isinstance(layer, ConvLayer):
             layer.as_matmul = True
@@ -168,33 +167,33 @@ class WaveformEncoder(ModalityEncoder):
     Args:
         channels: of the input; 1 takes (B, S), more take (B, C, S).
         conv_dim: channels of the front end's layers, one number for all or one for each.
-        conv_kernel: their kernels, samples of their input.
+        conv_kernel: their kernels, in samples of their input.
         conv_stride: their strides.
         conv_bias: whether they have biases.
         conv_activation: activation of the front end and of the positional convolutions.
         dim: width D.
         depth: number of blocks, the prenet included.
-        prenet_depth: first blocks that never serve as targets (2.0 large: 8).
+        prenet_depth: number of first blocks that never serve as targets (2.0 large: 8).
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
-        norm_eps: of all layer norms but those inside the convolutions.
+        norm_eps: epsilon of all layer norms except those inside the front end's convolutions.
         activation: of the feed-forward part.
-        position_kernel: of the positional convolutions, frames.
-        position_depth: how many there are.
-        position_groups: of these convolutions.
+        position_kernel: width of the positional convolutions, frames.
+        position_depth: number of positional convolutions.
+        position_groups: groups of the positional convolutions.
         alibi: "none" (1.0), "shared" by all blocks (2.0), or "per_layer".
         mask_token: whether there is a learned vector for hidden frames (mask mode "replace").
         reference_padding: see `ConvPositions`.
         embed_gradient: factor on the gradient that reaches the front end and its projection: 1 in the originals (there
             `feature_grad_mult`, `local_grad_mult`), 0 leaves both at their initial weights.
-        input_dropout: on the front end's output, before anything is hidden.
+        input_dropout: on the front end's output, before frames are hidden.
         dropout: after the input norm and on both branches of a block.
         attention_dropout: on the attention weights.
         activation_dropout: inside the feed-forward part.
         drop_path: stochastic depth of the last block.
         layer_drop: probability that a block is skipped in training.
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
-        attention: backend, see `layers.attention`.
+        attention: backend, see `encoders/backends.py`.
         conv_as_matmul: see `ConvLayer`.
 
     Raises:
@@ -234,7 +233,7 @@ class WaveformEncoder(ModalityEncoder):
         layer_drop: float,
         activation_checkpointing: bool,
         attention: str,
-        conv_as_matmul: bool = True,  # which models saved before there was a choice do not say
+        conv_as_matmul: bool = True,  # the default serves models that were saved before this setting existed
     ) -> None:
         super().__init__()
         widths = [conv_dim] * len(conv_kernel) if isinstance(conv_dim, int) else list(conv_dim)
@@ -320,7 +319,7 @@ class WaveformEncoder(ModalityEncoder):
         return self.project(features), attention_mask
 
     def local_features(self, inputs: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The first part of `embed`: what the convolutions say, normalised, (B, T, C'), and the mask (B, T)."""
+        """The first part of `embed`: normalised outputs of the convolutions (B, T, C') and the mask (B, T)."""
         if inputs.dim() == 2:
             inputs = inputs[:, None]
         if inputs.dim() != 3 or inputs.shape[1] != self.channels:
@@ -351,7 +350,7 @@ class WaveformEncoder(ModalityEncoder):
         top_k_layers: int = 0,
         context: ForwardContext | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`."""
+        """Mix positions; arguments as in `ModalityEncoder.contextualize`."""
         dropped = masks is not None and mode == "drop"
         if dropped:
             masks_per_sample = masks.masked.shape[1]
@@ -366,8 +365,8 @@ class WaveformEncoder(ModalityEncoder):
             tokens, attention_mask = gather_visible(tokens, attention_mask, masks)  # (N, V, D)
         biases: list[Bias | None] = [None] * self.depth
         if self.alibi is not None:
-            where = masks.visible if dropped else torch.arange(tokens.shape[1], device=tokens.device)[None]
-            biases = self.alibi(where)
+            positions = masks.visible if dropped else torch.arange(tokens.shape[1], device=tokens.device)[None]
+            biases = self.alibi(positions)
             biases = biases * self.depth if len(biases) == 1 else biases
         x, layers = self.transformer(
             self.dropout(self.input_norm(tokens)),

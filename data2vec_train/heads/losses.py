@@ -10,16 +10,16 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 
 
 def infer_problem_type(labels: Tensor, num_labels: int) -> ProblemType:
-    """What labels are for when nobody said: one output = regression, whole numbers = one class each, else many."""
+    """The problem type if none is given: one output = regression, integer labels = one class each, else several."""
     if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def classification_loss(logits: Tensor, labels: Tensor, *, problem_type: ProblemType) -> Tensor:
-    """Mean squared error, cross entropy or binary cross entropy: logits (B, C) and labels -> ().
+    """Mean squared error, cross entropy or binary cross entropy of logits (B, C) and labels -> ().
 
-    Labels are (B,) class numbers, (B,) or (B, 1) numbers to regress, or (B, C) probabilities. -100 marks a sample
+    Labels are (B,) class numbers, (B,) or (B, 1) values to regress, or (B, C) probabilities. -100 marks a sample
     without a class.
 
     Raises:
@@ -52,8 +52,8 @@ def connectionist_loss(
         labels: ids; -100 and `blank_id` are padding.
         num_frames: (B,) real frames of each row, None = all.
         blank_id: id of the blank.
-        reduction: "sum", "mean" or "none", as `torch.nn.functional.ctc_loss` has them.
-        zero_infinity: a row with more labels than its frames can spell counts 0 instead of infinity.
+        reduction: "sum", "mean" or "none", see `torch.nn.functional.ctc_loss`.
+        zero_infinity: the loss of a row with more labels than its frames can express is 0 instead of infinity.
 
     Raises:
         ValueError: a label that is not in the vocabulary.
@@ -87,7 +87,7 @@ def additive_margin_loss(logits: Tensor, weight: Tensor, labels: Tensor, *, scal
 
 
 def question_answering_loss(start_logits: Tensor, end_logits: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Mean cross entropy of both ends of the answer: logits (B, S), positions (B,); positions beyond S do not count."""
+    """Mean cross entropy of both ends of the answer: logits (B, S), positions (B,); positions beyond S are ignored."""
     size = start_logits.shape[1]
     losses = [
         F.cross_entropy(logits, positions.reshape(-1).clamp(0, size), ignore_index=size)

@@ -1,7 +1,7 @@
-"""What speech encoders end in: letters, classes of recordings or of frames, and speaker vectors.
+"""Heads of speech encoders: letters, classes of recordings or of frames, and speaker vectors.
 
-Features are (B, T, D); a mask (B, T) bool says which frames are real, None = all. Parameter names are those of Hugging
-Face's models, so that these need no entry in the name tables.
+Features are (B, T, D); a mask (B, T) bool marks the real frames, None = all. Parameter names are those of Hugging
+Face's models, so that the heads need no entry in the name tables.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class UtteranceHead(nn.Module):
 
 
 class TDNNLayer(nn.Module):
-    """A dilated convolution over time, then ReLU; the kernel is kept as the linear map that it is."""
+    """A dilated convolution over time, then ReLU; the kernel is stored as a linear layer."""
 
     def __init__(self, *, dim_in: int, dim_out: int, kernel_frames: int, dilation: int) -> None:
         super().__init__()
@@ -122,7 +122,8 @@ class XVectorHead(nn.Module):
 
         Args:
             num_frames: (B,).
-            ignore_dilation: count as Hugging Face does, as if no layer was dilated: some padding then counts as speech.
+            ignore_dilation: count as Hugging Face does, as if no layer were dilated; some padding then counts as
+                speech.
         """
         for layer in self.tdnn:
             num_frames = num_frames - (layer.kernel_frames - 1) * (1 if ignore_dilation else layer.dilation)
@@ -134,26 +135,26 @@ class XVectorHead(nn.Module):
         """Features (B, T, D) with (B,) real frames each, None = all -> speaker vectors and logits, (B, E) each.
 
         Raises:
-            ValueError: fewer frames than the time-delay layers reach over.
+            ValueError: fewer frames than the time-delay layers need.
         """
         x = self.projector(features)
         reach = x.shape[1] - int(self.output_lengths(torch.tensor(x.shape[1]), ignore_dilation=False))
         if x.shape[1] <= reach:
-            raise ValueError(f"{x.shape[1]} frames are too few: the time-delay layers reach over {reach + 1}")
+            raise ValueError(f"{x.shape[1]} frames are too few: the time-delay layers need at least {reach + 1}")
         for layer in self.tdnn:
             x = layer(x)
         if num_frames is None:
             mean = x.mean(dim=1)
             std = x.std(dim=1) if x.shape[1] > 1 else torch.zeros_like(mean)
         else:
-            # A recording that is shorter than the reach still has its first output frame.
+            # A recording shorter than the receptive field still has its first output frame.
             count = self.output_lengths(num_frames, ignore_dilation=ignore_dilation).clamp(1, x.shape[1])
             real = (torch.arange(x.shape[1], device=x.device) < count[:, None])[..., None]
             mean = x.masked_fill(~real, 0.0).sum(dim=1) / count[:, None]
             variance = (x - mean[:, None]).masked_fill(~real, 0.0).square().sum(dim=1) / (count[:, None] - 1).clamp(
                 min=1
             )
-            # Channels that never change, as in a single frame: the slope of the root is infinite at 0.
+            # Constant channels, such as those of a single frame, are left out: the root's gradient is infinite at 0.
             varies = variance > 0
             std = torch.where(varies, variance, 1.0).sqrt() * varies
         embeddings = self.feature_extractor(torch.cat([mean, std], dim=-1))

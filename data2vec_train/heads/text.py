@@ -1,4 +1,4 @@
-"""What text encoders end in. Features are (B, T, D). Parameter names are those of Hugging Face's models."""
+"""Heads of text encoders. Features are (B, T, D). Parameter names are those of Hugging Face's models."""
 
 import torch
 import torch.nn.functional as F

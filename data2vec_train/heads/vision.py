@@ -1,4 +1,4 @@
-"""What image encoders end in: a pooled vector, and maps of classes.
+"""Heads of image encoders: a pooled vector, and maps of classes.
 
 Parameter names are those of Hugging Face's models. Letters: B images, D width, (h, w) a grid, C classes.
 """
@@ -36,7 +36,7 @@ class ConvLayer(nn.Module):
 
 
 class PoolingBlock(nn.Module):
-    """A summary of the map at `scale` x `scale` cells, brought back to its size."""
+    """Average-pool the map to `scale` x `scale` cells, convolve, and resize to the map's size."""
 
     def __init__(self, *, scale: int, channels: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PyramidPooling(nn.Module):
         self.blocks = nn.ModuleList(PoolingBlock(scale=scale, channels=channels) for scale in scales)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, D, h, w) -> as many of the same shape as there are scales."""
+        """(B, D, h, w) -> one map of the same shape for each scale."""
         return [block(x) for block in self.blocks]
 
 
@@ -90,7 +90,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A few convolutions on one map: the auxiliary head that helps training.
+    """A few convolutions on one map: the auxiliary head in training.
 
     Source: FCN (arXiv:1411.4038), as configured for BEiT.
     """
@@ -157,7 +157,7 @@ class SegmentationHead(nn.Module):
 def segmentation_loss(
     logits: Tensor, auxiliary: Tensor | None, labels: Tensor, *, ignore_id: int, auxiliary_weight: float
 ) -> Tensor:
-    """Cross entropy at the size of the labels (B, H, W) int64, plus the weighted one of the auxiliary logits -> ()."""
+    """Cross entropy at the size of the labels (B, H, W) int64, plus the weighted auxiliary cross entropy -> ()."""
     size = labels.shape[-2:]
     loss = F.cross_entropy(_resize(logits, size), labels, ignore_index=ignore_id)
     if auxiliary is None:

@@ -43,7 +43,7 @@ class Data2VecOutput:
     """Result of one forward pass."""
 
     loss: Tensor  # () float32
-    terms: dict[str, Tensor]  # what the loss is the sum of, each () float32
+    terms: dict[str, Tensor]  # the summands of the loss, each () float32
     predictions: Tensor  # (P, D) float32
     targets: Tensor  # (P, D) float32
 
@@ -134,7 +134,7 @@ class Data2Vec(nn.Module):
 
     def compute_targets(self, batch: Batch, embedded: tuple[Tensor, Tensor | None]) -> Tensor:
         """Targets of all positions, (B, T, D) float32; one teacher pass serves all masks."""
-        # The teacher's weights are float32; when the student's are not, autocast gives both the same arithmetic.
+        # The teacher's weights are float32; if the student's are not, autocast lets both compute in the same precision.
         dtype = next(self.student.parameters()).dtype
         low = torch.autocast(batch.inputs.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
         instead = batch.teacher_inputs is not None
@@ -192,12 +192,12 @@ def relative_std(x: Tensor, real: Tensor | None = None) -> Tensor:
     """How far samples differ at the same position, relative to the size of the features: x (B, T, D) -> ().
 
     The root mean square of the deviations from the mean over samples, divided by that of the features themselves.
-    0 = every sample looks the same. Norms over time or channels bring any deviation back to 1, this one they cannot.
-    NaN when there is one sample.
+    0 = all samples have the same features. Unlike a standard deviation over positions or channels, it is not restored
+    to 1 by a norm over them. NaN for a single sample.
 
     Args:
         x: features before any normalisation.
-        real: (B, T) bool, False = padding, which is left out; None = there is none.
+        real: (B, T) bool, False = padding, which is left out; None = no padding.
     """
     x = x.float()
     if len(x) < 2:
@@ -216,9 +216,9 @@ def relative_std(x: Tensor, real: Tensor | None = None) -> Tensor:
 def std_over_rows(x: Tensor, *, everywhere: bool = False) -> Tensor:
     """Mean over channels of the standard deviation over rows: x (P, D) -> (). Near 0 = collapsed.
 
-    With `everywhere` the rows are those of all processes, each of which has to ask.
+    With `everywhere` the rows are those of all processes, and every process must call it.
 
-    Source: `compute_var` of the originals (ALGORITHM.md 1.4), called a variance there.
+    Source: `compute_var` of the originals (ALGORITHM.md 1.4), where it is called a variance.
     """
     if not everywhere:
         return (x.float().var(dim=0) + 1e-6).sqrt().mean()

@@ -1,7 +1,8 @@
-"""From the student's output to predictions at the hidden positions.
+"""Decoders, from the student's output to predictions at the hidden positions.
 
-1.0 regresses from the output at each hidden position (linear or MLP). 2.0 never encoded those positions: noise takes
-their place, visible tokens return to theirs, and a small convolutional network fills in. Letters: see `encoders.base`.
+1.0 regresses from the output at each hidden position (linear or MLP). 2.0 does not encode those positions: visible
+tokens are scattered to their positions, hidden ones get noise, and a small convolutional network predicts from both.
+Letters: see `encoders.base`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from data2vec_train.encoders.layers import init_beit, init_bert
 
 
 class Decoder(nn.Module, ABC):
-    """Base of all decoders. `restores_dropped` says whether it can work without tokens at hidden positions."""
+    """Base of all decoders. `restores_dropped`: it works without tokens at hidden positions."""
 
     restores_dropped: bool
 
@@ -57,7 +58,7 @@ class TokenDecoder(Decoder):
         grid: tuple[int, int] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """See `Decoder.forward`."""
+        """Predictions (P, D) from the tokens at hidden positions."""
         return self.project(tokens.flatten(0, 1).index_select(0, hidden))
 
 
@@ -66,7 +67,7 @@ class LinearDecoder(TokenDecoder):
 
     Args:
         dim: D.
-        init_std: width of the initial weights, a normal cut at one sigma as in BEiT; None = torch's default.
+        init_std: standard deviation of the initial weights, truncated at one sigma as in BEiT; None = torch's default.
     """
 
     def __init__(self, *, dim: int, init_std: float | None) -> None:
@@ -82,7 +83,7 @@ class MLPDecoder(TokenDecoder):
     Args:
         dim: D.
         ratio: inner width over D.
-        init_std: width of the initial normal weights; None = torch's default.
+        init_std: standard deviation of the initial weights; None = torch's default.
     """
 
     def __init__(self, *, dim: int, ratio: int, init_std: float | None) -> None:
@@ -95,22 +96,22 @@ class MLPDecoder(TokenDecoder):
 class ConvDecoder(Decoder):
     """Convolutions over all T positions, then a linear layer: the decoder of 2.0.
 
-    Each layer is a convolution, a layer norm over channels without parameters and a GELU, added to its input where the
-    widths agree and `residual` is on.
+    Each layer is a convolution, a layer norm over channels without parameters and a GELU, added to its input if the
+    widths agree and `residual` is set.
 
     Args:
         dim: D.
         channels: width of the convolutions.
         depth: number of convolutions.
-        kernel: (side of the) kernels in tokens.
+        kernel: width (or side) of the kernels in tokens.
         groups: of the convolutions.
         residual: whether layers add to their input.
         projection_layers: 1 = linear, 2 = linear, GELU, linear with inner width 2 * channels.
         input_dropout: on the visible tokens.
         noise_std: of the vectors at hidden positions; there is no learned mask token.
-        init_std: width of the initial normal weights of the linear layers; None = torch's default.
-        reference_padding: leave padding as it is, so that convolutions carry it into real positions, as the originals
-            do (ALGORITHM.md 7, row 15). False zeroes it before every layer.
+        init_std: standard deviation of the initial weights of the linear layers; None = torch's default.
+        reference_padding: True lets convolutions carry padding into real positions, as the originals do (ALGORITHM.md
+            7, row 15). False zeroes padding before every layer.
     """
 
     restores_dropped = True
@@ -148,7 +149,7 @@ class ConvDecoder(Decoder):
 
     @abstractmethod
     def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
-        """The axes that the convolutions run over; their product is T."""
+        """Sizes of the axes that the convolutions run over; their product is T."""
 
     def forward(
         self,
@@ -160,7 +161,7 @@ class ConvDecoder(Decoder):
         grid: tuple[int, int] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """See `Decoder.forward`."""
+        """Predictions (P, D) from visible tokens and noise at hidden positions."""
         shape = self.shape(num_tokens, grid)
         x = self.input_dropout(tokens)
         if visible is not None:
@@ -195,7 +196,7 @@ class Conv2dDecoder(ConvDecoder):
     def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
         """(Hp, Wp)."""
         if grid is None:
-            raise ValueError("Conv2dDecoder needs tokens on a grid; this is a sequence")
+            raise ValueError("Conv2dDecoder needs tokens on a grid, got a sequence; use Conv1dDecoder")
         return grid
 
 

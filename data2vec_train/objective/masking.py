@@ -1,7 +1,7 @@
-"""Which tokens to hide from the student.
+"""Maskers: which tokens are hidden from the student.
 
 A masker draws one mask from a numpy generator and has no state, so that a mask is a pure function of its seed. Masks
-are True where the student may not look. Letters: T tokens, (Hp, Wp) grid with T = Hp * Wp in row-major order.
+are True at hidden positions. Letters: T tokens, (Hp, Wp) grid with T = Hp * Wp in row-major order.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Masker(ABC):
-    """Draws masks of T positions. `constant_count` says that every mask of the same T hides equally many."""
+    """Draws masks of T positions. `constant_count`: all masks of the same T hide equally many positions."""
 
     constant_count: bool
 
@@ -22,19 +22,19 @@ class Masker(ABC):
         """One mask, (T,) bool, True = hidden; at least one position is hidden and at least one visible."""
 
     def equalise(self, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """The masks of one batch, (T_i,) each, adjusted to each other; as they are unless a masker says otherwise."""
+        """The masks of one batch, (T_i,) each, adjusted to each other; unchanged unless a subclass overrides this."""
         return masks
 
 
 class BlockMasker(Masker):
-    """Rectangles of patches are hidden until a wanted number is reached (data2vec 1.0 images).
+    """Rectangles of patches are hidden until a target number is reached (data2vec 1.0 images).
 
-    Each rectangle has an area between `min_block_fraction` of the image and what is still wanted, and a side ratio
-    between `min_aspect` and its inverse, uniform in the logarithm. Ten tries each; when none adds anything the mask
-    stays below the wanted number, so counts differ.
+    Each rectangle has an area between `min_block_fraction` of the image and the number still missing, and an aspect
+    ratio between `min_aspect` and its inverse, log-uniform. Each has ten tries; if none adds a patch, the mask stays
+    below the target number, so counts differ.
 
-    Source: BEiT's mask generator as used by data2vec 1.0 (ALGORITHM.md 2.3), where 120 of 196 patches are wanted and
-    blocks have at least 16.
+    Source: BEiT's mask generator as used by data2vec 1.0 (ALGORITHM.md 2.3), where the target is 120 of 196 patches
+    and blocks have at least 16.
     """
 
     constant_count = False
@@ -45,7 +45,7 @@ class BlockMasker(Masker):
         self.log_aspect = (np.log(min_aspect), np.log(1 / min_aspect))
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-        """See `Masker`."""
+        """One mask, (T,) bool, True = hidden."""
         rows, columns = _checked_grid(num_tokens, grid, self)
         wanted = _count(self.hidden_fraction * num_tokens, num_tokens)
         smallest = self.min_block_fraction * num_tokens
@@ -63,7 +63,7 @@ class BlockMasker(Masker):
     def _hide_one_block(self, hidden: np.ndarray, remaining: int, smallest: float, rng: np.random.Generator) -> int:
         rows, columns = hidden.shape
         for _ in range(10):
-            # With less than `smallest` to go the interval turns round, in the original as well.
+            # With fewer than `smallest` missing the interval is reversed, as in the original.
             area = smallest + (remaining - smallest) * rng.random()
             aspect = np.exp(rng.uniform(*self.log_aspect))
             height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
@@ -82,8 +82,8 @@ class BlockMasker(Masker):
 class InverseBlockMasker(Masker):
     """Small squares of patches stay visible, the rest is hidden (data2vec 2.0 images).
 
-    Squares are drawn with replacement around uniform centres and cut at the border; then single patches are taken
-    away or added at random until exactly int(T * (1 - hidden_fraction)) are visible.
+    Squares are drawn with replacement around uniform centres and clipped at the border; then single patches are
+    removed or added at random until exactly int(T * (1 - hidden_fraction)) are visible.
 
     Source: `compute_block_mask_2d` of data2vec 2.0 with the inverse mask (ALGORITHM.md 3.6); `block_patches` is the
     side of a square (3) and `adjust_fraction` raises the number of squares to make up for overlaps.
@@ -97,7 +97,7 @@ class InverseBlockMasker(Masker):
         self.block_patches = block_patches
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-        """See `Masker`."""
+        """One mask, (T,) bool, True = hidden."""
         rows, columns = _checked_grid(num_tokens, grid, self)
         kept_fraction = 1 - self.hidden_fraction
         num_kept = _count(int(num_tokens * kept_fraction), num_tokens)
@@ -117,7 +117,7 @@ class RandomMasker(Masker):
         self.hidden_fraction = _checked_fraction(hidden_fraction)
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-        """See `Masker`."""
+        """One mask, (T,) bool, True = hidden."""
         num_kept = _count(int(num_tokens * (1 - self.hidden_fraction)), num_tokens)
         hidden = np.ones(num_tokens, dtype=bool)
         hidden[rng.permutation(num_tokens)[:num_kept]] = False
@@ -125,12 +125,12 @@ class RandomMasker(Masker):
 
 
 class SpanMasker(Masker):
-    """Spans of fixed length around random starts, overlapping where they meet (data2vec 1.0 speech and text).
+    """Spans of fixed length from random starts; spans may overlap (data2vec 1.0 speech and text).
 
-    Of n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1), each
-    hides `span_tokens` positions. With starts "inside" (speech) they come from 0 ... T - span - 1, so that the last
-    position is never hidden (ALGORITHM.md 7, row 13); with "anywhere" (text) from all positions, and the last spans are
-    cut off.
+    There are n = max(min_spans, floor(nominal_fraction * T / span_tokens + u)) distinct starts, u uniform in [0, 1);
+    each hides `span_tokens` positions. With starts "inside" (speech) they are drawn from 0 ... T - span - 1, so that
+    the last position is never hidden (ALGORITHM.md 7, row 13); with "anywhere" (text) from all positions, and spans
+    are cut off at the end.
 
     Source: fairseq's span masks as used by data2vec 1.0 (ALGORITHM.md 2.1, 2.2): 0.65 and 10 for speech, of which about
     49 % end up hidden; 0.35 and 4 for text, about 31 %.
@@ -138,12 +138,12 @@ class SpanMasker(Masker):
     Args:
         nominal_fraction: share of the positions that the spans would hide if none overlapped.
         span_tokens: length of a span.
-        min_spans: at least so many.
+        min_spans: minimum number of spans.
         starts: see above.
-        equalise_by: what the rows of a batch have in common after `equalise`. "count" = as many hidden positions as the
-            row with the fewest, as in the original: beside a short row a long one loses most of its mask. "fraction" =
-            the smallest share of hidden positions, the same thing for rows of equal length and safe with padding
-            (ALGORITHM.md 7, row 12). "none".
+        equalise_by: what the rows of a batch share after `equalise`. "count" = the number of hidden positions of the
+            row with the fewest, as in the original: a long row in a batch with a short one loses most of its mask.
+            "fraction" = the smallest share of hidden positions; equal to "count" for rows of equal length, and safe
+            with padding (ALGORITHM.md 7, row 12). "none" = masks are not changed.
 
     Raises:
         ValueError: a value that cannot work.
@@ -176,14 +176,14 @@ class SpanMasker(Masker):
         self.equalise_by = equalise_by
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-        """See `Masker`."""
+        """One mask, (T,) bool, True = hidden."""
         _check_length(num_tokens)
         wanted = int(self.nominal_fraction * num_tokens / self.span_tokens + rng.random())
         num_spans = max(wanted, self.min_spans)
         candidates = num_tokens
         if self.starts == "inside":
             candidates = num_tokens - self.span_tokens
-            if candidates <= num_spans:  # too short a row for so many starts; the original's way out
+            if candidates <= num_spans:  # the row is too short for so many starts; as in the original
                 candidates = num_spans + 1
         starts = rng.choice(candidates, min(num_spans, candidates), replace=False)
         hidden = np.zeros(num_tokens, dtype=bool)
@@ -192,7 +192,7 @@ class SpanMasker(Masker):
         return _neither_all_nor_nothing(hidden, rng)
 
     def equalise(self, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """Show random single positions again in rows that hide more than the one that hides least."""
+        """Uncover random single positions in rows that hide more than the row that hides least."""
         if self.equalise_by == "none":
             return masks
         counts = np.array([mask.sum() for mask in masks])
@@ -209,7 +209,7 @@ class Block1dMasker(Masker):
     """Short spans around uniform centres, then exactly int(T * hidden_fraction) positions (data2vec 2.0 speech).
 
     int(T * (hidden_fraction + adjust_fraction) / span_tokens) centres are drawn with replacement, and each hides the
-    span around it, pushed in at the edges; random single positions are then hidden or shown again until the number is
+    span around it, clamped at the edges; random single positions are then hidden or uncovered until the number is
     exact.
 
     Source: `compute_block_mask_1d` of data2vec 2.0 (ALGORITHM.md 3.6).
@@ -225,7 +225,7 @@ class Block1dMasker(Masker):
         self.span_tokens = span_tokens
 
     def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-        """See `Masker`."""
+        """One mask, (T,) bool, True = hidden."""
         _check_length(num_tokens)
         num_spans = int(num_tokens * (self.hidden_fraction + self.adjust_fraction) / self.span_tokens)
         centres = rng.integers(0, num_tokens, size=max(num_spans, 1))
@@ -236,21 +236,20 @@ class Block1dMasker(Masker):
 
 
 class TokenCorruption:
-    """What the student reads at hidden positions: mostly the mask token (data2vec 1.0 text).
+    """Replaces the tokens at hidden positions, mostly by the mask token (data2vec 1.0 text).
 
-    Of the hidden positions a share gets a random token and a share keeps its own; on these the original has no loss
-    (ALGORITHM.md 2.2), so they are no longer counted as hidden. BERT's 80/10/10 is 0.1 and 0.1; data2vec itself uses 0
-    and 0.
+    A share of the hidden positions gets a random token, and a share keeps its own. The original computes no loss there
+    (ALGORITHM.md 2.2), so these no longer count as hidden. BERT's 80/10/10 is 0.1 and 0.1; data2vec uses 0 and 0.
 
     Args:
         mask_id: the mask token.
         vocab_size: number of token ids.
-        special_ids: tokens that no random draw gives; `mask_id` is one of them anyway.
+        special_ids: tokens that are never drawn at random; `mask_id` is always one of them.
         random_fraction: share of hidden positions that get a random token.
-        keep_fraction: share that keep their own.
+        keep_fraction: share of hidden positions that keep their token.
 
     Raises:
-        ValueError: shares that are negative or leave nothing to the mask token, or ids outside the vocabulary.
+        ValueError: negative shares, shares that sum to 1 or more, or ids outside the vocabulary.
     """
 
     def __init__(
@@ -268,7 +267,7 @@ class TokenCorruption:
                 f"{random_fraction} and {keep_fraction}"
             )
         special = {mask_id, *special_ids}
-        if not all(0 <= one < vocab_size for one in special):
+        if not all(0 <= token_id < vocab_size for token_id in special):
             raise ValueError(f"the special ids {sorted(special)} do not lie in a vocabulary of {vocab_size}")
         self.mask_id = mask_id
         self.ordinary = np.setdiff1d(np.arange(vocab_size), sorted(special))
@@ -276,14 +275,14 @@ class TokenCorruption:
         self.keep_fraction = keep_fraction
 
     def __call__(self, ids: np.ndarray, hidden: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T,) int and hidden (T,) bool -> ids as the student reads them, and where they are `mask_id` now."""
+        """Ids (T,) int and hidden (T,) bool -> corrupted ids (T,), and where they are `mask_id` (T,) bool."""
         positions = np.flatnonzero(hidden)
         chance = rng.random(len(positions))
         if (
             self.random_fraction + self.keep_fraction
             and not (chance >= self.random_fraction + self.keep_fraction).any()
         ):
-            chance[rng.integers(len(positions))] = 1.0  # something has to be predicted
+            chance[rng.integers(len(positions))] = 1.0  # at least one position has to be predicted
         swapped = positions[chance < self.random_fraction]
         masked = positions[chance >= self.random_fraction + self.keep_fraction]
         corrupted = ids.copy()
@@ -296,7 +295,7 @@ class TokenCorruption:
 
 @functools.cache
 def _squares(rows: int, columns: int, side: int) -> np.ndarray:
-    """Positions (T, side^2) of the square around each position of a grid, those at the border cut off there."""
+    """Positions (T, side^2) of the square around each position of a grid, clipped at the border."""
     offsets = np.arange(side) - side // 2
     row = np.clip(np.arange(rows)[:, None] + offsets, 0, rows - 1)  # (rows, side)
     column = np.clip(np.arange(columns)[:, None] + offsets, 0, columns - 1)
@@ -323,7 +322,7 @@ def _neither_all_nor_nothing(hidden: np.ndarray, rng: np.random.Generator) -> np
 
 def _check_length(num_tokens: int) -> None:
     if num_tokens < 2:
-        raise ValueError(f"a mask needs a token to hide and one to show, got {num_tokens} in all")
+        raise ValueError(f"a mask needs at least 2 tokens, one hidden and one visible, got {num_tokens}")
 
 
 def _checked_fraction(fraction: float) -> float:

@@ -1,4 +1,4 @@
-"""What the student has to predict: normalised, averaged representations of the teacher's last K layers.
+"""Targets of the student: normalised, averaged representations of the teacher's last K layers.
 
     y = N_mean( 1/K sum_k N_layer(a_k) ),  a_k (B, T, D) the target layer of block k, see `TargetBuilder`
 
@@ -28,10 +28,10 @@ class TargetBuilder:
         top_k_layers: K, how many of the last layers to average.
         layer_norms: applied to every layer, in this order.
         mean_norms: applied to the mean.
-        reference_padding: let padded positions into the statistics of instance and batch norm, as the originals do.
+        reference_padding: include padded positions in the statistics of instance and batch norm, as the originals do.
 
     Raises:
-        ValueError: an unknown target layer or norm, or K below 1.
+        ValueError: unknown target layer or norm, or K below 1.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TargetBuilder:
             (B, T, D) float32.
 
         Raises:
-            ValueError: not K layers, or a single position where statistics over time are asked for.
+            ValueError: not K layers, or instance norm over a single position.
         """
         if len(layers) != self.top_k_layers:
             raise ValueError(f"expected the last {self.top_k_layers} layers, got {len(layers)}")

@@ -2,8 +2,8 @@
 
     teacher <- tau(n) * teacher + (1 - tau(n)) * student      once, after optimizer step n = 1, 2, ...
 
-Which parts are averaged depends on modality and version (ALGORITHM.md 1.1): the rest is either copied, or shared, which
-means that the teacher starts from the student's own token embeddings.
+Which parts are averaged depends on modality and version (ALGORITHM.md 1.1). The others are either copied from the
+student, or shared: the teacher then starts from the student's token embeddings.
 """
 
 import copy
@@ -26,15 +26,15 @@ def tau_at(step: int, *, start: float, end: float, anneal_steps: int) -> float:
 
 
 class EMATeacher(nn.Module):
-    """A copy of the student that follows it slowly, is never trained and never drops anything.
+    """An averaged copy of the student, without gradients, dropout or drop path.
 
-    Weights are float32 whatever the student's type: with 1 - tau = 2e-4 an update is below bfloat16's resolution and
-    the teacher would stand still.
+    Weights are float32 whatever the student's dtype: with 1 - tau = 2e-4 an update is below bfloat16's resolution and
+    the teacher would not change.
 
     Args:
         student: the encoder to copy.
-        share_embeddings: the teacher has no embedding of its own and takes the student's tokens (speech, text). These
-            are those of training: what drops out of the embedding is missing for the teacher too, as in the originals.
+        share_embeddings: the teacher has no embedding of its own and takes the student's tokens (speech, text), which
+            include the student's embedding dropout, as in the originals.
         copied: names or prefixes of parameters that are copied from the student at each update, not averaged.
 
     Raises:
@@ -55,7 +55,7 @@ class EMATeacher(nn.Module):
         self.copied = [name for name in names if name in frozen or name.startswith(tuple(copied))]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATeacher":
-        """Follow the rest of the model to another device, but not to another floating-point type."""
+        """Move to another device with the rest of the model, but keep the floating-point type."""
 
         def keep_type(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -64,14 +64,14 @@ class EMATeacher(nn.Module):
         return super()._apply(keep_type, recurse)
 
     def train(self, mode: bool = True) -> "EMATeacher":
-        """Stay in evaluation mode: targets come without dropout and drop path."""
+        """Stay in evaluation mode: targets are computed without dropout and drop path."""
         return super().train(False)
 
     @torch.no_grad()
     def update(self, student: ModalityEncoder, tau: float, *, skip_step: Tensor | None = None) -> None:
-        """One averaging step towards `student`; at tau >= 1 averaged weights stay as they are.
+        """One averaging step towards `student`; at tau >= 1 averaged weights do not change.
 
-        If `skip_step`, () bool, is True, nothing moves; on a GPU the host does not read it.
+        If `skip_step`, () bool, is True, the teacher does not change; on a GPU, the host does not read the flag.
         """
         on_host = skip_step is None or skip_step.device.type == "cpu"
         if on_host and skip_step:
@@ -89,7 +89,7 @@ class EMATeacher(nn.Module):
         elif tau < 1.0:
             weight = torch.where(skip_step, 0.0, 1.0 - tau)
             torch._foreach_lerp_(averaged, towards, [weight] * len(averaged))
-        # Averaging an integer buffer shifts indices by one now and then: buffers are copied (ALGORITHM.md 7, row 8).
+        # Buffers are copied: averaging an integer buffer can shift an index by one (ALGORITHM.md 7, row 8).
         buffers = dict(student.named_buffers())
         for name, buffer in self.encoder.named_buffers():
             buffer.copy_(buffers[name])
@@ -108,8 +108,8 @@ class EMATeacher(nn.Module):
 
         Args:
             inputs: (B, ...), uncorrupted.
-            attention_mask: at the rate of the inputs.
-            student_tokens: what the student's `embed` returned, used when embeddings are shared.
+            attention_mask: of the inputs, before `embed`.
+            student_tokens: result of the student's `embed`, used if embeddings are shared.
             target_layer: see `ModalityEncoder.contextualize`.
             top_k_layers: as there.
 
@@ -123,5 +123,5 @@ class EMATeacher(nn.Module):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; teacher and student are cut in the same places (`parallel.shard`)."""
+    """This process's shard of a tensor; teacher and student are sharded alike (`training.distributed.shard`)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,6 +1,7 @@
 """All attention backends against the formula and each other, on what a CPU can run; the rest is in tests/gpu."""
 
 import itertools
+import re
 from collections.abc import Callable
 
 import pytest
@@ -72,7 +73,7 @@ def test_attention_equals_the_formula(backend, mask, which):
     q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()  # (B, H, S, Dh)
     bias, key_mask = biases()[which], MASKS[mask]
     if backend == "flash" and bias is not None:
-        with pytest.raises(ConfigError, match=r"attention=flash: it adds no position bias; choose one of eager, sdpa"):
+        with pytest.raises(ConfigError, match=r"attention=flash: .* no position bias; choose one of eager, sdpa"):
             attention(q, k, v, backend=backend, key_mask=key_mask, bias=bias)
         return
     out = attention(q, k, v, backend=backend, key_mask=key_mask, bias=bias)
@@ -281,11 +282,11 @@ def case(**changes: object) -> Case:
     [
         ("flash", {"bias": True}, "no position bias"),
         ("flash", {"dtype": "float32"}, "bfloat16 and float16, not float32"),
-        ("flash", {"head_dim": 20}, "multiples of 8, not 20"),
-        ("flash", {"head_dim": 512}, "up to 256 wide"),
-        ("flash", {"padding": True, "per_query": True}, "other keys from every query"),
-        ("flash", {"padding": True, "dropout": True}, "without padding only"),
-        ("flash", {"device": "cpu", "dropout": True}, "without padding only"),
+        ("flash", {"head_dim": 20}, "multiple of 8 up to 256, not 20"),
+        ("flash", {"head_dim": 512}, "256, not 512"),
+        ("flash", {"padding": True, "per_query": True}, "between queries"),
+        ("flash", {"padding": True, "dropout": True}, "without padding"),
+        ("flash", {"device": "cpu", "dropout": True}, "without padding"),
         ("flash", {"device": "mps"}, "no kernel for mps"),
     ],
 )
@@ -301,7 +302,7 @@ def test_on_a_gpu_all_backends_can_do_plain_attention():
 def test_flex_is_refused_without_a_gpu_and_with_dropout(monkeypatch):
     monkeypatch.undo()
     assert "GPU" in refusal("flex", case(device="cpu"))
-    assert "drops no" in refusal("flex", case(dropout=True))
+    assert "dropout" in refusal("flex", case(dropout=True))
     with pytest.raises(ConfigError, match="attention=flex: it has no backward pass without a GPU; choose one of eager"):
         attention(*torch.randn(3, 1, 2, 4, 8).unbind(), backend="flex")
 
@@ -354,7 +355,7 @@ def test_auto_measures_once_for_each_shape_and_says_what_it_chose(caplog, monkey
     assert "attention: sdpa for 2 x 16 tokens, 2 heads, float32, forward: eager 4.00 ms, sdpa 2.00 ms" in caplog.text
     caplog.clear()
     choose(16, bias=biases()["linear"])
-    assert "not flash: it adds no position bias" in caplog.text
+    assert re.search("not flash: .* no position bias", caplog.text)
 
 
 def test_auto_computes_what_the_backend_it_takes_computes(monkeypatch):

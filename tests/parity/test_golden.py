@@ -310,7 +310,7 @@ def recording(path: Path, request: pytest.FixtureRequest) -> Recording:
     if backend == "flex":
         request.getfixturevalue("flex_on_cpu")
     if backend == "flash" and path.stem in WITH_A_BIAS:
-        pytest.skip("flash adds no position bias")
+        pytest.skip("flash supports no position bias")
     return load(path, attention=backend)
 
 
