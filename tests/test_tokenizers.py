@@ -105,7 +105,7 @@ def test_weights_with_another_tokenizer_than_in_training_are_not_exported(tmp_pa
     folder = weights_with(tokenizer, tmp_path / "weights")
     content = (folder / "tokenizer.json").read_text().replace('"moon"', '"MOON"')
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(ConfigError, match="not those of the weights"):
+    with pytest.raises(ConfigError, match="the weights were trained with"):
         exported(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -127,7 +127,7 @@ def test_another_reading_of_what_was_written_stops_the_run_before_it_starts(tmp_
     tokenizer = Tokenizer.load(str(write_kind("unigram", tmp_path / "given")))
     other = TextTokenizer.from_pretrained(write_kind("word level", tmp_path / "other").parent)
     monkeypatch.setattr(TextTokenizer, "from_pretrained", classmethod(lambda cls, folder: other))
-    with pytest.raises(ConfigError, match="from where later programs read it"):
+    with pytest.raises(ConfigError, match="modality.tokenizer: .* has the ids"):
         write_tokenizer(tokenizer, TEXTS, tmp_path / "out", 32)
 
 

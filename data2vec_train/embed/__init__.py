@@ -1,4 +1,4 @@
-"""`python -m data2vec_train.embed`: features of files, as a table.
+"""`python -m data2vec_train.embed`: write the features of files to a table.
 
 Open `run.py`.
 How features are pooled: `features/embedding.py`.

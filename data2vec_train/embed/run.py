@@ -1,7 +1,8 @@
-"""Features of many files, in parts that a killed run does not lose, then in one parquet file.
+"""Features of many files: written in parts, which survive a killed run, then merged into one parquet file.
 
-`OUT.parts/identity.json` says what the parts were made from and how. `OUT.parts/part-000012-SHA256.parquet` has the
-records from 12 * rows_per_part on; its name holds the hash of its content, which is compared before it is used.
+`OUT.parts/identity.json` records the data, weights and settings of the parts. `OUT.parts/part-000012-SHA256.parquet`
+holds the records from number 12 * rows_per_part on; its name contains the hash of its content, which is checked before
+the part is used.
 """
 
 import contextlib
@@ -48,15 +49,15 @@ _PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")
 
 
 def embed(cfg: DictConfig) -> int:
-    """Write `cfg.out`, a row for each record that could be used, and return the number of rows.
+    """Write `cfg.out`, with one row for each usable record, and return the number of rows.
 
-    Parts of `cfg.rows_per_part` records lie in `OUT.parts/` until all are there. A part is a function of its records
-    alone: whatever interrupts the work, the file is the same in the end. Columns: `key`, and `layer_N` with the
-    features. Records that could not be used are listed in `OUT.rejected.jsonl`.
+    Parts of `cfg.rows_per_part` records are kept in `OUT.parts/` until all are complete. A part depends only on its
+    records, so an interrupted and restarted run writes the same file. Columns: `key`, and `layer_N` with the features.
+    Unusable records are listed in `OUT.rejected.jsonl`.
 
     Raises:
-        ConfigError: the file is there already, another process makes it, or parts of another command are there.
-        DataError: no record can be used.
+        ConfigError: the file exists, another process is writing it, or `OUT.parts/` holds parts of another command.
+        DataError: no record is usable.
     """
     quiet_libraries()
     out = output_path(cfg.out)
@@ -82,7 +83,7 @@ def _embed(cfg: DictConfig, out: Path) -> int:
     _begin(parts, _identity(cfg, source, layers, encoder.state_dict()))
     done = _whole_parts(parts)
     missing = [number for number in range(count) if number not in done]
-    log.info("%d records, %d of %d parts are there already", len(rows), count - len(missing), count)
+    log.info("%d records, %d of %d parts exist already", len(rows), count - len(missing), count)
     loader = _loader(cfg, source, rows, missing, size)
     reported = time.perf_counter()
     for place, (number, packed) in enumerate(zip(missing, loader, strict=True)):
@@ -94,7 +95,7 @@ def _embed(cfg: DictConfig, out: Path) -> int:
     written, rejected = _merge([done[number] for number in range(count)], out, [*source.rejected, *source.left_out])
     shutil.rmtree(parts)
     if rejected:
-        log.info("%d records cannot be used; see %s", rejected, out.with_name(out.name + ".rejected.jsonl"))
+        log.info("%d records are unusable; see %s", rejected, out.with_name(out.name + ".rejected.jsonl"))
     log.info("%d rows: %s (%.0f s)", written, out, seconds_since(started))
     return written
 
@@ -102,7 +103,7 @@ def _embed(cfg: DictConfig, out: Path) -> int:
 def _records(cfg: DictConfig) -> tuple[Source, np.ndarray]:
     source = build(cfg.data.source)
     if isinstance(source, StreamingSource):
-        raise ConfigError("data=stream has no order to resume in; choose data=hf")
+        raise ConfigError("data=stream has no fixed order, so embed cannot resume it; choose data=hf")
     look_at_images(cfg, source)
     prepare = build(cfg.modality.prepare)
     source = source if prepare is None else prepare(source)
@@ -110,7 +111,7 @@ def _records(cfg: DictConfig) -> tuple[Source, np.ndarray]:
 
 
 def _budget(cfg: DictConfig) -> int:
-    """Of a batch, in units of the inputs' last axis."""
+    """The size of a batch, in units of the inputs' last axis."""
     if cfg.modality.batching is None:
         return 10**9
     return int(cfg.modality.batching.budget)
@@ -119,7 +120,7 @@ def _budget(cfg: DictConfig) -> int:
 def _identity(
     cfg: DictConfig, source: Source, layers: tuple[int, ...], state: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """All that the features depend on: data, weights, settings, versions."""
+    """Everything that the features depend on: data, weights, settings, versions."""
     weights = hashlib.sha256()
     for name, tensor in state.items():
         weights.update(name.encode())
@@ -141,7 +142,7 @@ def _identity(
 
 
 def _content(source: Source) -> str:
-    """A hash of all records: their names, and size and time of files, or the content of what is no file."""
+    """A hash of all records: their keys, with the size and time of files and the content of all other values."""
     digest = hashlib.sha256()
     for row in range(len(source)):
         try:
@@ -157,10 +158,10 @@ def _content(source: Source) -> str:
 
 
 def _begin(parts: Path, identity: dict[str, Any]) -> None:
-    """Make the folder of the parts, or find that what is in it belongs to this command.
+    """Create the folder of the parts, or check that the parts in it belong to this command.
 
     Raises:
-        ConfigError: data, weights or settings differ from those that parts were made with.
+        ConfigError: the existing parts were made with other data, weights or settings.
     """
     note = parts / "identity.json"
     if not parts.is_dir() or not any(parts.glob("part-*")):
@@ -172,7 +173,7 @@ def _begin(parts: Path, identity: dict[str, Any]) -> None:
         before = json.loads(note.read_bytes())
         differing = [name for name in identity if before[name] != identity[name]]
     except (OSError, ValueError, TypeError, KeyError):
-        log.warning("%s does not say what its parts were made from: they are made anew", note)
+        log.warning("%s is damaged, so the origin of its parts is unknown: they are computed again", note)
         remove(parts)
         _begin(parts, identity)
         return
@@ -181,26 +182,26 @@ def _begin(parts: Path, identity: dict[str, Any]) -> None:
         names = sorted(name for name in now | was if now.get(name) != was.get(name))[:5]
         shown = ", ".join(f"{name.removeprefix('settings.')}={now.get(name)} (was {was.get(name)})" for name in names)
         raise ConfigError(
-            f"{parts} holds parts made with other {' and '.join(differing)}: {shown}. Remove it to begin anew, or "
+            f"{parts} holds parts made with other {' and '.join(differing)}: {shown}. Remove it to start again, or "
             "choose another out"
         )
     sweep(parts)
 
 
 def _whole_parts(parts: Path) -> dict[int, Path]:
-    """The parts that are there as they were written, by number; damaged ones are removed."""
+    """The complete parts by number; damaged ones are removed."""
     found = {}
     for path in sorted(parts.glob("part-*")):
         if path.is_file() and _is_whole(path, path.read_bytes()):
             found[int(_PART.fullmatch(path.name)[1])] = path
         else:
-            log.warning("%s is not what was written; the part is made anew", path)
+            log.warning("%s is damaged (its hash does not match); the part is computed again", path)
             remove(path)
     return found
 
 
 def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int], size: int) -> Loader:
-    """The samples of each missing part, in order, as `_packed` makes them."""
+    """The samples of each missing part, in order, packed by `_packed`."""
     transform = build(cfg.modality.transform)
     dataset = EvaluationDataset(
         source=source, indices=rows, decode=build(cfg.modality.decode), transform=transform.evaluate
@@ -216,11 +217,14 @@ def _loader(cfg: DictConfig, source: Source, rows: np.ndarray, missing: list[int
 
 
 def _packed(samples: list[Sample]) -> tuple[list[Sample], list[torch.Size | None], torch.Tensor]:
-    """Samples without inputs, the shapes of these, and all end to end: each tensor that is sent takes an open file."""
+    """The samples without their inputs, the shapes of the inputs, and all inputs concatenated into one flat tensor.
+
+    One tensor instead of many: each tensor that a loader process sends uses an open file.
+    """
     inputs = [sample.inputs for sample in samples]
-    flat = [one.reshape(-1) for one in inputs if one is not None]
-    shapes = [None if one is None else one.shape for one in inputs]
-    return [replace(one, inputs=None) for one in samples], shapes, torch.cat(flat) if flat else torch.empty(0)
+    flat = [tensor.reshape(-1) for tensor in inputs if tensor is not None]
+    shapes = [None if tensor is None else tensor.shape for tensor in inputs]
+    return [replace(sample, inputs=None) for sample in samples], shapes, torch.cat(flat) if flat else torch.empty(0)
 
 
 def _unpacked(packed: tuple[list[Sample], list[torch.Size | None], torch.Tensor]) -> list[Sample]:
@@ -241,7 +245,7 @@ def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embed
     kind = pyarrow.float16() if dtype == "float16" else pyarrow.float32()
     columns: dict[str, Any] = {"key": pyarrow.array([sample.key for sample in good], pyarrow.string())}
     for place, layer in enumerate(embedder.layers):
-        columns[f"layer_{layer}"] = _lists([one[place].astype(dtype) for one in features], kind, embedder.pooling)
+        columns[f"layer_{layer}"] = _lists([record[place].astype(dtype) for record in features], kind, embedder.pooling)
     rejected = [list(pair) for sample in samples for pair in sample.rejected]
     table = pyarrow.table(columns).replace_schema_metadata({"rejected": json.dumps(rejected)})
     stream = pyarrow.BufferOutputStream()
@@ -253,10 +257,10 @@ def _write_part(parts: Path, number: int, samples: list[Sample], embedder: Embed
 
 
 def _lists(arrays: list[np.ndarray], kind: Any, pooling: str) -> Any:
-    """Rows of numbers, or with "none" of rows of numbers, as an arrow array."""
+    """One list of numbers for each record, or a list of lists with pooling="none", as an arrow array."""
     import pyarrow
 
-    if sum(one.size for one in arrays) >= 2**31:  # what offsets can count
+    if sum(array.size for array in arrays) >= 2**31:  # list offsets are int32
         raise ConfigError("a part has more than 2^31 numbers in a layer; lower rows_per_part")
     if pooling != "none":
         flat = np.concatenate(arrays) if arrays else np.empty(0, kind.to_pandas_dtype())
@@ -271,10 +275,10 @@ def _lists(arrays: list[np.ndarray], kind: Any, pooling: str) -> Any:
 
 
 def _merge(parts: list[Path], out: Path, rejected: list[tuple[str, str]]) -> tuple[int, int]:
-    """The parts in one file, a row group each; how many rows there are and how many records were rejected in all.
+    """Write all parts into one file, one row group each; return the number of rows and of rejected records.
 
     Raises:
-        DataError: there are no rows, or a part is not what was written.
+        DataError: there are no rows, or a part is damaged.
     """
     import pyarrow
     from pyarrow import parquet
@@ -296,24 +300,24 @@ def _merge(parts: list[Path], out: Path, rejected: list[tuple[str, str]]) -> tup
                 writer.close()
         except OSError:
             if writer is not None:
-                with contextlib.suppress(OSError):  # it tries again to write what the disk has refused
+                with contextlib.suppress(OSError):  # closing retries the write that failed
                     writer.close()
             raise
-        listing.unlink(missing_ok=True)  # of an earlier file with this name
+        listing.unlink(missing_ok=True)  # left by an earlier file of the same name
         if rejected:
             lines = [json.dumps({"key": key, "reason": why}) + "\n" for key, why in rejected]
             replace_file(listing, "".join(lines).encode())
         if not rows:
             key, why = rejected[0]
             shutil.rmtree(parts[0].parent)
-            raise DataError(f"none of {len(rejected)} records can be used; the first is {key}: {why}")
+            raise DataError(f"none of {len(rejected)} records is usable; the first is {key}: {why}")
     return rows, len(rejected)
 
 
 def _read_part(path: Path) -> bytes:
     content = path.read_bytes() if path.is_file() else b""
     if not _is_whole(path, content):
-        raise DataError(f"{path} has changed on the disk; the same command makes this part anew")
+        raise DataError(f"{path} has changed on disk; run the same command again to compute this part again")
     return content
 
 

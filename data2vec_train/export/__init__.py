@@ -1,5 +1,5 @@
-"""`python -m data2vec_train.export`: a folder that transformers reads, or ONNX.
+"""`python -m data2vec_train.export`: write a folder that transformers reads, or ONNX.
 
 Open `run.py`.
-How tensors are named for other programs: `weights/names.py`.
+The names of tensors in other programs: `weights/names.py`.
 """

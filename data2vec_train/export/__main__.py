@@ -6,7 +6,7 @@ from data2vec_train.config.command import run_command
 
 
 def _export(cfg: Any) -> None:
-    # Imported when the command is known to be right: torch takes seconds to load.
+    # Imported only after the command is checked: torch takes seconds to load.
     from data2vec_train.export.run import export
 
     export(cfg)

@@ -1,4 +1,4 @@
-"""Export: write weights in another format, read back what was written, compare, and say so on a card."""
+"""Export: write weights in another format, read them back, compare the outputs, and write a model card."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ from data2vec_train.weights.tokenizers import EXAMPLES_NAME, TextTokenizer, has_
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "safetensors", "onnx", "torch_export")
-# Where no texts of the weights' own data are at hand.
+# Used if no texts of the weights' own training data are stored with them.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog; it's 3:45 pm, and nobody minds.",
     "  Two  spaces,\ttabs\nand lines\r\n\nIn UPPER and lower Case.",
@@ -42,29 +42,29 @@ TEXTS = (
     "北京は今日も晴れ Привет мир",
     "def f(x): return x**2 + 1_000_000  # comment",
 )
-LIMIT = 1e-3  # of differences; outputs are of order 1
+LIMIT = 1e-3  # largest accepted difference; outputs are of order 1
 CARD_NAME = "README.md"
 
 
 @dataclass
 class Example:
-    """Inputs to compare outputs on."""
+    """Inputs on which outputs are compared."""
 
-    inputs: dict[str, Tensor]  # the first sample is whole, the second one padded where there is padding
-    # axis -> (name, smallest, largest or None) of those that may differ from call to call
+    inputs: dict[str, Tensor]  # the first sample has no padding; the second one has, if the model takes a mask
+    # axis -> (name, smallest size, largest size or None) of the axes whose size may differ from call to call
     axes: dict[int, tuple[str, int, int | None]]
 
 
 @dataclass
 class Comparison:
-    """How far what was written is from what was loaded."""
+    """How much the outputs of the exported model differ from those of the loaded one."""
 
-    reader: str  # who read it back
-    layers: list[tuple[str, float]]  # (what, largest absolute difference)
+    reader: str  # the program that read the export back
+    layers: list[tuple[str, float]]  # (output, largest absolute difference)
 
     @property
     def largest(self) -> float:
-        """Of all layers."""
+        """The largest difference of all layers."""
         return max(difference for _, difference in self.layers)
 
 
@@ -72,7 +72,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
     """Write `cfg.checkpoint` to `cfg.out` in `cfg.format`; returns the largest difference for each reader.
 
     Raises:
-        ConfigError: a setting that cannot be met, or a format that cannot hold this model.
+        ConfigError: an invalid setting, or a format that cannot hold this model.
     """
     if cfg.format not in FORMATS:
         raise ConfigError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
@@ -95,16 +95,16 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
         texts = compare_ids(model, unfinished)
         write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
         comparisons = write(model, unfinished, cfg.format)
-        for one in comparisons:
-            log.info("read back by %s: largest difference %.1e", one.reader, one.largest)
-            if not one.largest <= LIMIT:
+        for comparison in comparisons:
+            log.info("read back by %s: largest difference %.1e", comparison.reader, comparison.largest)
+            if not comparison.largest <= LIMIT:
                 raise RuntimeError(
-                    f"what {one.reader} reads back differs from {cfg.checkpoint} by {one.largest:.1e}, and {LIMIT:.0e} "
-                    f"is the most that rounding explains; {out} was not written"
+                    f"the outputs of {comparison.reader} differ from {cfg.checkpoint} by {comparison.largest:.1e}; "
+                    f"rounding explains at most {LIMIT:.0e}; {out} was not written"
                 )
         (unfinished / CARD_NAME).write_text(_card(cfg, model, comparisons, texts, unfinished), encoding="utf-8")
     log.info("written: %s", out)
-    return {one.reader: one.largest for one in comparisons}
+    return {comparison.reader: comparison.largest for comparison in comparisons}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,16 +122,16 @@ def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Compa
 
 
 def _read_by_transformers(model: PretrainedModel, folder: Path, example: Example) -> list[Comparison]:
-    """With transformers' own code, where it is installed; padding aside, which it lets leak in speech."""
+    """Compare with transformers, if it is installed; without padding, which changes its outputs for speech."""
     if find_spec("transformers") is None:
-        log.info("transformers is not installed: what it makes of the folder was not compared")
+        log.info("transformers is not installed: its outputs were not compared")
         return []
     import transformers
 
-    transformers.logging.set_verbosity_error()  # what is missing and what loads is our own to say
+    transformers.logging.set_verbosity_error()  # this program reports missing and unexpected tensors itself
     transformers.logging.disable_progress_bar()
     theirs = getattr(transformers, type(model).__name__).from_pretrained(folder).eval()
-    whole = {name: one[:1] for name, one in example.inputs.items()}
+    whole = {name: tensor[:1] for name, tensor in example.inputs.items()}
     with torch.no_grad():
         output = theirs(**whole, output_hidden_states=True)
     expected = _layers_of(model, Example(whole, example.axes))
@@ -162,7 +162,7 @@ def _write_onnx(model: PretrainedModel, folder: Path, kind: str) -> list[Compari
         )
     program.save(folder / "model.onnx")
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    names = [one.name for one in session.get_inputs()]
+    names = [entry.name for entry in session.get_inputs()]
 
     def run(inputs: dict[str, Tensor]) -> Tensor:
         return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
@@ -187,7 +187,7 @@ def _write_program(model: PretrainedModel, folder: Path, kind: str) -> list[Comp
 
 
 class _Plain(nn.Module):
-    """A model with positional inputs and one tensor as output, as graph formats want it."""
+    """A model with positional inputs and one output tensor, as graph formats require."""
 
     def __init__(self, model: PretrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -206,22 +206,23 @@ def _main_output(model: PretrainedModel) -> str:
 
 
 def _dynamic(example: Example) -> tuple:
-    """Which axes of which input may change."""
+    """For each input, the axes whose size may change."""
     axes = {
         axis: torch.export.Dim(name, min=smallest, max=largest)
         if largest is not None
         else torch.export.Dim(name, min=smallest)
         for axis, (name, smallest, largest) in example.axes.items()
     }
-    return tuple({axis: dim for axis, dim in axes.items() if axis < one.dim()} for one in example.inputs.values())
+    return tuple({axis: dim for axis, dim in axes.items() if axis < tensor.dim()} for tensor in example.inputs.values())
 
 
 def _write_facts(model: PretrainedModel, folder: Path, example: Example) -> None:
-    """The config, and what a graph takes and gives."""
+    """Write the config, and the inputs and the output of the graph."""
     model.config.save_pretrained(folder)
     facts = {
         "inputs": {
-            name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in example.inputs.items()
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in example.inputs.items()
         },
         "output": _main_output(model),
         "free_axes": {str(axis): list(limits) for axis, limits in example.axes.items()},
@@ -234,12 +235,15 @@ def _write_facts(model: PretrainedModel, folder: Path, example: Example) -> None
 
 
 def compare_ids(model: PretrainedModel, folder: Path) -> str | None:
-    """Whether the tokenizer in `folder` makes the ids that the weights were trained with; a sentence for the card.
+    """Check that the tokenizer in `folder` gives the ids that the weights were trained with.
 
-    Read by this program, and by transformers where it is installed. None: there is no tokenizer.
+    The check reads it with this program, and with transformers if it is installed.
+
+    Returns:
+        A sentence for the card; None without a tokenizer.
 
     Raises:
-        ConfigError: somebody makes other ids of a text.
+        ConfigError: a reader gives other ids for a text.
     """
     if not isinstance(model.get_encoder(), TextEncoder) or not has_tokenizer(folder):
         return None
@@ -270,22 +274,24 @@ def _check_ids(where: str, texts: list[str], found: list[list[int]], expected: l
     for text, row, other in zip(texts, found, expected, strict=True):
         if row != other:
             raise ConfigError(
-                f"{where} makes the ids {row[:10]} of {text[:60]!r}, and not those of the weights, {other[:10]}; give "
-                "the tokenizer that they were trained with"
+                f"{where} gives the ids {row[:10]} for {text[:60]!r}; the weights were trained with {other[:10]}. Use "
+                "the tokenizer that the weights were trained with"
             )
 
 
 def example_for(model: PretrainedModel, folder: Path | None = None) -> Example:
-    """Two inputs that suit a model, the second one padded: texts where `folder` has a tokenizer, otherwise noise.
+    """Two inputs for a model, the second one padded: texts if `folder` has a tokenizer, otherwise noise.
 
     Raises:
-        ConfigError: the encoder comes from a plugin, whose inputs nobody can guess.
+        ConfigError: the encoder comes from a plugin, so its inputs are unknown.
     """
     generator = torch.Generator().manual_seed(0)
     encoder = model.get_encoder()
     if isinstance(encoder, WaveformEncoder):
         count = encoder.token_count
-        shortest = next(size for size in range(1, 10**7) if count(size) >= 2)  # graphs take one frame for a constant
+        shortest = next(
+            size for size in range(1, 10**7) if count(size) >= 2
+        )  # with one frame, graphs fix the axis at 1
         size = next(size for size in range(shortest, 10**7) if count(size) >= 48)
         shape = (2, size) if encoder.channels == 1 else (2, encoder.channels, size)
         waves = torch.randn(shape, generator=generator)
@@ -310,7 +316,7 @@ def example_for(model: PretrainedModel, folder: Path | None = None) -> Example:
         images = torch.randn(2, channels, *encoder.image_size, generator=generator)
         return Example({"pixel_values": images}, {0: ("batch", 1, None)})
     raise ConfigError(
-        f"{type(encoder).__name__} comes from a plugin, and nobody knows its inputs: use save_pretrained in Python"
+        f"{type(encoder).__name__} comes from a plugin, and its inputs are unknown: use save_pretrained in Python"
     )
 
 
@@ -320,15 +326,15 @@ def _layers_of(model: PretrainedModel, example: Example) -> dict[str, Tensor]:
 
 
 def _named(output: Any) -> dict[str, Tensor]:
-    """Every layer, and what the model is for."""
-    layers = {f"layer {number}": one for number, one in enumerate(output["hidden_states"])}
+    """The hidden states of every layer and the main outputs, by name."""
+    layers = {f"layer {number}": hidden for number, hidden in enumerate(output["hidden_states"])}
     main = [name for name in ("last_hidden_state", "logits", "start_logits", "embeddings") if name in output]
     return layers | {name: output[name] for name in main}
 
 
 def _compare(reader: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> Comparison:
     return Comparison(
-        reader, [(name, float((found[name].float() - one.float()).abs().max())) for name, one in expected.items()]
+        reader, [(name, float((found[name].float() - tensor.float()).abs().max())) for name, tensor in expected.items()]
     )
 
 
@@ -336,12 +342,12 @@ def _compare(reader: str, expected: dict[str, Tensor], found: dict[str, Tensor])
 def _compare_function(
     reader: str, model: PretrainedModel, example: Example, run: Callable[[dict[str, Tensor]], Tensor]
 ) -> Comparison:
-    """On the example, and on one of another batch size and length."""
+    """Compare on the example, and on an example of another batch size and length."""
     other = dict(example.inputs)
     for axis, (name, _, _) in example.axes.items():
-        for key, one in other.items():
-            if axis < one.dim():
-                other[key] = one[:1] if name == "batch" else one.narrow(axis, 0, one.shape[axis] * 3 // 4)
+        for key, tensor in other.items():
+            if axis < tensor.dim():
+                other[key] = tensor[:1] if name == "batch" else tensor.narrow(axis, 0, tensor.shape[axis] * 3 // 4)
     main, layers = _main_output(model), []
     for what, inputs in (("", example.inputs), (", another shape", other)):
         difference = float((run(inputs) - model(**inputs)[main]).abs().max())
@@ -350,13 +356,13 @@ def _compare_function(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The card
+# The model card
 
 
 def _card(
     cfg: DictConfig, model: PretrainedModel, comparisons: list[Comparison], texts: str | None, folder: Path
 ) -> str:
-    """The card, in Markdown; `texts` is what `compare_ids` says."""
+    """The card, in Markdown; `texts` is the sentence of `compare_ids`."""
     name = type(model).__name__
     load = {
         "hf": f"transformers.{name}.from_pretrained(DIR)   # or data2vec_train.load_pretrained(DIR)",
@@ -370,38 +376,38 @@ def _card(
         f"- from `{Path(cfg.checkpoint).name}`, weights of the {cfg.weights}",
         f"- format {cfg.format}; {model.num_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')}",
         f"- encoder: width {model.get_encoder().dim}, {model.get_encoder().depth} blocks",
-        "- files: " + ", ".join(sorted(one.name for one in folder.iterdir())),
+        "- files: " + ", ".join(sorted(path.name for path in folder.iterdir())),
         "",
         "Load it with",
         "",
         f"    {load}",
         "",
     ]
-    if not any((folder / one).is_file() for one in PREPROCESSING):
+    if not any((folder / file_name).is_file() for file_name in PREPROCESSING):
         lines += [
-            "No preprocessor or tokenizer was found beside the weights: inputs have to be prepared as in training.",
+            "No preprocessor or tokenizer was found beside the weights: prepare inputs as in training.",
             "",
         ]
     images = read_json(folder / PREPROCESSOR_NAME) if (folder / PREPROCESSOR_NAME).is_file() else {}
     if images.get("max_value") is not None:
         lines += [
-            f"The stored value {images['max_value']:g} is white: values were brought to 0 to 255 by it before what",
-            "preprocessor_config.json says, as `decode_image` of `data2vec_train.data.image` does.",
+            f"The stored value {images['max_value']:g} is white. Scale values by it to 0 to 255, then apply",
+            "preprocessor_config.json; `decode_image` of `data2vec_train.data.image` does the first step.",
             "",
         ]
     if images.get("fit") == "cover" and not name.endswith("SemanticSegmentation"):
         lines += [
             "transformers stretches images to the size in preprocessor_config.json. This model was trained on images",
-            "that keep their aspect: others than of that size have to be cropped before, as `ImageTransform.evaluate`",
-            "of `data2vec_train.data.image` does.",
+            "that keep their aspect: crop images of any other size first, as `ImageTransform.evaluate` of",
+            "`data2vec_train.data.image` does.",
             "",
         ]
     if texts is not None:
         lines += [texts, ""]
     on = "noise" if texts is None else "a text"
-    for one in comparisons:
-        lines += [f"Largest absolute difference from the loaded model, read back by {one.reader}, on {on}:", ""]
+    for comparison in comparisons:
+        lines += [f"Largest absolute difference from the loaded model, read back by {comparison.reader}, on {on}:", ""]
         lines += ["| | difference |", "|---|---|"]
-        lines += [f"| {layer} | {difference:.1e} |" for layer, difference in one.layers]
+        lines += [f"| {layer} | {difference:.1e} |" for layer, difference in comparison.layers]
         lines += [""]
     return "\n".join(lines)

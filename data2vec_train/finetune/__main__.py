@@ -6,7 +6,7 @@ from data2vec_train.config.command import run_command
 
 
 def _run(cfg: Any) -> object:
-    # Imported when the command is known to be right: torch takes seconds to load.
+    # Imported only after the command is checked: torch takes seconds to load.
     from data2vec_train.finetune.run import finetune
 
     return finetune(cfg)

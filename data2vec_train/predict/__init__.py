@@ -1,5 +1,5 @@
-"""`python -m data2vec_train.predict`: what a fine-tuned model says of new files.
+"""`python -m data2vec_train.predict`: apply a fine-tuned model to new files.
 
 Open `run.py`.
-What is written for each task is in the task: `finetune/base.py`.
+The format of a prediction is defined by its task: `finetune/base.py`.
 """

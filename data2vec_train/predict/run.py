@@ -1,4 +1,4 @@
-"""What a fine-tuned model says about files: transcripts, classes, answers, maps."""
+"""Predictions of a fine-tuned model for files: transcripts, classes, answers, maps."""
 
 import itertools
 import json
@@ -36,21 +36,21 @@ from data2vec_train.weights.files import read_json
 log = logging.getLogger(__name__)
 
 LISTING = "predictions.jsonl"  # in a folder of maps
-SHOWN = 10  # predictions that are printed
-WINDOW = 512  # records that are batched by length, and then written in their order
+SHOWN = 10  # number of predictions that are printed
+WINDOW = 512  # number of records that are batched by length together, then written in their order
 
 
 def predict(cfg: DictConfig) -> int:
-    """Write `cfg.out` and return how many records it speaks of.
+    """Write `cfg.out` and return the number of records with a prediction.
 
-    One line of JSON for each record, {"key": ..., "prediction": ...}; records that could not be used have "error"
-    instead. Transcripts come with "words", their times in seconds. Recordings longer than `window_seconds` are read in
-    overlapping windows, whose middles make one prediction. Class maps become .png files in the folder `cfg.out`, with
-    their names in `predictions.jsonl` there.
+    One line of JSON for each record, {"key": ..., "prediction": ...}; unusable records have "error" instead of
+    "prediction". Transcripts also have "words", with times in seconds. Recordings longer than `window_seconds` are
+    read in overlapping windows; the middle parts of the windows are joined into one prediction. Class maps are written
+    as .png files into the folder `cfg.out`, and their names into `predictions.jsonl` there.
 
     Raises:
         ConfigError: the weights have no head, or `out` exists.
-        DataError: no record can be used.
+        DataError: no record is usable.
     """
     quiet_libraries()
     out = output_path(cfg.out)
@@ -65,7 +65,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
     if model.base_model is model:
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} is a {type(model).__name__}, an encoder without a head: fine-tune it first "
-            "(python -m data2vec_train.finetune), or ask for features (python -m data2vec_train.embed)"
+            "(python -m data2vec_train.finetune), or compute features (python -m data2vec_train.embed)"
         )
     model = inherit(cfg, model, f"checkpoint={cfg.checkpoint}")
     task = task_of(model, inputs_of(cfg, model), _head_settings(cfg, model))
@@ -78,7 +78,7 @@ def _predict(cfg: DictConfig, out: Path) -> int:
     maps = task.model_class.endswith("SemanticSegmentation")
     joined = Joined(task, source) if isinstance(source, AudioWindows) else None
     good, bad = 0, len(source.rejected) + len(source.left_out)
-    lines: dict[int, dict[str, Any]] = {}  # of the records in the current window
+    lines: dict[int, dict[str, Any]] = {}  # row -> line, for the current window
     reported = time.perf_counter()
     with writing(out) as unfinished, _listing(unfinished, maps).open("w", encoding="utf-8") as file, torch.no_grad():
         _write(file, [{"key": key, "error": why} for key, why in (*source.rejected, *source.left_out)])
@@ -92,8 +92,11 @@ def _predict(cfg: DictConfig, out: Path) -> int:
                     good, bad = good + ("prediction" in line), bad + ("error" in line)
                 continue
             found = task.predict(model, batch.to(device)) if len(batch) else []
-            for row, key, one in zip(batch.places, batch.keys, found, strict=True):
-                lines[row] = {"key": key, "prediction": _map_file(unfinished, key, one, cfg) if maps else _plain(one)}
+            for row, key, answer in zip(batch.places, batch.keys, found, strict=True):
+                lines[row] = {
+                    "key": key,
+                    "prediction": _map_file(unfinished, key, answer, cfg) if maps else _plain(answer),
+                }
             broken = [row for row in rows if row not in batch.places]
             for row, (key, why) in zip(broken, batch.rejected, strict=True):
                 lines[row] = {"key": key, "error": why}
@@ -104,15 +107,15 @@ def _predict(cfg: DictConfig, out: Path) -> int:
         _write(file, [lines[row] for row in sorted(lines)])
     path = out / LISTING if maps else out
     if not good:
-        raise DataError(f"none of {bad} records can be used; see {path}")
+        raise DataError(f"none of {bad} records is usable; see {path}")
     _show(path)
-    failed = f", {bad} cannot be used" if bad else ""
+    failed = f", {bad} records unusable" if bad else ""
     log.info("%d predictions%s: %s (%.0f s)", good, failed, path, seconds_since(started))
     return good
 
 
 def _listing(out: Path, maps: bool) -> Path:
-    """The file with a line for each record."""
+    """The path of the file with one line for each record; makes the folder of maps."""
     if not maps:
         return out
     out.mkdir()
@@ -120,10 +123,10 @@ def _listing(out: Path, maps: bool) -> Path:
 
 
 class Joined:
-    """Predictions for recordings that come in windows; of each no more is kept than what is read of its frames.
+    """Joins the windows of each recording into one prediction; keeps only the frames' outputs, not the windows.
 
     Args:
-        task: of a head that reads frames.
+        task: the task of a head that reads frames.
         source: the windows.
     """
 
@@ -133,22 +136,22 @@ class Joined:
         hop = math.prod(task.inputs.token_count.strides)
         self.edge = source.stride_samples // hop
         self.step = source.step_samples // hop
-        # Recording -> its windows so far: their frames, or why there are none; and whether there is a sound.
+        # Recording -> window -> (outputs of its frames or the reason why it is unusable, whether it is not silent).
         self.parts: dict[int, dict[int, tuple[Tensor | str, bool]]] = {}
 
     def add(
         self, model: PretrainedModel, rows: Sequence[int], batch: Examples, device: str
     ) -> list[tuple[int, dict[str, Any]]]:
-        """Last window and line of every recording that is complete with this batch.
+        """The last window and the output line of every recording that this batch completes.
 
         Args:
-            model: on the device.
-            rows: windows that the batch was to hold.
-            batch: those that could be read.
-            device: see `predict`.
+            model: the model, on the device.
+            rows: all windows of the batch.
+            batch: the windows among them that could be read.
+            device: the device of the model.
         """
         frames = self.task.predict(model, batch.to(device)) if len(batch) else []
-        sounds = [bool(one.any()) for one in batch.inputs.get("input_values", ())]
+        sounds = [bool(wave.any()) for wave in batch.inputs.get("input_values", ())]
         found: dict[int, tuple[Tensor | str, bool]] = {
             row: pair for row, *pair in zip(batch.places, frames, sounds, strict=True)
         }
@@ -186,7 +189,7 @@ def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:
 
 
 def _show(path: Path) -> None:
-    """The first predictions, for people."""
+    """Log the first predictions."""
     with path.open(encoding="utf-8") as file:
         found = (line for line in map(json.loads, file) if "prediction" in line)
         for line in itertools.islice(found, SHOWN):
@@ -204,17 +207,18 @@ def _in_words(said: Any) -> str:
 
 
 def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
-    """Those that the model was fine-tuned with, or else the defaults of its head; then what the command says."""
+    """The settings of the fine-tuning, or the defaults of the head; then changed by those of the command."""
     facts = None if model.source is None else model.source / FACTS_NAME
     if facts is not None and facts.is_file():
         settings = read_json(facts)["head"]
-        if settings.get("maps") is not None:  # those of the training say nothing about images of the same name
+        if settings.get("maps") is not None:  # the maps of the training images do not belong to the new images
             settings |= {"maps": None, "map_column": "map"}
     else:
         settings = _default_settings(cfg, model)
     wrong = sorted(set(cfg.head) - set(settings))
     if wrong:
-        raise ConfigError(f"head.{wrong[0]}: this head has {', '.join(one for one in settings if one[0] != '_')}")
+        known = ", ".join(name for name in settings if name[0] != "_")
+        raise ConfigError(f"head.{wrong[0]}: this head has no such setting; expected one of {known}")
     return settings | OmegaConf.to_container(cfg.head, resolve=True)
 
 
@@ -226,7 +230,11 @@ def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]
         if "_target_" not in node:
             continue
         definition = find(node._target_)
-        names = [getattr(one.value, "value", None) for one in definition.node.body if hasattr(one, "targets")]
+        names = [
+            getattr(statement.value, "value", None)
+            for statement in definition.node.body
+            if hasattr(statement, "targets")
+        ]
         if type(model).__name__ in names:
             if OmegaConf.is_missing(node, "classes"):
                 node.classes, node.map_column = model.config.num_labels, "map"
@@ -236,18 +244,18 @@ def _default_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]
     raise ConfigError(f"{type(model).__name__} has no predictions")
 
 
-def _plain(one: Any) -> Any:
-    """What JSON can hold."""
-    if isinstance(one, np.ndarray):
-        return [round(float(value), 6) for value in one]
-    if isinstance(one, dict):
-        said = {name: value for name, value in one.items() if name in ("label", "probability", "labels", "segments")}
+def _plain(answer: Any) -> Any:
+    """A prediction as values that JSON can hold."""
+    if isinstance(answer, np.ndarray):
+        return [round(float(value), 6) for value in answer]
+    if isinstance(answer, dict):
+        said = {name: value for name, value in answer.items() if name in ("label", "probability", "labels", "segments")}
         return said | ({"probability": round(said["probability"], 6)} if "probability" in said else {})
-    return one
+    return answer
 
 
 def _map_file(folder: Path, key: str, classes: np.ndarray, cfg: DictConfig) -> str:
-    """Write the picture of a map below `folder`, and give its name there: that of the image, but for its ending."""
+    """Write a class map as .png below `folder`; return its relative path, named after the image."""
     from PIL import Image
 
     name = Path(*[part for part in Path(key.replace(":", "_")).parts if part not in ("/", "..")])

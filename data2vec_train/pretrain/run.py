@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 def write_preprocessing(cfg: DictConfig, data: DataModule, folder: Path) -> None:
-    """Say beside the weights how inputs are prepared, in the files that `transformers` reads."""
+    """Write the preprocessing of the inputs beside the weights, in the files that `transformers` reads."""
     described = build(cfg.modality.preprocessing)
     if described is not None:
         described.save_pretrained(folder)
@@ -68,13 +68,13 @@ def write_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], folder: Path, bl
     """Write a tokenizer's files, read them back, and compare the ids of texts.
 
     Args:
-        tokenizer: of the run.
-        texts: some of its data; they are kept with their ids, for `export` to compare other readers on.
-        folder: where to.
-        block_tokens: longest input.
+        tokenizer: the tokenizer of the run.
+        texts: some texts of its data; stored with their ids, so that `export` can compare other readers with them.
+        folder: where the files are written.
+        block_tokens: the longest input, in tokens.
 
     Raises:
-        ConfigError: what is read back gives other ids.
+        ConfigError: the tokenizer read back from the files gives other ids.
     """
     content, names = tokenizer.to_json(), tokenizer.special_tokens
     TextTokenizer.from_json(content, tokens=names, model_max_length=block_tokens).save_pretrained(folder)
@@ -84,8 +84,8 @@ def write_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], folder: Path, bl
         found = again(text, add_special_tokens=False)["input_ids"]
         if found != row:
             raise ConfigError(
-                f"modality.tokenizer: {text[:60]!r} has the ids {row[:10]} here and {found[:10]} in {folder}, from "
-                "where later programs read it; use another tokenizer"
+                f"modality.tokenizer: {text[:60]!r} has the ids {row[:10]} in training, but {found[:10]} with the "
+                f"tokenizer files in {folder}, which other programs read; use another tokenizer"
             )
     write_json(folder / EXAMPLES_NAME, {"texts": list(texts), "ids": ids})
 
@@ -94,7 +94,7 @@ def pretrain(cfg: DictConfig) -> float | None:
     """Train one encoder and return its last kNN accuracy, or RankMe without labels (for sweeps that optimise).
 
     Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`, and
-    `quarantine.jsonl` when samples were broken. Where the directory has a checkpoint of this run, it goes on there.
+    `quarantine.jsonl` when samples were broken. Resumes when the directory has a checkpoint of this run.
     """
     started = time.perf_counter()
     quiet_libraries()
@@ -154,7 +154,7 @@ def pretrain(cfg: DictConfig) -> float | None:
             with uncompiled():
                 report = write_run_report(cfg, run_dir=run_dir, objective=objective, data=data, summary=summary)
             log.info("report: %s", report)
-        write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
+        write_summary(run_dir / SUMMARY, summary)  # written last: the file marks a complete run
         if timing is not None:
             log.info("%s", timing.write(run_dir / PROFILE))
     if collapse is not None:

@@ -1,4 +1,4 @@
-"""What the members of a sweep share: one process, and the table at the end, also written to `sweep.csv`."""
+"""The table of results at the end of a sweep, printed and written to `sweep.csv`."""
 
 import csv
 import io
@@ -23,22 +23,14 @@ _COLUMNS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Members
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
 class SweepTable(Callback):
-    """Prints what the members of a sweep reached, and writes everything they reported to `sweep.csv`.
+    """Prints the main results of each run of a sweep, and writes all its results to `sweep.csv`.
 
     Configured as `hydra.callbacks.sweep_table._target_: data2vec_train.pretrain.sweep.SweepTable`.
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
-        """Reads the run directories below `hydra.sweep.dir`, on the machine that started the sweep."""
+        """Read the run directories below `hydra.sweep.dir`, on the machine that started the sweep."""
         sweep_dir = Path(config.hydra.sweep.dir)
         members = read_members(sweep_dir)
         if not members:
@@ -49,18 +41,18 @@ class SweepTable(Callback):
 
 
 def read_members(sweep_dir: Path) -> list[dict[str, object]]:
-    """One flat row per run: directory, the overrides that differ, status, and every number of its `summary.json`."""
+    """One flat row per run: directory, the overrides that differ, status, and every value of its `summary.json`."""
     found = {file.parents[1] for file in sweep_dir.glob("**/.hydra/overrides.yaml")}
     found |= {file.parent for file in sweep_dir.glob("**/summary.json")}
     directories = sorted(found, key=lambda path: _order(path.relative_to(sweep_dir)))
     overrides = [_overrides(directory) for directory in directories]
-    keys = list(dict.fromkeys(key for one in overrides for key in one))
-    differing = [key for key in keys if len({one.get(key) for one in overrides}) > 1]
+    keys = list(dict.fromkeys(key for override in overrides for key in override))
+    differing = [key for key in keys if len({override.get(key) for override in overrides}) > 1]
     rows = []
-    for directory, one in zip(directories, overrides, strict=True):
+    for directory, override in zip(directories, overrides, strict=True):
         summary = _summary(directory)
         row: dict[str, object] = {"directory": str(directory.relative_to(sweep_dir))}
-        row |= {key: one.get(key, "") for key in (differing or keys)}
+        row |= {key: override.get(key, "") for key in (differing or keys)}
         row["status"] = "done" if summary else "failed"
         rows.append(row | summary)
     return rows
@@ -74,7 +66,7 @@ def _order(member: Path) -> tuple[int, str]:
 def _overrides(directory: Path) -> dict[str, str]:
     try:
         lines = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # not there, or damaged
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # missing or damaged
         return {}
     return dict(str(line).partition("=")[::2] for line in lines) if isinstance(lines, list) else {}
 
@@ -82,7 +74,7 @@ def _overrides(directory: Path) -> dict[str, str]:
 def _summary(directory: Path) -> dict[str, object]:
     try:
         found = json.loads((directory / "summary.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # not there, or damaged
+    except (OSError, ValueError, RecursionError):  # missing or damaged
         return {}
     return _flat(found) if isinstance(found, dict) else {}
 
@@ -107,7 +99,7 @@ def _write_csv(members: list[dict[str, object]], file: Path) -> None:
 
 
 def _cells(members: list[dict[str, object]]) -> list[list[str]]:
-    """The header and a line per member, as text; the probe columns only where a member has them."""
+    """The header and one line per run, as text; a probe column only if a run has it."""
     columns = _columns(members)
     shown = columns[1 : columns.index("status") + 1]
     shown += [column for column in _COLUMNS if column in columns]

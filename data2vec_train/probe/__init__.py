@@ -1,4 +1,4 @@
-"""`python -m data2vec_train.probe`: how much labels are in each layer of a frozen encoder.
+"""`python -m data2vec_train.probe`: how well each layer of a frozen encoder predicts labels.
 
 Open `run.py`.
 How layers are compared and chosen: `layers.py`.

@@ -1,4 +1,4 @@
-"""`python -m data2vec_train.probe checkpoint=PATH data=folder data.path=DIR`: what each layer knows."""
+"""`python -m data2vec_train.probe checkpoint=PATH data=folder data.path=DIR`: accuracy of each layer."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from data2vec_train.config.command import run_command
 
 
 def _run(cfg: Any) -> object:
-    # Imported when the command is known to be right: torch takes seconds to load.
+    # Imported only after the command is checked: torch takes seconds to load.
     from data2vec_train.probe.run import probe
 
     return probe(cfg)

@@ -1,4 +1,4 @@
-"""What each layer of a frozen encoder knows: nearest neighbours, a linear and an attentive classifier, by layer."""
+"""Probes on each layer of a frozen encoder: k nearest neighbours, a linear and an attentive classifier."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,8 +28,8 @@ def layer_features(
     for batch in batches:
         moved = batch.to(device)
         tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
-        for row, one in zip(rows, tokens, strict=True):
-            row.append(pool(one, mask, pooling).cpu().numpy())
+        for row, layer in zip(rows, tokens, strict=True):
+            row.append(pool(layer, mask, pooling).cpu().numpy())
         labels.append(batch.labels.numpy())
     return [np.concatenate(row) for row in rows], np.concatenate(labels)
 
@@ -41,10 +41,13 @@ def simple_probes(
     neighbours: int,
     l2: float,
 ) -> dict[str, list[np.ndarray]]:
-    """Which test records `knn` and `linear` classify right, (m,) bool for each layer; see `probes.measures`."""
+    """Which test records `knn` and `linear` classify correctly, (m,) bool for each layer (`features/measures.py`)."""
     pairs = list(zip(fit[0], test[0], strict=True))
-    knn = [knn_hits(one, fit[1], other, test[1], neighbours=neighbours) for one, other in pairs]
-    linear = [linear_hits(one, fit[1], other, test[1], l2=l2) for one, other in pairs]
+    knn = [
+        knn_hits(fit_features, fit[1], test_features, test[1], neighbours=neighbours)
+        for fit_features, test_features in pairs
+    ]
+    linear = [linear_hits(fit_features, fit[1], test_features, test[1], l2=l2) for fit_features, test_features in pairs]
     return {"knn": knn, "linear": linear}
 
 
@@ -54,8 +57,8 @@ class AttentiveProbe(nn.Module):
     Source: the attentive probe of V-JEPA (arXiv:2404.08471), with a single layer.
 
     Args:
-        dim: D.
-        num_heads: of the attention.
+        dim: D, the width of the tokens.
+        num_heads: attention heads.
         num_classes: C.
     """
 
@@ -88,10 +91,11 @@ def attentive_probes(
     weight_decay: float,
     seed: int,
 ) -> list[np.ndarray]:
-    """Which test records an `AttentiveProbe` classifies right, (m,) bool for each layer.
+    """Which test records an `AttentiveProbe` classifies correctly, (m,) bool for each layer.
 
-    All are trained in the same passes over the data, each on its own layer: tokens are never kept. The encoder's
-    batches are learnt from in steps of `batch_size` records: how many it can take at once is no rule for the probes.
+    All probes are trained in the same passes over the data, each on its own layer, so that tokens need not be stored.
+    Each batch of the encoder is split into optimizer steps of `batch_size` records, so that the training of the probes
+    does not depend on the encoder's batch size.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
@@ -109,10 +113,10 @@ def attentive_probes(
             tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
             for rows in torch.arange(len(batch), device=device).split(batch_size):
                 seen = None if mask is None else mask[rows]
-                # Each head has a loss of its own: their sum has the gradients of all.
+                # The losses share no parameters, so the gradient of the sum is the gradient of each head's own loss.
                 loss = sum(
-                    F.cross_entropy(head(one[rows], seen), moved.labels[rows])
-                    for head, one in zip(heads, tokens, strict=True)
+                    F.cross_entropy(head(layer[rows], seen), moved.labels[rows])
+                    for head, layer in zip(heads, tokens, strict=True)
                 )
                 optimizer.zero_grad()
                 loss.backward()
@@ -123,6 +127,6 @@ def attentive_probes(
         for batch in test(0):
             moved = batch.to(device)
             tokens, mask = layer_tokens(encoder, moved.inputs, moved.attention_mask, layers)
-            for row, head, one in zip(hits, heads, tokens, strict=True):
-                row.append((head(one, mask).argmax(dim=-1) == moved.labels).cpu().numpy())
+            for row, head, layer in zip(hits, heads, tokens, strict=True):
+                row.append((head(layer, mask).argmax(dim=-1) == moved.labels).cpu().numpy())
     return [np.concatenate(row) for row in hits]

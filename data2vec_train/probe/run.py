@@ -1,4 +1,4 @@
-"""Probing by layer: a table and a picture of what each layer of trained weights knows, beside untrained ones."""
+"""Probing by layer: a table and a chart of each layer's accuracy, for trained and untrained weights."""
 
 import copy
 import json
@@ -42,9 +42,9 @@ NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 
 
 def probe(cfg: DictConfig) -> float:
-    """Probe every layer and return the linear accuracy of the one that was chosen.
+    """Probe every layer and return the linear accuracy of the chosen layer.
 
-    Writes into Hydra's run directory: `probe.json`, `probe.csv`, and `probe.html` with the picture.
+    Writes into Hydra's run directory: `probe.json`, `probe.csv`, and `probe.html` with the charts.
 
     Raises:
         DataError: the records have no classes.
@@ -66,7 +66,8 @@ def probe(cfg: DictConfig) -> float:
         raise ConfigError(f"probes={list(cfg.probes)}: expected some of {', '.join(NAMES)}")
 
     raw = [
-        raw_input(build(cfg.modality.probe.raw), data.evaluation_batches(one)) for one in (data.fit_set, data.test_set)
+        raw_input(build(cfg.modality.probe.raw), data.evaluation_batches(dataset))
+        for dataset in (data.fit_set, data.test_set)
     ]
     pairs = (raw[0].features, raw[0].labels, raw[1].features, raw[1].labels)
     results: dict[str, Any] = {
@@ -76,11 +77,13 @@ def probe(cfg: DictConfig) -> float:
         }
     }
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for which, one in (("untrained", _untrained(model, cfg.seed).to(device)), ("trained", encoder)):
-        hits = _measure(cfg, one, data, layers, measures)
+    for which, candidate in (("untrained", _untrained(model, cfg.seed).to(device)), ("trained", encoder)):
+        hits = _measure(cfg, candidate, data, layers, measures)
         results[which] = {name: [float(row.mean()) for row in rows] for name, rows in hits.items()}
         chosen[which] = {name: choose_layer(rows, layers, cfg.seed) for name, rows in hits.items()}
-    sentences = [comparison(NAMES[name], *(chosen[one][name] for one in ("untrained", "trained"))) for name in measures]
+    sentences = [
+        comparison(NAMES[name], *(chosen[which][name] for which in ("untrained", "trained"))) for name in measures
+    ]
     for sentence in sentences:
         log.info("%s", sentence)
     facts = {
@@ -139,7 +142,7 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
     )
     if module.test_set is None:
         raise DataError(
-            "the records have no classes to tell apart: put files into a folder for each class, or name the column "
+            "the records have no classes to predict: put files into a folder for each class, or name the column "
             f"with data.label_column ({module.probe_note})"
         )
     return module
@@ -147,7 +150,7 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
 
 def _untrained(model: Any, seed: int) -> ModalityEncoder:
     """The same architecture with random weights."""
-    family = next(one for one in FAMILIES.values() if isinstance(model.base_model, one.base))
+    family = next(family for family in FAMILIES.values() if isinstance(model.base_model, family.base))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model.get_encoder())(**family.arguments(copy.deepcopy(model.config)))
@@ -156,12 +159,12 @@ def _untrained(model: Any, seed: int) -> ModalityEncoder:
 def _measure(
     cfg: DictConfig, encoder: ModalityEncoder, data: DataModule, layers: list[int], measures: list[str]
 ) -> dict[str, list[np.ndarray]]:
-    """Measure -> which test records are classified right, (m,) bool for each layer."""
+    """Measure -> which test records are classified correctly, (m,) bool for each layer."""
     found: dict[str, list[np.ndarray]] = {}
     if {"knn", "linear"} & set(measures):
         fit, test = (
-            layer_features(encoder, data.evaluation_batches(one), layers, cfg.modality.probe.pooling)
-            for one in (data.fit_set, data.test_set)
+            layer_features(encoder, data.evaluation_batches(dataset), layers, cfg.modality.probe.pooling)
+            for dataset in (data.fit_set, data.test_set)
         )
         found |= simple_probes(fit, test, neighbours=cfg.neighbours, l2=cfg.l2)
     if "attentive" in measures:
@@ -182,7 +185,7 @@ def _measure(
 
 
 def _shuffled(data: DataModule, dataset: EvaluationDataset, seed: int, epoch: int) -> Iterator[Batch]:
-    """The batches of a pass in a new order; records too, where all are equally long."""
+    """The batches of an epoch in a new order; where all records are equally long, the records are shuffled too."""
     order = generator(seed, "order", epoch, len(dataset))
     if data.batching is None or dataset.lengths is None:
         rows = order.permutation(len(dataset))
@@ -194,12 +197,12 @@ def _shuffled(data: DataModule, dataset: EvaluationDataset, seed: int, epoch: in
 
 
 def choose_layer(hits: list[np.ndarray], layers: list[int], seed: int) -> dict[str, Any]:
-    """The layer that is right most often, and its accuracy on records that it was not chosen on, if there are enough.
+    """The most accurate layer, and its accuracy on records that were not used to choose it, if there are enough.
 
     Args:
-        hits: which test records are classified right, (m,) bool for each layer.
-        layers: their numbers.
-        seed: of the halves: one chooses the layer, the other says how good it is.
+        hits: which test records are classified correctly, (m,) bool for each layer.
+        layers: the numbers of the layers.
+        seed: seed of the split into halves: one half chooses the layer, the other measures its accuracy.
     """
     rows = np.random.default_rng((seed, len(hits[0]))).permutation(len(hits[0]))
     is_apart = len(rows) >= 2 * _ENOUGH and len(layers) > 1
@@ -216,22 +219,23 @@ def choose_layer(hits: list[np.ndarray], layers: list[int], seed: int) -> dict[s
 
 
 def comparison(name: str, untrained: dict[str, Any], trained: dict[str, Any]) -> str:
-    """Both in a sentence, with what a difference of so few records is worth."""
-    errors = [one["standard_error"] for one in (untrained, trained)]
+    """A sentence that compares both results, with a note if the difference is not significant."""
+    errors = [result["standard_error"] for result in (untrained, trained)]
     texts = [
-        f"{one['accuracy']:.1%} +- {one['standard_error']:.1%} (layer {one['layer']})" for one in (untrained, trained)
+        f"{result['accuracy']:.1%} +- {result['standard_error']:.1%} (layer {result['layer']})"
+        for result in (untrained, trained)
     ]
     text = f"{name}: {texts[0]} untrained -> {texts[1]} trained, on {trained['records']} test records"
     notes = []
     if abs(trained["accuracy"] - untrained["accuracy"]) < 2 * float(np.hypot(*errors)) or trained["records"] < _FEW:
-        notes.append("the difference is within what chance makes of so few records")
+        notes.append("with so few records, the difference may be due to chance")
     if trained["chosen_on_the_same_records"]:
-        notes.append("the layers were chosen on these same records, which flatters both")
+        notes.append("the layers were chosen on these same records, so both values are too high")
     return "; ".join([text, *notes])
 
 
-_FEW = 30  # records below which no difference is worth anything
-_ENOUGH = 100  # records that choose the layer, and as many that test it
+_FEW = 30  # with fewer records, no difference counts as significant
+_ENOUGH = 100  # records needed to choose the layer, and as many again to test it
 
 
 def _table(results: dict[str, Any], layers: list[int], measures: list[str]) -> list[list[str]]:
@@ -266,18 +270,18 @@ def _write_page(
     )
     rows = [[f"<th>{escape(line[0])}</th>", *(f"<td>{cell}</td>" for cell in line[1:])] for line in lines[1:]]
     explanation = (
-        "Accuracy in percent of classifiers on frozen features of each layer; layer 0 is what enters the first block. "
-        "Trained should lie above untrained, the same encoder with random weights. Features of single tokens are "
-        f"pooled ({facts['pooling']}) for k-NN and the linear classifier; the attentive one pools by itself. "
+        "Accuracy in percent of classifiers on frozen features of each layer; layer 0 is the input of the first block. "
+        "Trained should be higher than untrained (the same encoder with random weights). For k-NN and the linear "
+        f"classifier, token features are pooled ({facts['pooling']}); the attentive classifier pools them itself. "
         f"{facts['fit_records']} records to fit on, {facts['test_records']} to test on, {facts['classes']} classes. "
         f"Raw input: {facts['raw_name']}."
     )
-    said = "".join(f"<p>{escape(one)}.</p>" for one in sentences)
-    html = said + f'<div class="charts">{pictures}</div>' + table([escape(one) for one in lines[0]], rows)
+    said = "".join(f"<p>{escape(sentence)}.</p>" for sentence in sentences)
+    html = said + f'<div class="charts">{pictures}</div>' + table([escape(cell) for cell in lines[0]], rows)
     command = f"<pre>{escape(command_line('data2vec_train.probe'))}</pre>"
     return write_report(
         run_dir / "probe.html",
-        title=f"What the layers of {Path(str(cfg.checkpoint)).name} know",
+        title=f"Accuracy by layer: {Path(str(cfg.checkpoint)).name}",
         sections=[
             Section("By layer", explanation, html),
             Section("The run", f"{facts['seconds']} seconds. The command repeats it.", command),
@@ -287,7 +291,7 @@ def _write_page(
 
 
 def _picture(results: dict[str, Any], layers: list[int], name: str) -> bytes:
-    """Accuracy over layers, trained and untrained, the raw input as a dotted line."""
+    """A chart of accuracy over layers, trained and untrained, with the raw input as a dotted line."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

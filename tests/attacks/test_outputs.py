@@ -583,7 +583,7 @@ def test_parts_vanish_while_they_are_joined(embed, tmp_path, monkeypatch, capsys
     with monkeypatch.context() as patched:
         patched.setattr(embedding, "_merge", gone)
         assert embed() == 2
-    assert "has changed on the disk" in one_line(capsys)
+    assert "has changed on disk" in one_line(capsys)
     assert embed() == 0
 
 

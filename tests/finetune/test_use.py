@@ -624,7 +624,7 @@ def test_damaged_parts_are_computed_anew(interrupted, program_of, capsys):
     parts[3].rename(parts[3].with_name("part-abc.parquet"))
     assert program_of("embed", *interrupted.command) == 0
     said = capsys.readouterr()
-    assert (said.out + said.err).count("is not what was written; the part is made anew") == 4
+    assert (said.out + said.err).count("the part is computed again") == 4
     assert interrupted.out.read_bytes() == interrupted.whole
     assert not interrupted.parts.exists()
 
@@ -632,7 +632,7 @@ def test_damaged_parts_are_computed_anew(interrupted, program_of, capsys):
 def test_parts_that_do_not_say_what_they_are_of_are_not_used(interrupted, program_of, capsys):
     (interrupted.parts / "identity.json").write_bytes(b"\0" * 100)
     assert program_of("embed", *interrupted.command) == 0
-    assert "does not say what its parts were made from: they are made anew" in capsys.readouterr().out
+    assert "is damaged, so the origin of its parts is unknown" in capsys.readouterr().out
     assert interrupted.out.read_bytes() == interrupted.whole
 
 
@@ -659,7 +659,7 @@ def test_parts_of_other_data_are_refused(change, interrupted, program_of, weight
     capsys.readouterr()
     assert program_of("embed", *command) == 2
     what = "weights" if change == "other weights" else "(records and )?data"
-    assert re.search(f"holds parts made with other {what}: .*Remove it to begin anew", one_error(capsys))
+    assert re.search(f"holds parts made with other {what}: .*Remove it", one_error(capsys))
     assert not interrupted.out.exists()
 
 
@@ -673,7 +673,7 @@ def test_a_part_that_changes_before_they_are_joined_gives_no_wrong_rows(interrup
     with monkeypatch.context() as patched:
         patched.setattr(embedding_task, "_merge", damaged)
         assert program_of("embed", *interrupted.command) == 2
-    assert "has changed on the disk; the same command makes this part anew" in one_error(capsys)
+    assert "has changed on disk" in one_error(capsys)
     assert not interrupted.out.exists()
     assert program_of("embed", *interrupted.command) == 0
     assert interrupted.out.read_bytes() == interrupted.whole
