@@ -23,7 +23,7 @@ class Collator:
     Args:
         masker: draws one mask; None makes batches without masks, for evaluation.
         masks_per_sample: M.
-        grid: rows and columns of tokens; None for sequences.
+        grid: rows and columns of tokens, see `ModalityEncoder.grid`.
         token_count: length of an input's last axis -> number of tokens.
         seed: of the run.
         pad_value: what shorter samples are filled up with at their end.
@@ -40,7 +40,7 @@ class Collator:
         *,
         masker: Masker | None,
         masks_per_sample: int,
-        grid: tuple[int, int] | None,
+        grid: tuple[int | None, int] | None,
         token_count: Callable[[int], int],
         seed: int,
         pad_value: int = 0,

@@ -39,7 +39,8 @@ class ModalityEncoder(nn.Module, ABC):
     depth: int  # number of blocks, the prenet included
     prenet_depth: int  # number of first blocks that never serve as targets
     num_prefix_tokens: int
-    grid: tuple[int, int] | None  # rows and columns of the token grid; None for sequences
+    # Rows and columns of the token grid, rows None = as many as the input fills; None for sequences.
+    grid: tuple[int | None, int] | None
     # Length of an input's last axis -> T. Loader workers call it, so it must not refer to the encoder or its weights.
     token_count: Callable[[int], int]
     no_decay: frozenset[str] = frozenset()  # parameter names exempt from weight decay, besides biases and 1-d tensors

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.encoders.layers import init_beit, init_bert
+from data2vec_train.objective.grid import grid_of
 
 
 class Decoder(nn.Module, ABC):
@@ -27,7 +28,7 @@ class Decoder(nn.Module, ABC):
         hidden: Tensor,
         visible: Tensor | None,
         num_tokens: int,
-        grid: tuple[int, int] | None,
+        grid: tuple[int | None, int] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
         """Predictions (P, D).
@@ -37,7 +38,7 @@ class Decoder(nn.Module, ABC):
             hidden: (P,) int64 into the flattened (N, T).
             visible: (N, V) int64 positions of the tokens that were kept, None when none were dropped.
             num_tokens: T.
-            grid: rows and columns of the T positions, None for a sequence.
+            grid: rows and columns of the T positions, see `ModalityEncoder.grid`.
             attention_mask: (N, T) bool, True = real, None without padding.
         """
 
@@ -55,7 +56,7 @@ class TokenDecoder(Decoder):
         hidden: Tensor,
         visible: Tensor | None,
         num_tokens: int,
-        grid: tuple[int, int] | None,
+        grid: tuple[int | None, int] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
         """Predictions (P, D) from the tokens at hidden positions."""
@@ -148,7 +149,7 @@ class ConvDecoder(Decoder):
             init_bert(self, std=init_std)
 
     @abstractmethod
-    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, num_tokens: int, grid: tuple[int | None, int] | None) -> tuple[int, ...]:
         """Sizes of the axes that the convolutions run over; their product is T."""
 
     def forward(
@@ -158,7 +159,7 @@ class ConvDecoder(Decoder):
         hidden: Tensor,
         visible: Tensor | None,
         num_tokens: int,
-        grid: tuple[int, int] | None,
+        grid: tuple[int | None, int] | None,
         attention_mask: Tensor | None,
     ) -> Tensor:
         """Predictions (P, D) from visible tokens and noise at hidden positions."""
@@ -183,7 +184,7 @@ class Conv1dDecoder(ConvDecoder):
 
     convolution = nn.Conv1d
 
-    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, num_tokens: int, grid: tuple[int | None, int] | None) -> tuple[int, ...]:
         """(T,)."""
         return (num_tokens,)
 
@@ -193,11 +194,11 @@ class Conv2dDecoder(ConvDecoder):
 
     convolution = nn.Conv2d
 
-    def shape(self, num_tokens: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+    def shape(self, num_tokens: int, grid: tuple[int | None, int] | None) -> tuple[int, ...]:
         """(Hp, Wp)."""
         if grid is None:
             raise ValueError("Conv2dDecoder needs tokens on a grid, got a sequence; use Conv1dDecoder")
-        return grid
+        return grid_of(num_tokens, grid)
 
 
 def scatter_tokens(tokens: Tensor, *, visible: Tensor, num_tokens: int, noise_std: float) -> Tensor:

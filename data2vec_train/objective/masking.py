@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from data2vec_train.objective.grid import grid_of
+
 
 class Masker(ABC):
     """Draws masks of T positions. `constant_count`: all masks of the same T hide equally many positions."""
@@ -18,7 +20,7 @@ class Masker(ABC):
     constant_count: bool
 
     @abstractmethod
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden; at least one position is hidden and at least one visible."""
 
     def equalise(self, masks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
@@ -44,7 +46,7 @@ class BlockMasker(Masker):
         self.min_block_fraction = min_block_fraction
         self.log_aspect = (np.log(min_aspect), np.log(1 / min_aspect))
 
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
         rows, columns = _checked_grid(num_tokens, grid, self)
         wanted = _count(self.hidden_fraction * num_tokens, num_tokens)
@@ -96,7 +98,7 @@ class InverseBlockMasker(Masker):
         self.adjust_fraction = adjust_fraction
         self.block_patches = block_patches
 
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
         rows, columns = _checked_grid(num_tokens, grid, self)
         kept_fraction = 1 - self.hidden_fraction
@@ -116,7 +118,7 @@ class RandomMasker(Masker):
     def __init__(self, *, hidden_fraction: float) -> None:
         self.hidden_fraction = _checked_fraction(hidden_fraction)
 
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
         num_kept = _count(int(num_tokens * (1 - self.hidden_fraction)), num_tokens)
         hidden = np.ones(num_tokens, dtype=bool)
@@ -175,7 +177,7 @@ class SpanMasker(Masker):
         self.starts = starts
         self.equalise_by = equalise_by
 
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
         _check_length(num_tokens)
         wanted = int(self.nominal_fraction * num_tokens / self.span_tokens + rng.random())
@@ -224,7 +226,7 @@ class Block1dMasker(Masker):
         self.adjust_fraction = adjust_fraction
         self.span_tokens = span_tokens
 
-    def __call__(self, num_tokens: int, grid: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
         _check_length(num_tokens)
         num_spans = int(num_tokens * (self.hidden_fraction + self.adjust_fraction) / self.span_tokens)
@@ -331,7 +333,8 @@ def _checked_fraction(fraction: float) -> float:
     return fraction
 
 
-def _checked_grid(num_tokens: int, grid: tuple[int, int] | None, masker: Masker) -> tuple[int, int]:
-    if grid is None or grid[0] * grid[1] != num_tokens:
+def _checked_grid(num_tokens: int, grid: tuple[int | None, int] | None, masker: Masker) -> tuple[int, int]:
+    counted = grid_of(num_tokens, grid)
+    if counted is None or counted[0] * counted[1] != num_tokens:
         raise ValueError(f"{type(masker).__name__} needs a grid of {num_tokens} tokens, got {grid}")
-    return grid
+    return counted
