@@ -168,7 +168,7 @@ def test_the_size_of_images_comes_from_the_file_and_is_said(composed, trained, m
     path, _ = trained("vision", "data2vec2")
     _, _, cfg = start_from(composed, path, "vision", "data2vec2", "modality.image_px=96", "modality.patch_px=8")
     assert cfg.modality.image_px == 32
-    assert said == [f"modality.image_px=32, as {path} was made for"]
+    assert said == [f"modality.image_px=32, as in {path}"]
 
 
 def test_weights_of_another_modality_are_refused(composed, trained):

@@ -134,7 +134,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, run_program):
     (run / "summary.json").unlink()
     done = run_program(f"resume={run}")
     assert done.returncode == 0, done.stderr
-    assert "going on after step 1" in done.stdout
+    assert "after step 1" in done.stdout
     found = checkpoints.read(checkpoints.resolve(run))["state_dict"]
     assert all(torch.equal(tensor, found[name]) for name, tensor in reached.items())
     assert json.loads((run / "summary.json").read_text())["r2"] == reached_r2

@@ -97,7 +97,7 @@ def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     assert "Traceback" not in other.stderr
     other = run_program(*command, "resume=changed", "optimizer.decay_all=true", f"hydra.run.dir={run_dir}")
     assert other.returncode == 2
-    assert "decay, or slow down, other weights" in other.stderr
+    assert "other weights" in other.stderr
     again = run_program(f"resume={run_dir}")  # as the run is, whatever was refused since
     assert again.returncode == 0, again.stderr
     assert "is finished already" in again.stdout
@@ -291,9 +291,7 @@ def test_a_run_goes_on_with_its_own_data_and_a_finished_one_needs_no_checkpoints
     before = {path: path.read_bytes() for path in run_dir.glob("*.csv")}
     refused = run_program(*command)
     assert refused.returncode == 2
-    assert re.fullmatch(
-        r"error: data.source is not what it was .*: 40 records then, 44 now: 4 new .*\n", refused.stderr
-    )
+    assert re.fullmatch(r"error: data.source has changed .*: 40 records then, 44 now: 4 new .*\n", refused.stderr)
     assert {path: path.read_bytes() for path in run_dir.glob("*.csv")} == before
     changed = run_program(*command, "resume=changed", "trainer.max_steps=2")
     assert changed.returncode == 0, changed.stderr

@@ -201,7 +201,7 @@ def _colours_of(features: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float
     """Features (T_i, D) of each sample -> colours (T_i, 3) in [0, 1], and the share of the variance they hold."""
     together = np.concatenate(list(features))[None]  # (1, all tokens, D)
     colours, share = pca_colours(together)
-    ends = np.cumsum([len(one) for one in features])[:-1]
+    ends = np.cumsum([len(row) for row in features])[:-1]
     return np.split(colours[0], ends), share
 
 

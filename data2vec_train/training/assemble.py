@@ -1,4 +1,4 @@
-"""From a composed config to the parts of a run: objective, data, trainer."""
+"""Builds the parts of a run from a composed config: objective, data, trainer."""
 
 import logging
 import warnings
@@ -45,7 +45,7 @@ def build_objective(cfg: DictConfig) -> Data2Vec:
 
 
 def build_collator(cfg: DictConfig, *, encoder: ModalityEncoder) -> Collator:
-    """What makes batches with masks, for an encoder that says how many tokens an input gives."""
+    """The collator that makes batches with masks, for the number of tokens that `encoder` makes of an input."""
     modality = cfg.modality
     return Collator(
         masker=build(modality.masker),
@@ -66,10 +66,10 @@ def build_data(
 
     Args:
         cfg: the config.
-        sources: of `build_sources`.
-        encoder: says how many tokens an input gives.
+        sources: from `build_sources`.
+        encoder: gives the number of tokens of an input.
         run_dir: where broken samples are listed.
-        split: of the run that goes on, see `DataModule`.
+        split: of the run that is continued, see `DataModule`.
     """
     data, modality = cfg.data, cfg.modality
     source, test_source = sources["source"], sources.get("test_source")
@@ -102,7 +102,7 @@ def build_data(
 
 
 def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
-    """Compile the blocks, and put float8 into them, where the config says so; returns the precision of the run."""
+    """Compile the blocks and convert them to float8, as configured; returns the precision of the run."""
     device = device_type(cfg.strategy.accelerator)
     precision = choose_precision(cfg.precision.trainer, device)
     if precision == "fp8-mixed":
@@ -115,14 +115,14 @@ def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
 def build_trainer(
     cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing, precision: str
 ) -> L.Trainer:
-    """Lightning's trainer with what all runs have: checkpoints, a watch over numbers, signals, loggers.
+    """Lightning's trainer with what all runs have: checkpoints, a check for finite steps, signals, loggers.
 
     Args:
         cfg: the config.
-        run: where the run stands.
+        run: the run directory.
         callbacks: those that measure, then the monitor.
         checkpointing: saves the run.
-        precision: what `choose_precision` says.
+        precision: result of `choose_precision`.
     """
     arithmetic = trainer_precision(precision)
     finite = build(cfg.callbacks.finite)(path=run.path / NONFINITE, checkpointing=checkpointing)
@@ -133,7 +133,7 @@ def build_trainer(
         logger=[CSVLog(path=run.path / METRICS), *loggers],
         plugins=[checkpointing.io, *arithmetic.pop("plugins", [])],
         default_root_dir=run.path,
-        enable_checkpointing=False,  # Lightning's own
+        enable_checkpointing=False,  # Lightning's own; `checkpointing` saves
         **arithmetic,
         **build(cfg.strategy),
     )
@@ -145,13 +145,13 @@ def build_trainer(
 def fit_or_collapse(
     trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, run: RunDirectory
 ) -> CollapseError | None:
-    """Train; a collapse comes back instead of being raised, since its curves are worth a report.
+    """Train; returns a collapse instead of raising it, so that a report can show its curves.
 
     Raises:
-        Interrupted: by a signal.
+        Interrupted: a signal came.
         SaveError: the disk is full, gone or not writable.
     """
-    interruption = next(one for one in trainer.callbacks if isinstance(one, Interruption))
+    interruption = next(callback for callback in trainer.callbacks if isinstance(callback, Interruption))
     try:
         with interruption.listening(), disk_trouble(run.path):
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
@@ -167,7 +167,7 @@ def fit_or_collapse(
 
 
 def global_batch(cfg: DictConfig, devices: int) -> str:
-    """What all devices learn from in one optimizer step, in words; lengths that vary have only an upper limit."""
+    """The global batch of one optimizer step as text; an upper limit if lengths vary."""
     size, micro, batching = (
         cfg.data.batch_size_per_device,
         cfg.trainer.accumulate_grad_batches,
@@ -183,11 +183,11 @@ def global_batch(cfg: DictConfig, devices: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """Lightning's advertisements and hints that do not apply here; its warnings about real trouble stay.
+    """Silence Lightning's advertisements and the hints that do not apply here; its other warnings stay.
 
-    Of several processes the first one talks.
+    Of several processes, only the first logs more than warnings.
     """
-    logging.raiseExceptions = False  # a terminal that is gone is no reason to fill what is left of it
+    logging.raiseExceptions = False  # with the terminal closed, each log line would print a traceback
     if rank_zero_only.rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
@@ -199,6 +199,6 @@ def quiet_libraries() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r"The number of training batches .* is smaller than the logging interval",
         r"Found \d+ module\(s\) in eval mode",  # the teacher, on purpose
-        r"FSDP2-wrapped module \(.*\) returned a view tensor",  # which nothing changes in place
+        r"FSDP2-wrapped module \(.*\) returned a view tensor",  # no code changes the view in place
     ):
         warnings.filterwarnings("ignore", message=message)

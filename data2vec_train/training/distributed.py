@@ -1,8 +1,8 @@
-"""Several processes: all with the whole model (DDP), or each with a share of it (FSDP2).
+"""Distributed training: every process holds the whole model (DDP), or a shard of it (FSDP2).
 
-With FSDP2 every process holds a share of each weight, gradient, moment and teacher weight. Checkpoints stay those of
-one process: they are put together when they are written and cut up when they are read, so that a run may go on with
-any number of processes, sharded or not.
+With FSDP2 every process holds a shard of each weight, gradient, moment and teacher weight. Checkpoints are the same as
+those of one process: they are gathered when written and sharded when read, so that a run can continue with any number
+of processes, sharded or not.
 """
 
 import contextlib
@@ -30,33 +30,36 @@ from data2vec_train.system.stopping import LOST, NEWS_S, Gone, judged, left_line
 
 
 def shard(objective: Data2Vec, mesh: DeviceMesh) -> None:
-    """Divide student, teacher and decoder among the processes of `mesh`, each block for itself.
+    """Shard student, teacher and decoder over the processes of `mesh`, each block separately.
 
-    Student and teacher are cut in the same places, so that averaging needs no messages.
+    Student and teacher are sharded alike, so that averaging needs no communication.
     """
     for encoder in (objective.student, objective.teacher.encoder):
         for block in blocks_of(encoder):
             fully_shard(block, mesh=mesh)
-        # Left to itself, a root stays whole after its forward pass; the teacher has no backward pass that would end
-        # this, and would go on with the weights of the first step.
+        # FSDP2 keeps the root module unsharded after forward unless reshard_after_forward is set. The teacher has no
+        # backward pass that would reshard it, and would keep using the weights of the first step.
         fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
-        for half in ("embed", "contextualize"):  # which are called instead of `forward`
+        for half in ("embed", "contextualize"):  # called instead of `forward`
             register_fsdp_forward_method(encoder, half)
     fully_shard(objective.decoder, mesh=mesh, reshard_after_forward=True)
 
 
 def keep_whole(module: nn.Module) -> None:
-    """After training, give every process all weights, so that one can go on alone. All have to call this."""
-    for part in [one for one in module.modules() if isinstance(one, FSDPModule)]:
+    """Unshard all weights after training, so that one process can continue alone. All processes must call this."""
+    for part in [child for child in module.modules() if isinstance(child, FSDPModule)]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
 
 class ReplicatedStrategy(DDPStrategy):
-    """Lightning's DDP, which asks the module whether some parameters get no gradient in a step."""
+    """Lightning's DDP, which searches for parameters without gradient only if the module says that there may be some.
+
+    The search costs time in each step, and without it DDP fails if there are such parameters.
+    """
 
     def configure_ddp(self) -> None:
-        """Looking for such parameters costs time in each step, and not looking ends a run that has some."""
+        """Set `find_unused_parameters` if the module needs it."""
         if self.lightning_module.has_unused_parameters:
             self._ddp_kwargs["find_unused_parameters"] = True
         super().configure_ddp()
@@ -70,64 +73,64 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands us the optimizer's state, as without sharding."""
+        """Lightning passes us the optimizer's state, as without sharding."""
         return True
 
     def setup_environment(self) -> None:
-        """Lightning's own default shards over nodes only."""
+        """Shard over all processes; Lightning's default shards over nodes only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Cut the model up, which only pretraining knows how to.
+        """Check that the module has sharded itself, which only that of pretraining does.
 
         Raises:
-            ConfigError: it is still whole.
+            ConfigError: it has not.
         """
-        if not any(isinstance(one, FSDPModule) for one in self.lightning_module.modules()):
+        if not any(isinstance(child, FSDPModule) for child in self.lightning_module.modules()):
             raise ConfigError("strategy=fsdp shards pretraining only; choose strategy=ddp")
         super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole state, in the host's memory of the first process; the others get nothing."""
+        """The whole state, in host memory of the first process; the others get nothing."""
         return gathered(self.lightning_module.state_dict(), keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As one process writes it, in the host's memory of the first process; the others get nothing."""
+        """The whole optimizer state, in host memory of the first process; the others get nothing."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return gathered(plain.state_dict(), keep=self.is_global_zero)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """The first process writes."""
+        """Write the checkpoint, in the first process only."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """All read, and keep their share later."""
+        """Read the whole checkpoint, in every process."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each process takes its share."""
+        """Load this process's shard."""
         module = self.lightning_module
-        places = module.state_dict()
-        shares = {name: _share(value, places.get(name)) for name, value in checkpoint["state_dict"].items()}
-        module.load_state_dict(shares, strict=strict)
+        own = module.state_dict()
+        shards = {name: _shard_of(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        module.load_state_dict(shards, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each process takes its share."""
+        """Load this process's shard."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
-                number: {name: _share(value, parameters[number]) for name, value in entries.items()}
+                number: {name: _shard_of(value, parameters[number]) for name, value in entries.items()}
                 for number, entries in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:
-    """Nested containers with whole tensors on the host; without `keep` empty ones. All processes have to ask."""
+    """Nested containers with whole tensors on the host; without `keep`, empty ones. All processes must call this."""
     if isinstance(tree, dict):
         items = {key: gathered(value, keep=keep) for key, value in tree.items()}
         return items if keep else {}
@@ -141,56 +144,55 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     return tree
 
 
-def _share(value: Any, like: Tensor | None) -> Any:
-    """This process's part of a whole tensor that belongs to `like`; step counts and the like stay as they are."""
+def _shard_of(value: Any, like: Tensor | None) -> Any:
+    """This process's shard of a whole tensor, sharded as `like`; other values, such as step counts, are unchanged."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
-    # Every process has read the whole: nothing need be sent.
+    # Every process has read the whole tensor, so nothing is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Peers:
-    """Notices that another process of the run has left, so that this one need not wait for it.
+    """Detects that another process of the run has exited, so that this one does not wait for it.
 
-    The processes stand in a ring: each has a thread that waits for the last word of its neighbour, which is the exit
-    status. A process that was killed says nothing, and the connection to it breaks at once. Who leaves for such a
-    reason passes it on.
+    The processes form a ring: a thread in each waits for the exit status of the next one. If that process is killed,
+    the connection to it breaks at once. A process that exits because of this passes the status on.
     """
 
     def __init__(self) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
         self._next, self._before = (rank + 1) % size, (rank - 1) % size
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        self._said = False
+        self._sent = False
         listener.accompanied = True
         self._thread = threading.Thread(target=self._wait, daemon=True, name="peers")
         self._thread.start()
 
     def _wait(self) -> None:
-        word = torch.zeros((), dtype=torch.int64)
+        status = torch.zeros((), dtype=torch.int64)
         try:
-            dist.recv(word, src=self._next, group=self._group)
+            dist.recv(status, src=self._next, group=self._group)
         except RuntimeError:
             gone = Gone(LOST, lost_line(self._next))
         else:
-            if not word:
+            if not status:
                 return
-            gone = Gone(int(word), left_line(self._next, int(word)))
+            gone = Gone(int(status), left_line(self._next, int(status)))
         listener.lose(gone)
-        self._say(gone.status)
+        self._send(gone.status)
 
-    def _say(self, status: int) -> None:
-        if not self._said:
-            self._said = True
-            with contextlib.suppress(RuntimeError):  # it is gone as well
+    def _send(self, status: int) -> None:
+        if not self._sent:
+            self._sent = True
+            with contextlib.suppress(RuntimeError):  # the receiver has exited as well
                 dist.send(torch.tensor(status), dst=self._before, group=self._group)
 
     def leave(self, error: BaseException | None) -> None:
-        """Say the last word; after the end of training (None) wait for that of the neighbour."""
+        """Send this process's exit status; after the end of training (None) wait for that of the next process."""
         status = 0 if error is None else judged(error)[1]
         if status == 1 and (gone := listener.verdict(NEWS_S)):
             status = gone.status
-        self._say(status)
+        self._send(status)
         if error is None:
             self._thread.join()
             listener.decide()

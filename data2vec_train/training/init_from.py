@@ -1,4 +1,4 @@
-"""Continued pretraining: an encoder that is in a file, with what the file lacks made anew."""
+"""Continued pretraining: starts from the encoder in a file; parts that the file lacks are initialised."""
 
 import logging
 from collections.abc import Collection
@@ -18,18 +18,17 @@ from data2vec_train.weights.weights import put_into
 log = logging.getLogger(__name__)
 
 _SIZES = ("dim", "depth", "num_heads", "ffn_dim", "conv_dim")
-# What images and texts have to be like for the encoder: settings of the modality that the encoder only follows.
-_TOKENIZERS = ("tokenizer.json", "merges.txt")
-_INPUTS = ("image_px", "patch_px", "channels")
+_TOKENIZERS = ("tokenizer.json", "merges.txt")  # a folder with one of these has a tokenizer
+_INPUTS = ("image_px", "patch_px", "channels")  # settings of the modality that have to agree with the encoder
 
 
 def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Start:
-    """Read `cfg.init_from` and make `cfg` describe its encoder; how the encoder is trained stays as configured.
+    """Read `cfg.init_from` and change `cfg` to describe its encoder; settings of training stay as configured.
 
     Args:
         cfg: the config.
-        given: settings that the command line or a recipe makes; sizes among them have to be those of the weights, but
-            for the size of images, which weights are fitted to.
+        given: settings from the command line or a recipe; sizes among them have to equal those of the weights, except
+            the image size, to which the weights are adapted.
 
     Raises:
         ConfigError: the weights are of another modality or other sizes, or do not fit the tokenizer.
@@ -56,20 +55,20 @@ def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Star
         for name in _INPUTS:
             if name in arguments and name in cfg.modality:
                 if cfg.modality[name] != arguments[name]:
-                    log.info("modality.%s=%s, as %s was made for", name, arguments[name], cfg.init_from)
+                    log.info("modality.%s=%s, as in %s", name, arguments[name], cfg.init_from)
                 cfg.modality[name] = arguments[name]
         for name, value in arguments.items():
-            # Whether hidden tokens are replaced is for the objective to say.
+            # The objective decides whether hidden tokens are replaced.
             if name not in LOOSE and name not in ("mask_token", "cross_attention"):
                 cfg.modality.encoder[name] = value
     return start
 
 
 def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection[str], where: str) -> None:
-    """See `config_from_pretrained`."""
+    """Raise ConfigError for settings among `given` that differ from those of the weights."""
     for name in _SIZES:
         if name in arguments and not {"size", f"size.{name}"}.isdisjoint(given):
-            fact = arguments[name]  # of the front end a width for each layer, or one for all
+            fact = arguments[name]  # for the front end: one width for each layer, or one for all
             alike = isinstance(fact, (list, tuple)) and len(set(fact)) == 1
             refuse_other(f"size.{name}", cfg.size[name], fact[0] if alike else fact, where)
     for name in ("patch_px", "channels"):
@@ -84,16 +83,16 @@ def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection
 
 def _tokenizer_from_pretrained(cfg: DictConfig, arguments: dict, given: Collection[str]) -> None:
     folder = Path(cfg.init_from).expanduser()
-    places = [folder, *(one / "preprocessing" for one in [folder, *folder.absolute().parents[1:3]])]
+    places = [folder, *(base / "preprocessing" for base in [folder, *folder.absolute().parents[1:3]])]
     if cfg.modality.tokenizer.path is None:
-        beside = next((one for one in places if any((one / name).is_file() for name in _TOKENIZERS)), None)
+        beside = next((place for place in places if any((place / name).is_file() for name in _TOKENIZERS)), None)
         if beside is not None:
             cfg.modality.tokenizer.path, cfg.modality.tokenizer.train_vocab_size = str(beside.resolve()), None
             log.info("tokenizer: %s", beside)
         elif cfg.modality.tokenizer.train_vocab_size is not None:
             raise ConfigError(
-                f"init_from={cfg.init_from} has no tokenizer beside it, and the ids of a newly trained one would mean "
-                "other tokens; set modality.tokenizer.path to the one it was trained with"
+                f"init_from={cfg.init_from} has no tokenizer beside it, and a newly trained tokenizer would give other "
+                "ids; set modality.tokenizer.path to the one it was trained with"
             )
     if cfg.modality.vocab_size != arguments["vocab_size"]:
         raise ConfigError(
@@ -105,13 +104,13 @@ def _tokenizer_from_pretrained(cfg: DictConfig, arguments: dict, given: Collecti
 
 @torch.no_grad()
 def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: bool = False) -> list[str]:
-    """Put weights into student, teacher and decoder; returns what the file lacked, in sentences.
+    """Load weights into student, teacher and decoder; returns a sentence for each part that the file lacked.
 
-    With `fresh_teacher` the teacher starts as a copy of the student, as in the second phase of 1.0's large images
-    (ALGORITHM.md 2.3), whatever the file has.
+    With `fresh_teacher` the teacher starts as a copy of the student, even if the file has a teacher, as in the second
+    phase of 1.0's large images (ALGORITHM.md 2.3).
 
     Raises:
-        ConfigError: the encoder in the file is another one.
+        ConfigError: the file's encoder does not fit.
     """
     notes = []
     _, _, tensors = encoder_description(start.model)
@@ -125,24 +124,28 @@ def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: 
     if missing:
         notes.append("the mask token is new: the file has none")
     if excess:
-        notes.append("the file's mask token is left out: nothing is replaced here")
-    objective.student.load_state_dict({name: one for name, one in tensors.items() if name in student}, strict=False)
+        notes.append("the file's mask token is not used: this objective replaces no tokens")
+    objective.student.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name in student}, strict=False
+    )
 
     followed = dict(objective.student.state_dict())
     if fresh_teacher:
         notes.append("the teacher starts as a copy of the student")
     elif start.teacher is not None:
         _, _, averaged = encoder_description(start.teacher)
-        followed |= {name: one for name, one in averaged.items() if name in followed}
+        followed |= {name: tensor for name, tensor in averaged.items() if name in followed}
     else:
         notes.append("the teacher starts as a copy of the student: the file has none")
     teacher = objective.teacher.encoder
-    teacher.load_state_dict({name: one for name, one in followed.items() if name in teacher.state_dict()})
+    teacher.load_state_dict({name: tensor for name, tensor in followed.items() if name in teacher.state_dict()})
 
     decoder = objective.decoder.state_dict()
-    fits = {name: one.shape for name, one in decoder.items()} == {n: one.shape for n, one in start.decoder.items()}
+    fits = {name: tensor.shape for name, tensor in decoder.items()} == {
+        n: tensor.shape for n, tensor in start.decoder.items()
+    }
     if fits:
         put_into(objective.decoder, {name: name for name in decoder}, start.decoder, where=where)
     else:
-        notes.append("the decoder is new: " + ("the file's is another one" if start.decoder else "the file has none"))
+        notes.append("the decoder is new: " + ("the file's does not fit" if start.decoder else "the file has none"))
     return notes

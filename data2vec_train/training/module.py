@@ -1,4 +1,4 @@
-"""The LightningModule: it only says when things happen. What happens is in `data2vec.py`."""
+"""The LightningModule: it decides when things happen; the algorithm is in `objective/data2vec.py`."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -30,10 +30,11 @@ class TrainingModule(L.LightningModule):
 
     Args:
         schedule: finished steps -> learning rate.
-        seed: of the run; what is random in a step follows from (seed, step) alone.
-        log_every_n_steps: optimizer steps between those that are logged.
+        seed: of the run; all randomness of a step follows from (seed, step) alone.
+        log_every_n_steps: optimizer steps between logged steps.
 
-    `step_result` is what the latest batch completed: an optimizer step, or None in the middle of an accumulation.
+    `step_result` is the result of the optimizer step that the latest batch completed; None in the middle of an
+    accumulation.
     """
 
     def __init__(self, *, schedule: Schedule, seed: int, log_every_n_steps: int) -> None:
@@ -42,7 +43,7 @@ class TrainingModule(L.LightningModule):
         self.seed = seed
         self.log_every_n_steps = log_every_n_steps
         self.step_result: StepResult | None = None
-        self._micro_batches = MicroBatches()  # of the step that is under way
+        self._micro_batches = MicroBatches()  # of the current step
 
     def seed_step(self) -> None:
         """Make dropout and noise of this micro-batch follow from (seed, step, its number among those of the step)."""
@@ -50,12 +51,12 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(torch_seed(self.seed, "step", self.trainer.global_step, number, 0))
         if self.trainer.accumulate_grad_batches * self.trainer.world_size > 1:
             # All batches of a step skip the same blocks: processes wait for each other at every block they run.
-            for one in self._with_layer_drop:
-                one.layer_seed = torch_seed(self.seed, "step", self.trainer.global_step, 0, 1)
+            for transformer in self._with_layer_drop:
+                transformer.layer_seed = torch_seed(self.seed, "step", self.trainer.global_step, 0, 1)
 
     @cached_property
     def _with_layer_drop(self) -> list[Transformer]:
-        return [one for one in self.modules() if isinstance(one, Transformer) and one.layer_drop]
+        return [child for child in self.modules() if isinstance(child, Transformer) and child.layer_drop]
 
     @property
     def has_unused_parameters(self) -> bool:
@@ -63,31 +64,31 @@ class TrainingModule(L.LightningModule):
         return True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a state that training cannot go on from.
+        """Refuse a state that training cannot continue from.
 
         Raises:
             ConfigError: weights or moments of the optimizer that are no finite floating-point numbers.
         """
         state, where = checkpoint["state_dict"], str(self.trainer.ckpt_path)
-        own = {name: one.dtype for name, one in self.state_dict().items()}
-        check_tensors({name: one for name, one in state.items() if name in own}, own, where)
+        own = {name: tensor.dtype for name, tensor in self.state_dict().items()}
+        check_tensors({name: tensor for name, tensor in state.items() if name in own}, own, where)
         for optimizer in checkpoint.get("optimizer_states", ()):
             for number, moments in optimizer["state"].items():
                 tensors = {
-                    f"{name} of parameter {number}": one for name, one in moments.items() if torch.is_tensor(one)
+                    f"{name} of parameter {number}": value for name, value in moments.items() if torch.is_tensor(value)
                 }
-                check_tensors(tensors, {name: one.dtype for name, one in tensors.items()}, f"{where}, optimizer")
+                check_tensors(tensors, {name: tensor.dtype for name, tensor in tensors.items()}, f"{where}, optimizer")
 
     def accumulate(
         self, loss: Tensor, count: int, samples: Samples, *, terms: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """The loss of a micro-batch, weighted for `on_before_optimizer_step`; the step logs what it sums up to.
+        """The loss of a micro-batch, weighted for `on_before_optimizer_step`; the step logs the mean of all of them.
 
         Args:
-            loss: (), mean over `count` things.
-            count: what it is the mean of: hidden tokens, or examples.
-            samples: ids (B,), or names, for the message when the loss is not finite.
-            terms: what the loss is the sum of, each (), to be logged as well.
+            loss: (), mean over `count` hidden tokens or examples.
+            count: number of hidden tokens, or of examples.
+            samples: ids (B,), or names, for the message if the loss is not finite.
+            terms: summands of the loss, each (), to be logged as well.
         """
         self.step_result = None
         self._micro_batches.add(loss.detach(), count, samples)
@@ -97,30 +98,30 @@ class TrainingModule(L.LightningModule):
         return loss * (count / self._unit())
 
     def _unit(self) -> float:
-        """What micro-batches are weighted relative to: the first, or with several processes the same for all."""
+        """The count that weights are relative to: the first micro-batch's, or a constant with several processes."""
         return UNIT if self.trainer.world_size > 1 else self._micro_batches.counts[0]
 
     def measure(self, values: dict[str, Tensor]) -> None:
-        """Other values () of a micro-batch of a logged step; the step logs their mean."""
+        """Add other values () of a micro-batch of a logged step; the step logs their mean."""
         self._micro_batches.add_values(values, share=1 / self.trainer.accumulate_grad_batches)
 
     def set_loss_scale(self, scale: Tensor) -> None:
-        """What the loss of this step was multiplied by, () float32; gradients are unscaled again."""
+        """Store the factor () float32 of this step's loss; its gradients have been unscaled already."""
         self._micro_batches.loss_scale = scale.clone()  # the scaler changes it in place
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Make the gradient that of the mean over all that the step has seen.
+        """Scale the gradient to that of the mean over all hidden tokens (or examples) of the step.
 
-        Micro-batches may count differently, and Lightning takes their plain mean over the step and over processes.
-        Each was weighted with its count relative to a unit; what remains is one factor, in one process known on the
-        host and 1 when counts are equal.
+        Counts of micro-batches may differ, and Lightning takes their plain mean over the step and over processes. Each
+        was weighted by its count relative to a unit, so that one factor remains. With one process it is known on the
+        host, and it is 1 if counts are equal.
         """
         factor: Tensor | float
         count = sum(self._micro_batches.counts)
         if self.trainer.world_size == 1:
             factor = self.trainer.accumulate_grad_batches * self._unit() / count
         else:
-            total = torch.full((), float(count), device=self.device)  # filled there: the host does not wait
+            total = torch.full((), float(count), device=self.device)  # filled on the device: the host does not wait
             dist.all_reduce(total)
             self._micro_batches.count_everywhere = total
             factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / total
@@ -133,10 +134,10 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over all gradients, keep the norm for the log, and keep what is not finite from the optimizer.
+        """Clip the norm over all gradients, log the norm, and make the optimizer skip a step that is not finite.
 
         Raises:
-            ConfigError: another clipping than by norm is asked for.
+            ConfigError: the clipping is not by norm.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
@@ -150,7 +151,7 @@ class TrainingModule(L.LightningModule):
         self.check_finite(optimizer, norm)
 
     def check_finite(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Find out whether to skip this step, and make the optimizer do so, its moments and step counts included."""
+        """Decide whether to skip this step; if so, the optimizer leaves weights, moments and step counts unchanged."""
         step = self._micro_batches
         loss = torch.as_tensor(step.loss, device=norm.device)
         infinite = (~torch.isfinite(torch.stack([norm + loss, loss]))).float()
@@ -159,13 +160,13 @@ class TrainingModule(L.LightningModule):
         skip_step, loss_is_infinite = infinite
         step.skip_step = step.non_finite = skip_step > 0
         if step.loss_scale is not None:
-            # Float16 finds its scale by trying: a gradient that overflows says something only at the lowest.
+            # The float16 loss scale is found by trial: an overflow counts as non-finite only at the lowest scale.
             step.non_finite = (loss_is_infinite > 0) | (step.skip_step & (step.loss_scale <= 1))
         if skip_step.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Read by the fused optimizer on the device, so that the host need not wait to know.
+            # The fused optimizer reads the flag on the device, so that the host does not wait for it.
             optimizer.grad_scale, optimizer.found_inf = None, skip_step
         elif step.skip_step:
-            optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without gradient
+            optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without gradient
 
     def optimizer_step(
         self,
@@ -174,7 +175,7 @@ class TrainingModule(L.LightningModule):
         optimizer: Optimizer,
         optimizer_closure: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        """One optimizer step with the learning rate of the schedule; Lightning calls this whatever the accumulation."""
+        """One optimizer step with the learning rate of the schedule; Lightning calls this with any accumulation."""
         number = self.trainer.global_step + 1  # Lightning counts a step when this method has returned
         lr = self.schedule(number - 1)
         set_lr(optimizer, lr)
@@ -191,16 +192,16 @@ class TrainingModule(L.LightningModule):
         )
 
     def after_optimizer_step(self, step: int, skip_step: Tensor) -> dict[str, float]:
-        """What else moves with the weights; returns what is logged of it."""
+        """Update what follows the weights, such as the teacher; returns values to log."""
         return {}
 
     @property
     def logs_this_step(self) -> bool:
-        """Whether the step that is under way is logged."""
+        """Whether the current step is logged."""
         return self.logs_after(self.trainer.global_step + 1)
 
     def logs_after(self, step: int) -> bool:
-        """Whether the step that ends with so many finished ones is logged."""
+        """Whether optimizer step number `step` (1, 2, ...) is logged."""
         return step == 1 or step % self.log_every_n_steps == 0 or step == self.trainer.max_steps
 
 
@@ -225,17 +226,17 @@ class Data2VecModule(TrainingModule):
         super().__init__(schedule=schedule, seed=seed, log_every_n_steps=log_every_n_steps)
         self.objective = objective
         self.make_optimizer = optimizer
-        self._feature_std: Tensor | None = None  # () of the logged step that is under way
+        self._feature_std: Tensor | None = None  # () of the current step, if it is logged
         objective.teacher.register_forward_hook(self._watch_features)
 
     def configure_model(self) -> None:
-        """With `strategy=fsdp` keep only a share of the weights here."""
+        """With `strategy=fsdp`, shard the weights."""
         if self.device_mesh is not None:
             shard(self.objective, self.device_mesh["data_parallel"])
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Only those of blocks that layer drop skips."""
+        """Whether layer drop may skip blocks; all other parameters get a gradient."""
         return bool(self._with_layer_drop)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -254,26 +255,26 @@ class Data2VecModule(TrainingModule):
         return loss
 
     def _watch_features(self, teacher: nn.Module, inputs: object, outputs: tuple[EncoderOutput, Tensor | None]) -> None:
-        """In logged steps, measure the teacher's last layer before targets are made of it."""
+        """In logged steps, measure the teacher's last layer before the norms of the targets."""
         if self._trainer is not None and self.training and self.logs_this_step:
             encoded, token_mask = outputs
             self._feature_std = relative_std(encoded.layers[-1], token_mask)
 
     def after_optimizer_step(self, step: int, skip_step: Tensor) -> dict[str, float]:
-        """One step of the teacher.
+        """Update the teacher.
 
-        Moving the teacher in a later hook would be too late: checkpoint callbacks run before it and would save a
-        teacher that is one step behind.
+        A later hook would be too late: checkpoint callbacks run before it and would save a teacher that is one step
+        behind.
         """
         return {"train/tau": self.objective.step_teacher(step, skip_step=skip_step)}
 
     def configure_optimizers(self) -> Optimizer:
-        """The teacher has no trainable parameters and is in no group."""
+        """The optimizer of student and decoder; the teacher has no trainable parameters."""
         return self.make_optimizer(
             [self.objective.student, self.objective.decoder], no_decay=self.objective.student.no_decay
         )
 
 
 def gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Of all parameters that have one."""
+    """The gradients of all parameters that have one."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

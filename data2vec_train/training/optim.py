@@ -87,10 +87,10 @@ def parameter_groups(
     """Trainable parameters in two groups, with and without weight decay.
 
     Args:
-        modules: whose parameters; frozen ones are left out.
+        modules: modules with the parameters; frozen parameters are left out.
         weight_decay: of the first group.
         decay_all: decay everything, as the originals of 2.0 do through a bug (ALGORITHM.md 7, row 3).
-        no_decay: names of parameters, or ends of names at a dot, that are exempt, besides biases and 1-d tensors.
+        no_decay: parameter names, or their ends after a dot, that are exempt, besides biases and 1-d tensors.
 
     Returns:
         Groups for a torch optimizer, without empty ones.
@@ -107,8 +107,8 @@ def parameter_groups(
 
 
 def _is_exempt(name: str, parameter: nn.Parameter, no_decay: frozenset[str]) -> bool:
-    """Whether a parameter is not to decay. `no_decay` has an encoder's names, which are longer within a model."""
-    named = any(f".{name}".endswith(f".{one}") for one in no_decay)
+    """Whether a parameter is exempt from decay. `no_decay` has names in an encoder; a model's names are longer."""
+    named = any(f".{name}".endswith(f".{exempt}") for exempt in no_decay)
     return parameter.ndim == 1 or name.endswith("bias") or named
 
 
@@ -145,19 +145,19 @@ def layered_adamw(
     fused: bool,
     layer_decay: float,
 ) -> AdamW:
-    """AdamW for fine-tuning: lower blocks learn slower.
+    """AdamW for fine-tuning, with lower rates for lower blocks.
 
     Args:
         model: encoder and head; frozen parameters are left out.
-        block_of: name of a parameter -> how many layers lie above it; 0 = it learns at the full rate.
+        block_of: name of a parameter -> number of layers above it; 0 = full rate.
         no_decay: see `parameter_groups`.
-        lr: of the top.
+        lr: learning rate of the top layer.
         betas: see `adamw`.
         eps: see `adamw`.
         weight_decay: see `adamw`.
         decay_all: see `adamw`.
         fused: see `adamw`.
-        layer_decay: rate of a layer as a share of that of the layer above; 1 = all alike.
+        layer_decay: rate of a layer as a share of that of the layer above; 1 = the same rate for all.
 
     Source: BEiT (ALGORITHM.md 4.3).
     """
@@ -174,7 +174,7 @@ def layered_adamw(
 
 
 def _with_own_settings(optimizer: AdamW) -> AdamW:
-    """The optimizer, which keeps its settings when it loads a state: torch would take decay, betas and eps from it."""
+    """Make the optimizer keep its settings when it loads a state, from which torch would take decay, betas and eps."""
 
     def keep(optimizer: Optimizer, state: dict) -> dict:
         pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)

@@ -1,4 +1,4 @@
-"""How a step is computed, not what: precision, compiled blocks.
+"""Precision and compilation of a training step.
 
 precision.trainer   forward and backward      weights, targets, loss, optimizer, teacher
 32-true             float32                   float32
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Compile = bool | Literal["auto", "graphs"]
 T = TypeVar("T")
 
-# Compute capability of the first NVIDIA GPUs whose tensor cores multiply it.
+# Compute capability of the first NVIDIA GPUs whose tensor cores support the type.
 BF16_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 
 
@@ -40,7 +40,7 @@ BF16_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 
 
 def device_type(accelerator: str) -> str:
-    """What Lightning's `accelerator` becomes here: "cuda", "mps" or "cpu"."""
+    """The device type that Lightning's `accelerator` selects on this machine: "cuda", "mps" or "cpu"."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
@@ -49,13 +49,13 @@ def device_type(accelerator: str) -> str:
 
 
 def choose_precision(wanted: str, device: str) -> str:
-    """What `precision.trainer` becomes on a "cuda", "mps" or "cpu" device; says so, and why, in the log.
+    """The precision that `precision.trainer` selects on a "cuda", "mps" or "cpu" device; logs the choice of "auto".
 
-    The choice follows from what the hardware says of itself and not from a measurement, so that a run that goes on
-    makes it again.
+    The choice depends on what the hardware reports and not on a measurement, so that a run that continues makes the
+    same choice.
 
     Raises:
-        ConfigError: this device cannot.
+        ConfigError: the device does not support the precision.
     """
     if wanted == "auto":
         fast, reason = _multiplies_bfloat16_fast(device)
@@ -97,7 +97,7 @@ def _multiplies_bfloat16_fast(device: str) -> tuple[bool, str]:
 
 
 def _capability() -> tuple[int, int]:
-    """Of the weakest GPU that is visible."""
+    """The lowest compute capability of all visible GPUs."""
     return min(torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count()))
 
 
@@ -108,7 +108,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 def trainer_precision(chosen: str) -> dict[str, Any]:
     """Arguments of Lightning's Trainer: `precision`, or the plugin that takes its place.
 
-    Sets also how float32 matrices are multiplied, for the whole process: exactly unless TF32 was chosen.
+    Also sets the precision of float32 matrix products in the whole process: TF32 if chosen, else full.
     """
     tf32 = chosen == "32-tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -119,12 +119,12 @@ def trainer_precision(chosen: str) -> dict[str, Any]:
 
 
 def in_float32(batches: Iterable[T]) -> Iterator[T]:
-    """Batches that are made as outside autocast, which worker processes and what they decode with inherit."""
+    """Yield batches that are made without autocast, which worker processes and their decoders would inherit."""
     with torch.autocast("cpu", enabled=False):
-        left = iter(batches)
+        iterator = iter(batches)
     while True:
         with torch.autocast("cpu", enabled=False):
-            batch = next(left, None)
+            batch = next(iterator, None)
         if batch is None:
             return
         yield batch
@@ -133,8 +133,8 @@ def in_float32(batches: Iterable[T]) -> Iterator[T]:
 class ScaledHalf(MixedPrecision):
     """Float16 with a scaled loss, whose gradients are unscaled before the module clips and checks them.
 
-    Lightning leaves unscaling to fused optimizers, where clipping would see scaled gradients, and torch's scaler would
-    put its own verdict in place of the module's.
+    Lightning leaves unscaling to fused optimizers: clipping would then see scaled gradients, and torch's scaler would
+    decide whether to skip the step, instead of the module.
     """
 
     def __init__(self, device: str) -> None:
@@ -143,7 +143,7 @@ class ScaledHalf(MixedPrecision):
     def optimizer_step(
         self, optimizer: Optimizer, model: TrainingModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Backward, unscale, check, step, and a scale for the next one; the host waits for none of it."""
+        """Backward, unscale, check, step, and update the scale; the host does not wait for the device."""
         result = closure()
         self.scaler.unscale_(optimizer)
         model.set_loss_scale(self.scaler._get_scale_async())
@@ -154,9 +154,9 @@ class ScaledHalf(MixedPrecision):
 
 
 def use_float8(encoder: ModalityEncoder) -> None:
-    """Let the linear layers of the blocks multiply in float8; names and types of their weights stay.
+    """Let the linear layers of the blocks multiply in float8; names and types of their weights do not change.
 
-    The projection to queries, keys and values stays in bfloat16: attention reads its weights itself.
+    The projection to queries, keys and values stays in bfloat16, because attention reads its weights directly.
     """
     from torchao.float8 import convert_to_float8_training
 
@@ -172,31 +172,32 @@ def use_float8(encoder: ModalityEncoder) -> None:
 
 
 def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_vary: bool, backend: str) -> None:
-    """Compile every block of student and teacher, in place: names in checkpoints stay.
+    """Compile every block of student and teacher, in place, so that names in checkpoints do not change.
 
-    Blocks and not the whole, since layer drop decides on the host which of them run; equal blocks share their code.
+    Blocks and not the whole model, since layer drop decides on the host which blocks run; equal blocks share their
+    compiled code.
 
     Args:
         objective: before it is sharded.
         how: True, False, "auto" = on GPUs, or "graphs" = as True, and recorded as CUDA graphs.
         device: "cuda", "mps" or "cpu".
-        lengths_vary: between batches; else every shape gets code of its own.
+        lengths_vary: lengths vary between batches; if not, every shape is compiled separately.
         backend: of `torch.compile`.
 
     Raises:
-        ConfigError: graphs without an NVIDIA GPU, or where lengths vary.
+        ConfigError: graphs without an NVIDIA GPU, or with lengths that vary.
     """
     if how == "graphs" and (device != "cuda" or lengths_vary):
         reason = "an NVIDIA GPU" if device != "cuda" else "batches of one shape, and here lengths vary"
         raise ConfigError(f"compile=graphs needs {reason}; choose compile=true or compile=false")
     if not how or (how == "auto" and device != "cuda"):
         return
-    # Code of earlier runs in this process, as in a sweep, counts against the limit and is of no use.
+    # Compiled code of earlier runs in this process (a sweep) is useless and counts against the limit.
     torch.compiler.reset()
-    # Buckets of gradients would cut blocks in two; they are small enough to overlap as they are.
+    # DDP's gradient buckets would split blocks; blocks are small enough to overlap communication without that.
     settings = torch._dynamo.config
     settings.optimize_ddp = False
-    # Each drop-path rate makes code of its own, for student and teacher.
+    # Each drop-path rate is compiled separately, for student and teacher.
     blocks = [*blocks_of(objective.student), *blocks_of(objective.teacher)]
     settings.recompile_limit = max(settings.recompile_limit, 4 * len(blocks))
     mode = "reduce-overhead" if how == "graphs" else None
@@ -208,10 +209,10 @@ def compile_blocks(objective: Data2Vec, *, how: Compile, device: str, lengths_va
 
 
 def _begin_graphs(module: nn.Module, inputs: object) -> None:
-    """What graphs of the last forward pass put out may be written over."""
+    """Allow CUDA graphs to overwrite the outputs of the last forward pass."""
     torch.compiler.cudagraph_mark_step_begin()
 
 
 def uncompiled() -> AbstractContextManager:
-    """Outside training steps: batches of other shapes, which are not worth compiling for."""
+    """Run without compilation: for batches outside training steps, whose other shapes are not worth compiling."""
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""The sources of a composed config, and whether they are still what a run began with."""
+"""Builds the sources of a composed config and checks that they are those that a run started with."""
 
 import logging
 from typing import Any
@@ -19,7 +19,7 @@ Sources = dict[str, Source | StreamingSource]  # "source", and "test_source" whe
 
 
 def build_sources(data: DictConfig) -> Sources:
-    """Where pretraining and probes take their samples from; records to hold out are in their groups."""
+    """The sources of samples for pretraining and probes; records that are held out together are grouped."""
     sources: Sources = {"source": build_source(data)}
     if data.test_source:
         sources["test_source"] = build(OmegaConf.merge(data.source, data.test_source))
@@ -27,7 +27,7 @@ def build_sources(data: DictConfig) -> Sources:
 
 
 def build_source(data: DictConfig) -> Source | StreamingSource:
-    """`data.source` with the column that `data.group_column` names; grouped, unless `data.test_source` tests."""
+    """`data.source`, grouped by the column `data.group_column`; not grouped if there is a `data.test_source`."""
     node = OmegaConf.to_container(data.source, resolve=True)
     target = node["_target_"].rpartition(".")[2]
     if data.test_source:
@@ -41,12 +41,12 @@ def build_source(data: DictConfig) -> Source | StreamingSource:
 
 
 def same_data(cfg: DictConfig, run: RunDirectory, sources: Sources) -> dict[str, Any]:
-    """The identity of the sources, for checkpoints, once they are known to be those that the run began with.
+    """Check that the sources are those that the run started with; returns their identity, for checkpoints.
 
     Args:
         cfg: the config.
-        run: where the run stands.
-        sources: as they lie in the files, before anything is cut or tokenized.
+        run: the run directory.
+        sources: as stored in the files, before cutting and tokenizing.
 
     Raises:
         ConfigError: they differ, and `resume` is not `changed`; or their classes do.
@@ -57,8 +57,8 @@ def same_data(cfg: DictConfig, run: RunDirectory, sources: Sources) -> dict[str,
     before = run.data.get("identity")
     if before is None:
         log.warning(
-            "%s is of a version that did not keep what its data were: they are not compared, and what is held out is "
-            "chosen anew, so that scores are partly of samples that have trained",
+            "%s is of a version that did not record its data: they cannot be compared, and held-out samples are chosen "
+            "again, so that scores include samples of the training",
             run.checkpoint,
         )
         return now
@@ -68,15 +68,15 @@ def same_data(cfg: DictConfig, run: RunDirectory, sources: Sources) -> dict[str,
             continue
         if cfg.resume != "changed":
             raise ConfigError(
-                f"data.{name} is not what it was when {run.path} was saved: {found}. Bring the old data back, or go on "
-                "with resume=changed: held-out samples stay held out. Another hydra.run.dir starts another run"
+                f"data.{name} has changed since {run.path} was saved: {found}. Restore the old data, or continue with "
+                "resume=changed (held-out samples stay held out), or start another run with another hydra.run.dir"
             )
         if before[name]["classes"] != now[name]["classes"]:
             raise ConfigError(
-                f"resume=changed: data.{name} has other classes than {run.path}, whose scores are of the old ones: "
-                f"{found}. Bring the old classes back, or begin another run with init_from={run.path}"
+                f"resume=changed: data.{name} has other classes than {run.path}, whose scores are for the old ones: "
+                f"{found}. Restore the old classes, or start another run with init_from={run.path}"
             )
-        log.warning("data.%s is not what it was: %s; scores before and after do not compare exactly", name, found)
+        log.warning("data.%s has changed: %s; scores before and after are not exactly comparable", name, found)
     return now
 
 
@@ -84,35 +84,35 @@ def same_tokenizer(run: RunDirectory, source: Source | StreamingSource) -> str |
     """The fingerprint of the tokenizer of a prepared source, for checkpoints; None without one.
 
     Raises:
-        ConfigError: it is another one than the run has: trained again, on data that changed.
+        ConfigError: it differs from the run's, since it was trained again on changed data.
     """
     tokenizer = getattr(source, "tokenizer", None)
     now = None if tokenizer is None else tokenizer.fingerprint
     if run.data.get("tokenizer", now) != now:
         raise ConfigError(
-            f"the tokenizer is not that of {run.path}: trained on other data it gives other ids. Keep the run's own "
-            f"with resume=changed modality.tokenizer.train_vocab_size=null "
+            f"the tokenizer is not that of {run.path}: it was trained on other data and gives other ids. Keep the "
+            f"run's own with resume=changed modality.tokenizer.train_vocab_size=null "
             f"modality.tokenizer.path={run.path / PREPROCESSING_FOLDER}"
         )
     return now
 
 
 def same_outputs(run: RunDirectory, outputs: list[str] | None) -> None:
-    """Refuse to go on when the outputs of a head would mean something else than they did, as letters and classes may.
+    """Refuse to continue if the outputs of a head, such as letters or classes, have changed their meaning.
 
     Raises:
-        ConfigError: they would.
+        ConfigError: they have.
     """
     before = run.data.get("outputs", outputs)
     if before != outputs:
         old, new = before or [], outputs or []
         raise ConfigError(
-            f"the outputs of the head meant something else in {run.path}: {_listed(old, new)} are gone, and "
-            f"{_listed(new, old)} are new. Bring the old data back, or choose another hydra.run.dir"
+            f"the outputs of the head have another meaning than in {run.path}: {_listed(old, new)} are gone, and "
+            f"{_listed(new, old)} are new. Restore the old data, or choose another hydra.run.dir"
         )
 
 
 def _listed(names: list[str], others: list[str]) -> str:
-    """Those that are not among others."""
+    """How many of `names` are not among `others`, and the first five of these."""
     found = [name for name in names if name not in others]
     return f"{len(found)} of {len(names)}" + (f" ({', '.join(found[:5])})" if found else "")

@@ -1,4 +1,4 @@
-"""The directory of a run: started anew, gone on with, or finished already."""
+"""The directory of a run: new, to be continued, or finished."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ METRICS, SUMMARY, CONFIG, QUARANTINE, NONFINITE, PROFILE = (
     "nonfinite.jsonl",
     "profile.csv",
 )
-# What a run may go on without or with more of: nothing here changes what is learned.
+# Settings that may change when a run continues: none of them changes what is learned.
 FREE = (
     "resume",
     "report",
@@ -49,19 +49,19 @@ FREE = (
     "callbacks.monitor.max_data_wait",
     "callbacks.monitor.data_wait_rows",
     "callbacks.timing",
-    "trainer.accumulate_grad_batches",  # judged together with the number of processes, see data.datamodule
+    "trainer.accumulate_grad_batches",  # checked together with the number of processes, see data.datamodule
 )
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run stands.
+    """The state of a run directory.
 
     Attributes:
         path: the directory.
-        checkpoint: the folder to go on from; None = from the beginning.
-        summary: of a run that is finished; None = there is something to do.
-        data: what the checkpoint keeps of the data, see `data.datamodule.ResumableData.facts`.
+        checkpoint: the folder to continue from; None = start from the beginning.
+        summary: of a finished run; None = the run is not finished.
+        data: the checkpoint's record of the data, see `data.datamodule.ResumableData.facts`.
     """
 
     path: Path
@@ -76,11 +76,11 @@ class RunDirectory:
 
 
 def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
-    """Find out what is in a run directory, and keep other processes out; nothing in it is changed.
+    """Read the state of a run directory and lock it against other processes; nothing in it is changed.
 
     Raises:
-        ConfigError: it holds another run, or one that cannot be told, or with `resume=never` any.
-        DamagedCheckpoint: it has checkpoints, and none is whole.
+        ConfigError: it holds another run, a run that cannot be identified, or with `resume=never` any run.
+        DamagedCheckpoint: it has checkpoints, and all are damaged.
     """
     if cfg.resume not in ("auto", "never", "changed"):
         raise ConfigError(f"resume={cfg.resume}: expected auto, never, changed, or the directory of a run")
@@ -89,20 +89,20 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
     finished = summary is not None and summary.get("status") == "finished"
     used = finished or (path / METRICS).exists() or (path / checkpoints.FOLDER).exists()
     if used and cfg.resume == "never":
-        raise ConfigError(f"{path} already holds a run; choose another hydra.run.dir, or resume=auto to go on with it")
+        raise ConfigError(f"{path} already holds a run; choose another hydra.run.dir, or resume=auto to continue it")
     checkpoint = checkpoints.newest(path / checkpoints.FOLDER)
     content = {} if checkpoint is None else checkpoints.read(checkpoint / checkpoints.STATE, mapped=True)
     if used and "config" not in content and not (path / CONFIG).is_file():
         raise ConfigError(
-            f"{path} holds {METRICS if (path / METRICS).exists() else SUMMARY} of a run, and neither {CONFIG} nor a "
-            "checkpoint that says which run: choose another hydra.run.dir, or remove it"
+            f"{path} holds {METRICS if (path / METRICS).exists() else SUMMARY} of a run, but neither {CONFIG} nor a "
+            "checkpoint that identifies the run; choose another hydra.run.dir, or remove it"
         )
     if used and cfg.resume != "changed":
         _check_same(with_current_settings(_config_of(path) or content.get("config") or {}), config, path)
     if finished and checkpoint is None and cfg.resume == "changed":
         raise ConfigError(
-            f"resume=changed: {path} is finished and has no checkpoints to go on from; choose another hydra.run.dir, "
-            "or bring its checkpoints back"
+            f"resume=changed: {path} is finished and has no checkpoints to continue from; choose another "
+            "hydra.run.dir, or restore its checkpoints"
         )
     if finished and cfg.resume != "changed":
         return RunDirectory(path, checkpoint, summary)
@@ -112,31 +112,31 @@ def open_run(cfg: DictConfig, path: Path) -> RunDirectory:
 
 
 def begin(cfg: DictConfig, run: RunDirectory) -> None:
-    """Make the directory ready for the run: what lies behind the checkpoint is forgotten."""
+    """Prepare the directory for the run: what was written after the checkpoint is removed."""
     if rank_zero_only.rank == 0:
         _forget(run.path, run)
         if run.checkpoint is None or not (run.path / CONFIG).is_file():
             _keep_settings(cfg, run.path)
     if run.checkpoint is not None:
-        log.info("going on after step %d: %s", run.step, run.checkpoint)
+        log.info("continuing after step %d: %s", run.step, run.checkpoint)
 
 
 def _data_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, without a tie to its file."""
+    """A checkpoint's record of the data, copied, so that it does not refer to the mapped file."""
     return copy.deepcopy(content.get("DataModule") or content.get("FinetuneData") or {})
 
 
 def change(cfg: DictConfig, run: RunDirectory, module: TrainingModule) -> None:
-    """With `resume=changed` make the config that of the run, once its checkpoint is known to fit.
+    """With `resume=changed`, check that the checkpoint fits the config and store the config in the run directory.
 
     Raises:
-        ConfigError: the settings make another model, or give other weights to the optimizer's groups.
+        ConfigError: the settings make another model, or other groups of the optimizer.
     """
     if cfg.resume != "changed" or run.checkpoint is None:
         return
     checkpoint = checkpoints.read(checkpoints.check(run.checkpoint))
     saved, now = checkpoint["state_dict"], module.state_dict()
-    was, is_now = ({name: tuple(one.shape) for name, one in state.items()} for state in (saved, now))
+    was, is_now = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (saved, now))
     differing = sorted(name for name in was | is_now if was.get(name) != is_now.get(name))
     if differing:
         first = differing[0]
@@ -146,19 +146,20 @@ def change(cfg: DictConfig, run: RunDirectory, module: TrainingModule) -> None:
             "hydra.run.dir"
         )
     optimizers = checkpoint["optimizer_states"][0], module.configure_optimizers().state_dict()
-    was, is_now = ([len(group["params"]) for group in one["param_groups"]] for one in optimizers)
+    was, is_now = ([len(group["params"]) for group in state["param_groups"]] for state in optimizers)
     if was != is_now:
         raise ConfigError(
-            f"resume=changed: these settings decay, or slow down, other weights than those of {run.checkpoint}: the "
-            f"optimizer has groups of {is_now} tensors, and had {was}. Choose another hydra.run.dir"
+            f"resume=changed: these settings apply weight decay or layer-wise rates to other weights than "
+            f"{run.checkpoint}: the optimizer has groups of {is_now} tensors, and had {was}. Choose another "
+            "hydra.run.dir"
         )
     if rank_zero_only.rank == 0:
         _keep_settings(cfg, run.path)
 
 
 def _keep_settings(cfg: DictConfig, path: Path) -> None:
-    """The config, and the command for `resume=DIR`: Hydra's own record is of the latest, refused ones included."""
-    command = [one for one in HydraConfig.get().overrides.task if not one.startswith("resume=")]
+    """Store the config, and the command for `resume=DIR`; Hydra's own record may be of a later, refused command."""
+    command = [override for override in HydraConfig.get().overrides.task if not override.startswith("resume=")]
     replace_file(path / COMMAND, OmegaConf.to_yaml(command).encode())
     replace_file(path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
@@ -174,7 +175,7 @@ def _config_of(path: Path) -> dict[str, Any] | None:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """A run goes on with its own settings.
+    """Check that a run continues with its own settings.
 
     Raises:
         ConfigError: settings differ that change what is learned.
@@ -183,14 +184,14 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None
     differing = [
         name
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not any(name == one or name.startswith(f"{one}.") for one in FREE)
+        if old.get(name) != new.get(name) and not any(name == free or name.startswith(f"{free}.") for free in FREE)
     ]
     if differing:
         shown = ", ".join(f"{name}={new.get(name)} (was {old.get(name)})" for name in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ConfigError(
-            f"{path} holds a run with other settings: {shown}{more}. Give its own command again, or resume={path} "
-            "alone; resume=changed goes on with the new settings, and another hydra.run.dir starts another run"
+            f"{path} holds a run with other settings: {shown}{more}. Repeat its own command, or give resume={path} "
+            "alone; resume=changed continues with the new settings, another hydra.run.dir starts another run"
         )
 
 
@@ -204,7 +205,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read_summary(file: Path) -> dict[str, Any] | None:
-    """What a run reached; None if it has not finished, or the file is damaged: then the last steps say it again."""
+    """The summary of a run; None if there is none, or it is damaged: a run that continues then writes it again."""
     if not file.is_file():
         return None
     try:
@@ -218,7 +219,7 @@ def _read_summary(file: Path) -> dict[str, Any] | None:
 
 
 def _forget(path: Path, run: RunDirectory) -> None:
-    """Take away what was written after the checkpoint."""
+    """Remove what was written after the checkpoint."""
     if run.checkpoint is None:
         for name in (METRICS, QUARANTINE, NONFINITE, SUMMARY, "wandb_id"):
             (path / name).unlink(missing_ok=True)
@@ -232,16 +233,16 @@ def _forget(path: Path, run: RunDirectory) -> None:
 
 
 def write_summary(file: Path, summary: dict[str, Any]) -> None:
-    """As JSON that any reader takes: what is not finite becomes null."""
+    """Write strict JSON: numbers that are not finite become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: finite(one) for key, one in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
 
     replace_file(file, json.dumps(finite(summary), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def command_line(module: str = "data2vec_train") -> str:
-    """A command that makes this run again, also when it was a member of a sweep."""
+    """The command that repeats this run, also if it was a member of a sweep."""
     return shlex.join(["python", "-m", module, *HydraConfig.get().overrides.task])

@@ -1,4 +1,4 @@
-"""What one optimizer step produced, and the sums over its micro-batches from which that follows."""
+"""What one optimizer step produced, and the sums over micro-batches that it is computed from."""
 
 from dataclasses import dataclass, field
 
@@ -13,14 +13,14 @@ Samples = Tensor | tuple[str, ...]  # the samples of one micro-batch: ids (B,) i
 class StepResult:
     """What one optimizer step produced.
 
-    Tensors are on the module's device. Whoever reads one makes the host wait for the step.
+    Tensors are on the module's device; reading one makes the host wait for the step.
 
     Args:
         step: number of the optimizer step; the first of a run is 1.
-        metrics: what is logged of the step, by its name in metrics.csv: () float32, or a number. Empty in a step that
-            is not logged. `train/loss` and `train/loss_<term>` are the optimized loss and its terms: means over all
-            hidden tokens (fine-tuning: examples) of all micro-batches and processes. `train/grad_norm` is that of
-            these losses' gradient before clipping. The rest are means over micro-batches and processes.
+        metrics: logged values by their name in metrics.csv: () float32, or a number. Empty if the step is not logged.
+            `train/loss` and `train/loss_<term>` are the optimized loss and its terms: means over all hidden tokens
+            (fine-tuning: examples) of all micro-batches and processes. `train/grad_norm` is the norm of the loss's
+            gradient before clipping. The rest are means over micro-batches and processes.
         skip_step: () bool, the same on all processes: loss or gradient is not finite on one of them, so that optimizer
             and teacher skip the step.
         non_finite: () bool: `skip_step`, and a lower loss scale would not help. Without float16 it is `skip_step`.
@@ -38,12 +38,12 @@ class StepResult:
 
 @dataclass
 class MicroBatches:
-    """Sums over the micro-batches of this process since the last optimizer step, and what is found out about the step.
+    """Sums over the micro-batches of this process since the last optimizer step, and the flags of that step.
 
     Args:
         counts: hidden tokens, or examples, of each micro-batch.
         samples: of each micro-batch.
-        loss: sum of the mean losses of the micro-batches; it says whether all are finite.
+        loss: sum of the mean losses of the micro-batches, to check that all are finite.
         losses: of a logged step, sums of the losses, each weighted with its count relative to the first.
         values: of a logged step, means over micro-batches.
         count_everywhere: () float32, sum of `counts` over all processes; None with one process.
@@ -61,23 +61,23 @@ class MicroBatches:
     non_finite: Tensor | None = None
 
     def add(self, loss: Tensor, count: int, samples: Samples) -> None:
-        """One more micro-batch: its mean loss () over `count` tokens or examples."""
+        """Add a micro-batch with its mean loss () over `count` tokens or examples."""
         self.counts.append(count)
         self.samples.append(samples)
         self.loss = self.loss + loss
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
-        """Mean losses () of the micro-batch that was added last."""
+        """Add mean losses () of the latest micro-batch."""
         weight = self.counts[-1] / self.counts[0]
         self.losses = {name: self.losses.get(name, 0.0) + weight * loss for name, loss in losses.items()}
 
     def add_values(self, values: dict[str, Tensor], *, share: float) -> None:
-        """Values () of one of 1 / `share` micro-batches, which all count alike."""
+        """Add values () of one micro-batch with weight `share`, the same for all micro-batches of the step."""
         sums = {name: self.values.get(name, 0.0) + share * value for name, value in values.items()}
         self.values = self.values | sums
 
     def metrics(self, world_size: int) -> dict[str, Tensor]:
-        """Of a logged step, means over micro-batches and processes; every process has to call this."""
+        """The means of a logged step over micro-batches and processes; every process must call this."""
         share_of_first = self.counts[0] / sum(self.counts)
         losses = {name: loss * share_of_first for name, loss in self.losses.items()}
         if world_size == 1:

@@ -101,7 +101,7 @@ def test_other_data_are_refused(tmp_path, change):
     run = RunDirectory(tmp_path, tmp_path / "step", None, {"identity": {"source": identify(folder(root))}})
     change(root)
     source = folder(root)
-    with pytest.raises(ConfigError, match="data.source is not what it was") as said:
+    with pytest.raises(ConfigError, match="data.source") as said:
         same_data(OmegaConf.create({"resume": "auto"}), run, {"source": source})
     assert "\n" not in str(said.value)
     changed = OmegaConf.create({"resume": "changed"})
@@ -252,7 +252,7 @@ def test_a_checkpoint_from_before_goes_on_with_a_warning(tmp_path, caplog):
     run = RunDirectory(tmp_path, tmp_path / "step", None, {"batches": 4})
     source = folder(make(tmp_path / "data"))
     same_data(OmegaConf.create({"resume": "auto"}), run, {"source": source})
-    assert "did not keep what its data were" in caplog.text
+    assert "did not record its data" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_checkpoint_from_before_goes_on_with_a_warning(tmp_path, caplog):
     ids=["a letter is another one", "letters in another order", "no letters any more"],
 )
 def test_outputs_that_would_mean_something_else_are_refused(tmp_path, before, now):
-    with pytest.raises(ConfigError, match="outputs of the head meant something else"):
+    with pytest.raises(ConfigError, match="outputs of the head"):
         same_outputs(RunDirectory(tmp_path, None, None, {"outputs": before}), now)
 
 
@@ -470,12 +470,12 @@ OTHER = {"resume": "auto", "seed": 1}
     [
         ({"summary": DONE, "config": OWN}, "auto", None),
         ({"summary": DONE, "metrics": True, "config": OWN}, "auto", None),
-        ({"summary": DONE, "metrics": True, "config": OWN}, "changed", "no checkpoints to go on from"),
+        ({"summary": DONE, "metrics": True, "config": OWN}, "changed", "no checkpoints"),
         ({"summary": DONE, "config": OWN}, "never", "already holds a run"),
         ({"summary": DONE, "config": OTHER}, "auto", "a run with other settings: seed=0"),
-        ({"summary": DONE}, "auto", "summary.json of a run, and neither"),
-        ({"metrics": True}, "auto", "metrics.csv of a run, and neither"),
-        ({"metrics": True}, "changed", "metrics.csv of a run, and neither"),
+        ({"summary": DONE}, "auto", "summary.json of a run, but neither"),
+        ({"metrics": True}, "auto", "metrics.csv of a run, but neither"),
+        ({"metrics": True}, "changed", "metrics.csv of a run, but neither"),
         ({"metrics": True, "checkpoint": OTHER}, "auto", "a run with other settings: seed=0"),
         ({"checkpoint": OTHER}, "auto", "a run with other settings: seed=0"),
         ({"checkpoint": OWN}, "never", "already holds a run"),

@@ -76,7 +76,7 @@ def test_a_job_of_slurm_is_queued_again_and_goes_on(tmp_path):
     assert [one.wait(120) for one in again] == [0, 0]
     assert the_run(tmp_path) == run
     assert tiny.step_of(run) == stopped + 3
-    assert f"going on after step {stopped}" in (tmp_path / "0.txt").read_text()
+    assert f"after step {stopped}" in (tmp_path / "0.txt").read_text()
 
 
 def faults(*overrides: str, multirun: bool = False) -> str:

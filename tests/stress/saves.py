@@ -97,7 +97,7 @@ def fill_disks(arguments: list[str], reference: Path, folder: Path, count: int, 
         said = (folder.parent / f"full-{number}.log").read_text()
         status = processes.statuses[processes.ids[0]]
         stopped += status == 2
-        if status not in (0, 2) or "Traceback" in said or (status == 2 and "Make room" not in said):
+        if status not in (0, 2) or "Traceback" in said or (status == 2 and "could not be saved" not in said):
             wrong.append(f"{number}: status {status}, said {said[-300:]!r}")
         before = checkpoints.newest(run / "checkpoints")
         if before is None:

@@ -1,4 +1,4 @@
-"""When a run is saved, how it is stopped, and how it goes on: between Lightning's trainer and `checkpoints.py`."""
+"""Saving, stopping and continuing a run: connects Lightning's trainer with `checkpoints.py`."""
 
 import contextlib
 import errno
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 class FolderCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as the folders of `checkpoints.py`.
 
-    A failure to write is kept in `failure`, since the other processes wait for this one at that moment.
+    A write error is stored in `failure` and not raised, since the other processes wait for this one at that moment.
 
     Args:
-        asynchronous: copy the state to the host's memory and write it in a thread. The next save waits for the last.
+        asynchronous: copy the state to host memory and write it in a thread. The next save waits for that thread.
     """
 
     def __init__(self, *, asynchronous: bool) -> None:
@@ -64,7 +64,7 @@ class FolderCheckpointIO(CheckpointIO):
             self.failure = error
 
     def wait(self) -> None:
-        """Until what is being written is on the disk."""
+        """Wait until the checkpoint that is being written is on the disk."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -74,36 +74,36 @@ class FolderCheckpointIO(CheckpointIO):
         return checkpoints.read(checkpoints.check(Path(path)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Never asked for: `checkpoints.write` removes what is not kept."""
+        """Never called: `checkpoints.write` removes old checkpoints."""
         raise NotImplementedError
 
     def teardown(self) -> None:
-        """See `wait`."""
+        """Wait until the last checkpoint is on the disk."""
         self.wait()
 
 
 def _on_host(value: Any) -> Any:
-    """A copy of a state that later steps cannot change."""
+    """A copy of a state on the host, which later steps cannot change."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _on_host(one) for key, one in value.items()}
+        return {key: _on_host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_host(one) for one in value)
+        return type(value)(_on_host(item) for item in value)
     return value
 
 
 class Checkpointing(L.Callback):
     """Saves the run every n steps, at the end, and after the best measurement so far.
 
-    Must come after the callbacks that measure and log in the list, so that a checkpoint has the results of its step.
+    It must follow the callbacks that measure and log in the list, so that a checkpoint has the results of its step.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
-        keep_last: how many of the newest stay; the best stays as well.
+        keep_last: number of newest checkpoints to keep; the best is kept as well.
         asynchronous: see `FolderCheckpointIO`.
         directory: `RUN/checkpoints`.
-        config: of the run, as plain containers; every checkpoint has it, so that the model can be rebuilt from it.
+        config: of the run, as plain containers; stored in every checkpoint, so that the model can be rebuilt from it.
     """
 
     def __init__(
@@ -123,16 +123,16 @@ class Checkpointing(L.Callback):
         self.saved_at = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Clear away what an interrupted writer left."""
+        """Remove the files of an interrupted writer."""
         if trainer.is_global_zero:
             sweep(self.directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that goes on is saved already."""
+        """Note the step: a run that continues is already saved there."""
         self.saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Save when it is time."""
+        """Save every n steps, at the last step and after the best measurement."""
         step = trainer.global_step
         if step == self.saved_at:
             return
@@ -141,11 +141,11 @@ class Checkpointing(L.Callback):
             self.save(trainer, is_best=is_best)
 
     def _is_best(self, trainer: L.Trainer) -> bool:
-        """Whether this step was measured, and better than all before."""
+        """Whether this step has the best measurement so far."""
         measuring = measuring_callback(trainer)
         step = None if measuring is None else measuring.best_step
         if trainer.world_size > 1 and measuring is not None and measuring.measured_at == trainer.global_step:
-            step = trainer.strategy.broadcast(step)  # scores may differ in their last bits, and all decide alike
+            step = trainer.strategy.broadcast(step)  # scores may differ in their last bits; all processes must agree
         return step == trainer.global_step
 
     def save(self, trainer: L.Trainer, *, is_best: bool = False) -> None:
@@ -171,7 +171,7 @@ class Checkpointing(L.Callback):
         checkpoint["config"] = self.config
 
     def save_before_leaving(self, trainer: L.Trainer) -> None:
-        """Have a checkpoint of this step on the disk, on all processes together.
+        """Make sure that a checkpoint of this step is on the disk; all processes must call this.
 
         Raises:
             SaveError: it could not be written.
@@ -190,7 +190,7 @@ class Checkpointing(L.Callback):
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
-        """All processes learn whether the one that writes could."""
+        """Raise in all processes if the writing process failed."""
         failure = self.io.failure
         text = None if failure is None else _describe(failure, self.directory)
         text = trainer.strategy.broadcast(text) if trainer.world_size > 1 else text
@@ -202,21 +202,21 @@ def _describe(error: OSError, directory: Path) -> str:
     run = directory.parent if directory.name == checkpoints.FOLDER else directory
     if lost(run):
         return (
-            f"{run} was removed, or replaced by another directory, while the run was at work in it; nothing more is "
-            "written there. Give the same command again, or another hydra.run.dir"
+            f"{run} was removed, or replaced by another directory, during the run; nothing more is written there. "
+            "Repeat the command, or choose another hydra.run.dir"
         )
     return (
-        f"the run could not be saved in {directory}: {error.strerror or error}. Earlier checkpoints there are as they "
-        "were. Make room or bring the disk back, and give the same command again: the run goes on from the last of them"
+        f"the run could not be saved in {directory}: {error.strerror or error}. Earlier checkpoints there are "
+        "unchanged. Free or reconnect the disk and give the same command again: the run continues from the last"
     )
 
 
 @contextlib.contextmanager
 def disk_trouble(directory: Path) -> Iterator[None]:
-    """Inside, a disk that is full, gone or not writable ends the run with one sentence.
+    """Turn the error of a full, missing or read-only disk into a message of one sentence.
 
     Raises:
-        SaveError: it happened.
+        SaveError: there was such an error.
     """
     try:
         yield
@@ -236,7 +236,7 @@ def measuring_callback(trainer: L.Trainer) -> L.Callback | None:
 
 
 class _NonFinite:
-    """Whether a step was not finite, on its way from the device to the host."""
+    """Whether a step was not finite, copied from the device to the host in the background."""
 
     def __init__(self, result: StepResult) -> None:
         self.step = result.step
@@ -262,13 +262,13 @@ class _NonFinite:
 class FiniteSteps(L.Callback):
     """Stops a run whose loss or gradient is not finite several steps in a row.
 
-    The module keeps such a step from the optimizer and the teacher; here it is counted and its samples are listed. On
-    a GPU the answer is read one step later, when it has arrived. Gradients that overflow in float16 because the loss
-    was scaled too far are not counted: the next scale is lower.
+    In such a step the module skips optimizer and teacher; this callback counts it and lists its samples. On a GPU the
+    flag is read one step later, when it has arrived. Float16 gradients that overflow because the loss scale is too high
+    are not counted: the next scale is lower.
 
     Args:
-        max_in_a_row: so many of these steps in a row stop the run.
-        path: the JSON-lines file with the steps and their samples; it appears with the first.
+        max_in_a_row: number of such steps in a row that stops the run.
+        path: the JSON-lines file with the steps and their samples; created at the first such step.
         checkpointing: saves the run before it stops.
     """
 
@@ -281,7 +281,7 @@ class FiniteSteps(L.Callback):
         self._latest: _NonFinite | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: TrainingModule, *_: object) -> None:
-        """Count.
+        """Count the steps that are not finite.
 
         Raises:
             CollapseError: too many in a row.
@@ -304,43 +304,43 @@ class FiniteSteps(L.Callback):
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self.in_a_row == 1:
-            log.warning("step %d: loss or gradient is not finite; the step was passed over", found.step)
+            log.warning("step %d: loss or gradient is not finite; the step was skipped", found.step)
         if self.in_a_row >= self.max_in_a_row:
             self.checkpointing.save_before_leaving(trainer)
             names = ", ".join(map(str, row["samples"][:8])) + (", ..." if len(row["samples"]) > 8 else "")
             raise CollapseError(
                 f"training diverged: loss or gradient was not finite {self.in_a_row} times in a row, up to step "
-                f"{found.step}; neither weights nor teacher have seen these steps, and the run is saved. The samples "
+                f"{found.step}; optimizer and teacher skipped these steps, and the run is saved. The samples "
                 f"of the last were {names}"
-                f" (all in {self.path}). Look at them, or start anew with a lower optimizer.lr or a longer warm-up"
+                f" (all in {self.path}). Inspect them, or start again with a lower optimizer.lr or a longer warm-up"
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Counts."""
+        """The counts."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """See `state_dict`."""
+        """Restore the counts."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
 def _of_all_processes(names: list[int | str], trainer: L.Trainer) -> list[int | str]:
-    """All of them are at this place: a step that one skips is skipped by all."""
+    """Gather the names of all processes. All get here, since a step that one process skips is skipped by all."""
     if trainer.world_size == 1:
         return names
     everywhere: list[list[int | str]] = [[]] * trainer.world_size
     dist.all_gather_object(everywhere, names)
-    return [name for one in everywhere for name in one]
+    return [name for process_names in everywhere for name in process_names]
 
 
 class Interruption(L.Callback):
-    """Ends the run at the edge of a step, saved, on all processes together, when any of them got a signal.
+    """Saves and ends the run at the end of a step, on all processes together, after any of them got a signal.
 
-    At the end of each step the processes exchange what they were told in the background, over the host's network, and
-    read the answer one step later: nobody waits, and all see the same answer at the same step. Before the first step
-    a signal ends the process where it is (`stopping.Listener`).
+    At the end of each step the processes exchange the signals they received, in the background and over the host's
+    network, and read the result one step later: no process waits, and all see the same result at the same step. Before
+    the first step a signal ends the process at once (`stopping.Listener`).
 
-    Must be the last callback. `listening` has to be open around `trainer.fit`.
+    Must be the last callback; `trainer.fit` must run inside `listening`.
 
     Args:
         checkpointing: saves the run.
@@ -355,7 +355,7 @@ class Interruption(L.Callback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are heard.
+        """Handle signals inside this context.
 
         Raises:
             Interrupted: a signal came after the last step.
@@ -369,23 +369,23 @@ class Interruption(L.Callback):
                 raise Interrupted(listener.received, self.checkpointing.saved_at)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look after the other processes."""
+        """Start to watch the other processes."""
         if trainer.world_size > 1:
             self._peers = Peers()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open a channel between the processes beside the one for gradients."""
+        """Open a process group for signals, separate from that for gradients."""
         self._seen_step = trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         listener.noting = True
 
     def on_train_batch_start(self, *_: object) -> None:
-        """The data has come."""
+        """Report progress: the batch has arrived."""
         listener.moved()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Stop when it is time.
+        """Save and stop after a signal.
 
         Raises:
             Interrupted: a process got a signal; the run is saved.
@@ -400,17 +400,17 @@ class Interruption(L.Callback):
             raise Interrupted(received, trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Tell the other processes that this one leaves."""
+        """Tell the other processes that this one exits."""
         if self._peers is not None:
             self._peers.leave(exception)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Likewise, when all is done."""
+        """Tell the other processes that this one has finished."""
         if self._peers is not None:
             self._peers.leave(None)
 
     def _exchanged(self, *, last: bool) -> int:
-        """What was received anywhere, as of the step before this one; after the last step, of this one."""
+        """The signal that any process received by the end of the previous step; after the last step, of this one."""
         if self._group is None:
             return listener.received
         answer = self._answer()
@@ -419,7 +419,7 @@ class Interruption(L.Callback):
         return max(answer, self._answer()) if last else answer
 
     def _answer(self) -> int:
-        """What the latest exchange gave."""
+        """Result of the latest exchange."""
         if self._exchange is None:
             return 0
         work, note = self._exchange

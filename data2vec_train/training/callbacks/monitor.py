@@ -1,4 +1,4 @@
-"""Watching a run: one row of numbers per logged step, a progress bar, and an alarm when representations collapse."""
+"""Monitoring a run: one row of metrics per logged step, a progress bar, and an error when representations collapse."""
 
 import csv
 import importlib.util
@@ -25,7 +25,7 @@ from data2vec_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
-LONGEST_ROW = 100_000  # characters of metrics.csv; longer rows are damage
+LONGEST_ROW = 100_000  # characters of metrics.csv; longer rows count as damaged
 _ADVICE = (
     "Try a lower optimizer.lr, a longer warm-up or a higher objective.tau_start; callbacks.monitor holds the thresholds"
 )
@@ -51,16 +51,16 @@ class CSVLog(Logger):
                 self.columns = found
             else:
                 kept = self.path.with_name(f"{self.path.name}.damaged")
-                log.warning("%s is damaged: it begins anew, and what there was is in %s", self.path, kept)
+                log.warning("%s is damaged: a new file is started, and the old one is kept as %s", self.path, kept)
                 self.path.replace(kept)
 
     def cut(self, step: int) -> None:
-        """Forget what was logged after `step`: a run that goes on there will log it again."""
+        """Remove the rows after `step`: a run that continues there logs them again."""
         if not self.path.exists():
             return
         content = self.path.read_text(encoding="utf-8", errors="replace")
         rows = list(csv.DictReader(line for line in content.splitlines() if len(line) < LONGEST_ROW))
-        if not content.endswith("\n"):  # killed while writing it
+        if not content.endswith("\n"):  # the process was killed while writing the last row
             rows = rows[:-1]
         whole = [row for row in rows if _is_row(row)]
         if len(whole) < len(rows):
@@ -69,14 +69,14 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Put all rows on the disk."""
+        """Flush all rows to the disk."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Name of the logger."""
         return "csv"
 
     @property
@@ -85,7 +85,7 @@ class CSVLog(Logger):
         return 0
 
     def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
-        """Nothing: the run directory holds the resolved config."""
+        """Do nothing: the run directory holds the resolved config."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -103,7 +103,7 @@ class CSVLog(Logger):
             csv.DictWriter(file, fieldnames=self.columns).writerow(row)
 
     def _rewrite(self, rows: list[dict]) -> None:
-        """The whole file, which is there as it was or as it is to be, whatever stops the process."""
+        """Replace the whole file at once: if the process is killed, the old or the new content is there."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=self.columns)
         writer.writeheader()
@@ -123,20 +123,20 @@ def _is_row(row: dict) -> bool:
 
 
 class Monitor(L.Callback):
-    """Composes the row of each logged step, hands it to the loggers and the progress bar, and checks for collapse.
+    """Composes the row of each logged step, passes it to the loggers and the progress bar, and checks for collapse.
 
-    Must come after the callback that measures (`ProbeCallback`, `Evaluation`) in the list, whose results it reads.
+    It must follow the callback that measures (`ProbeCallback`, `Evaluation`) in the list, because it reads its results.
 
     Args:
-        min_target_std: a lower `train/target_std` is a collapse; None = it is not judged.
-        min_prediction_std: likewise for `train/prediction_std`.
-        grace_steps: before this step nothing is judged, but for the last step of a run.
-        max_data_wait: a larger share of the time spent waiting for data is said once, with what to change.
+        min_target_std: a lower `train/target_std` is a collapse; None = not checked.
+        min_prediction_std: a lower `train/prediction_std` is a collapse; None = not checked.
+        grace_steps: no checks before this step, except at the last step of a run.
+        max_data_wait: warn once if a larger share of the time is spent waiting for data, and advise what to change.
         data_wait_rows: logged steps over which the share is measured; the first, when workers start, is left out.
         progress: "bar", "lines" (one line per logged step), "none", or "auto": a bar on a terminal, lines elsewhere.
-        min_feature_ratio: `train/feature_std` below this share of what it was at the first step is a collapse that the
-            norms of the targets hide from the two above; None = it is not judged.
-        min_rank_ratio: likewise for what `probe/rankme` exceeds 1 by, against the untrained encoder.
+        min_feature_ratio: `train/feature_std` below this share of its value at the first step is a collapse, which the
+            norms of the targets can hide from the two checks above; None = not checked.
+        min_rank_ratio: the same for `probe/rankme` - 1, relative to the untrained encoder.
     """
 
     def __init__(
@@ -158,8 +158,9 @@ class Monitor(L.Callback):
         self.grace_steps = grace_steps
         self.max_data_wait = max_data_wait
         self.data_wait_rows = data_wait_rows
-        self._wait_window: tuple[int, float, float] | None = None  # rows so far; seconds and waiting at its beginning
-        self._said_brake = False
+        # Rows so far; seconds of training and of waiting at its start.
+        self._wait_window: tuple[int, float, float] | None = None
+        self._warned_of_wait = False
         if progress not in ("auto", "bar", "lines", "none"):
             raise ValueError(f"progress is auto, bar, lines or none, got {progress!r}")
         self.progress = ("bar" if sys.stderr.isatty() else "lines") if progress == "auto" else progress
@@ -189,7 +190,7 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: TrainingModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Runs after the probes of this step; their seconds are not training."""
+        """Log this step, without the time of its probes, and check it for collapse."""
         self.samples += len(batch) * trainer.world_size
         step = trainer.global_step
         if self._bar is not None:
@@ -205,7 +206,7 @@ class Monitor(L.Callback):
             return
         row = {name: float(value) for name, value in result.metrics.items()}
         if math.isnan(row.get("train/feature_std", 0.0)):
-            del row["train/feature_std"]  # of a batch of one sample
+            del row["train/feature_std"]  # not defined for a batch of one sample
         spent = time.perf_counter() - self._started - (probe.seconds if probe else 0.0)
         self.train_seconds = max(self.train_seconds, spent)  # a clock may run backward
         row |= self._throughput(trainer.datamodule)
@@ -232,15 +233,15 @@ class Monitor(L.Callback):
         return row
 
     def _watch_loader(self, trainer: L.Trainer) -> None:
-        """Say once that the loader is the brake."""
-        if self._said_brake:
+        """Warn once when data loading limits throughput."""
+        if self._warned_of_wait:
             return
         rows, seconds, waited = self._wait_window or (-1, 0.0, 0.0)
         rows += 1
         if rows == self.data_wait_rows:
             share = (self.waited_seconds - waited) / max(self.train_seconds - seconds, 1e-9)
-            self._said_brake = share > self.max_data_wait
-            if self._said_brake and trainer.is_global_zero:
+            self._warned_of_wait = share > self.max_data_wait
+            if self._warned_of_wait and trainer.is_global_zero:
                 data = trainer.datamodule
                 cores = max(1, cores_at_hand() // trainer.num_devices)
                 advice = loader_advice(workers=data.num_workers, cores=cores, on_device=data.on_device)
@@ -269,10 +270,10 @@ class Monitor(L.Callback):
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, eta)
 
     def _check_collapse(self, trainer: L.Trainer, row: dict[str, float]) -> None:
-        """Judge what every logged step measures.
+        """Check the metrics of a logged step.
 
         Raises:
-            CollapseError: training diverged, or different inputs look alike to the network.
+            CollapseError: training diverged, or the network gives nearly the same output for different inputs.
         """
         if not math.isfinite(row["train/loss"]):
             return  # the step was skipped; `FiniteSteps` counts these
@@ -283,13 +284,13 @@ class Monitor(L.Callback):
                     f"at step {step} {name} is {row[name]}, not a number: training diverged. Try a lower optimizer.lr "
                     "or a longer warm-up"
                 )
-            # Untrained predictions are small and shrink before they grow, with images of 1.0 to a seventh: where the
-            # grace period outlasts the run, only what has fallen to a twentieth is a collapse.
+            # Untrained predictions are small and shrink before they grow (images of 1.0: to a seventh). If the run ends
+            # within the grace period, only a fall to a twentieth is a collapse.
             fallen = last and row[name] < self.first.get(name, 0.0) / 20
             if (step >= self.grace_steps or fallen) and row[name] < limit:
                 raise CollapseError(
                     f"collapse at step {step}: {name} is {row[name]:.4g}, below the threshold of {limit:g}: the "
-                    f"network gives (nearly) the same answer everywhere. {_ADVICE}"
+                    f"network gives (nearly) the same output everywhere. {_ADVICE}"
                 )
         name = "train/feature_std"
         if self.min_feature_ratio is None or name not in row or name not in self.first:
@@ -303,13 +304,13 @@ class Monitor(L.Callback):
             )
 
     def _check_rank(self, trainer: L.Trainer) -> None:
-        """Judge what the probe measured at this step; needs no labels.
+        """Check the RankMe that the probe measured at this step; needs no labels.
 
         Raises:
             CollapseError: the features of all samples lie in one direction.
         """
         step, probe = trainer.global_step, measuring_callback(trainer)
-        ranks = getattr(probe, "ranks", {})  # not of an evaluation of fine-tuning
+        ranks = getattr(probe, "ranks", {})  # an evaluation of fine-tuning has none
         early = step < self.grace_steps and step != trainer.max_steps
         if self.min_rank_ratio is None or early or not {"untrained", "trained"} <= set(ranks):
             return
@@ -317,30 +318,30 @@ class Monitor(L.Callback):
         if ranks["trained"] < limit:
             raise CollapseError(
                 f"collapse at step {step}: probe/rankme is {ranks['trained']:.4f}, below the threshold of {limit:.4f} "
-                f"(the untrained encoder has {ranks['untrained']:.4f}, and 1 says that all samples have the same "
-                f"features up to their size). {_ADVICE}"
+                f"(the untrained encoder has {ranks['untrained']:.4f}; at 1 the features of all samples differ only in "
+                f"scale). {_ADVICE}"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the summary is made of."""
+        """The numbers that the summary is made of."""
         numbers = {"first": self.first, "last": self.last, "train_seconds": self.train_seconds}
         return numbers | {"samples": self.samples, "waited_seconds": self.waited_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Restore the numbers of `state_dict`."""
         self.first, self.last = state_dict["first"], state_dict["last"]
         self.train_seconds, self.samples = state_dict["train_seconds"], state_dict["samples"]
         self.waited_seconds = state_dict["waited_seconds"]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the terminal back."""
+        """Stop the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def tensorboard_logger(*, save_dir: str, step: int) -> Logger:
-    """A TensorBoard logger; what an interrupted run wrote there after `step` is not shown."""
+    """A TensorBoard logger; TensorBoard hides what an interrupted run wrote after `step`."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     resumed = {"purge_step": step + 1} if step else {}
@@ -348,10 +349,9 @@ def tensorboard_logger(*, save_dir: str, step: int) -> Logger:
 
 
 def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
-    """A Weights & Biases logger; offline when there is no API key, so that it never asks.
+    """A Weights & Biases logger; offline if there is no API key, so that it never prompts.
 
-    A run that goes on keeps its identity, which is in `wandb_id` in the run directory; W&B passes over the steps that
-    it has already.
+    A run that continues keeps its id, stored in `wandb_id` in the run directory; W&B ignores steps that it already has.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -372,12 +372,12 @@ def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
 
 
 def loader_advice(*, workers: int, cores: int, on_device: bool | None) -> str:
-    """What to change when a run waits for its data.
+    """Advice for a run that waits for its data.
 
     Args:
         workers: loader processes of this process.
-        cores: for this process and its loader.
-        on_device: whether samples travel as bytes; None where they cannot.
+        cores: CPU cores for this process and its loader.
+        on_device: whether samples go to the device as bytes; None if they cannot.
     """
     have = (
         f"the loader has {workers} process{'es' * (workers != 1)}, and there {'is' if cores == 1 else 'are'} {cores} "
@@ -393,7 +393,7 @@ def loader_advice(*, workers: int, cores: int, on_device: bool | None) -> str:
 
 
 def describe(row: dict[str, float]) -> str:
-    """A row in words for people."""
+    """A row as text for the terminal."""
     formats = {
         "train/loss": "loss {:.3f}",
         "train/target_std": "target std {:.3f}",
@@ -427,7 +427,7 @@ class _Bar:
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("ETA", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            # On a narrow terminal the text wraps, so that the others stay whole.
+            # On a narrow terminal only this text wraps.
             TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),
             console=Console(stderr=True),
         )

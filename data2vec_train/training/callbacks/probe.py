@@ -1,7 +1,7 @@
 """Probes during training: is the encoder better than it was before training, and better than no encoder at all?
 
 Three rows are measured in the same run with the same code on the same samples: the untrained encoder, the raw input,
-and the encoder as it is now. Features are pooled over the tokens of the last block's output.
+and the current encoder. Features are pooled over the tokens of the last block's output.
 """
 
 import time
@@ -39,17 +39,17 @@ class Labelled:
 class ProbeCallback(L.Callback):
     """Measures kNN, linear probe, RankMe and the pretext task before training, every n steps and at the end.
 
-    Results land in `metrics` (the latest, by metric name) and `summary` (for summary.json).
+    Results are in `metrics` (the latest, by metric name) and `summary` (for summary.json).
 
     Args:
         every_n_steps: optimizer steps between measurements.
-        neighbours: of the kNN probe.
+        neighbours: number of neighbours of the kNN probe.
         l2: penalty of the linear probe.
-        rank_samples: how many samples RankMe looks at.
+        rank_samples: number of samples for RankMe.
         pooling: "mean" of a sample's tokens, or "mean_std", the mean and the standard deviation (2 D features).
         raw: features of the input itself, the baseline of the probes.
-        raw_name: what to call it.
-        note: what should be known about the probe of this data; None = nothing.
+        raw_name: name of these features in reports.
+        note: remark on the probe of this data for reports; None = none.
 
     Raises:
         ConfigError: an unknown pooling.
@@ -82,26 +82,26 @@ class ProbeCallback(L.Callback):
         self.ranks: dict[str, float] = {}
         self.r2: dict[str, float | int] = {}
         self.best: dict[str, float | int] = {}  # highest kNN accuracy and its step
-        self.samples: dict[str, int] = {}  # that could be used
+        self.samples: dict[str, int] = {}  # numbers of usable samples
         self.measured_at = -1
         self.seconds = 0.0  # spent here, which is not training time
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Baselines; on resuming, those of the first start are kept."""
+        """Measure the baselines; a resumed run keeps those of its first start."""
         self.measured_at = trainer.global_step
         if self.ranks:
             return
         start = time.perf_counter()
         data: DataModule = trainer.datamodule
         if data.test_set is not None:
-            raw = [raw_input(self.raw, data.evaluation_batches(one)) for one in (data.fit_set, data.test_set)]
+            raw = [raw_input(self.raw, data.evaluation_batches(subset)) for subset in (data.fit_set, data.test_set)]
             self._score("raw_input", *raw)
         self._measure(trainer, pl_module.objective.student, "untrained")
         self._measure_r2(trainer, pl_module, "untrained")
         self.seconds += seconds_since(start)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Measure when it is time."""
+        """Measure every n steps and at the last step."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step != self.measured_at:
@@ -117,7 +117,7 @@ class ProbeCallback(L.Callback):
                 embedder = pl_module.objective.student if teacher.share_embeddings else None
                 self._measure(trainer, teacher.encoder, "teacher", embedder=embedder)
             self.seconds += seconds_since(start)
-            # For the checkpoint callback; the loggers get their row from the monitor.
+            # For the checkpoint callback; the monitor passes a row to the loggers.
             pl_module.log_dict(self.metrics, logger=False)
 
     def _measure(
@@ -159,7 +159,7 @@ class ProbeCallback(L.Callback):
 
     @property
     def best_step(self) -> int | None:
-        """When the highest kNN accuracy so far was measured; None without labels."""
+        """The step with the highest kNN accuracy so far; None without labels."""
         return self.best.get("step")
 
     @property
@@ -191,13 +191,13 @@ class ProbeCallback(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """See `state_dict`."""
+        """Restore baselines and latest results."""
         self.accuracies, self.ranks = state_dict["accuracies"], state_dict["ranks"]
-        renamed = {"heldout/explained": "heldout/r2"}  # of checkpoints from before, where it was called that
+        renamed = {"heldout/explained": "heldout/r2"}  # name in older checkpoints -> name now
         self.metrics = {renamed.get(name, name): value for name, value in state_dict["metrics"].items()}
         self.r2 = state_dict["r2"] if "r2" in state_dict else state_dict["explained"]
         self.best = state_dict["best"]
-        self.samples = state_dict.get("samples", {})  # not in checkpoints from before
+        self.samples = state_dict.get("samples", {})  # older checkpoints lack it
 
 
 def raw_input(raw: RawFeatures, batches: Iterable[Batch]) -> Labelled:
@@ -235,7 +235,7 @@ def token_features(
     """
     device = next(encoder.parameters()).device
     embedder = embedder or encoder
-    modes = [(one, one.training) for one in (encoder, embedder)]
+    modes = [(module, module.training) for module in (encoder, embedder)]
     try:
         for batch in batches:
             encoder.eval()
@@ -244,5 +244,5 @@ def token_features(
             tokens, token_mask = embedder.embed(moved.inputs, moved.attention_mask)
             yield encoder.contextualize(tokens, token_mask).tokens.float(), token_mask, batch
     finally:
-        for one, was_training in modes:
-            one.train(was_training)
+        for module, was_training in modes:
+            module.train(was_training)

@@ -1,8 +1,8 @@
-"""Where the wall time of a whole run goes, by part, from the start of the process to the report (`callbacks.timing`).
+"""Wall time of a whole run by part, from the start of the process to the report (`callbacks.timing`).
 
-The parts are those of a pretraining step, what comes before and after, and what callbacks do. Methods of the objects of
-one run are replaced by ones that look at the clock; a run without it has nothing of it. Times are the
-host's: on a GPU the work of a part goes on behind the next one.
+The parts are those of a pretraining step, what comes before and after, and the callbacks. Methods of the run's objects
+are wrapped in timers; a run without this callback has none of them. Times are the host's: on a GPU the work of a part
+may still run during the next part.
 """
 
 import csv
@@ -35,9 +35,9 @@ TRAINING = (TEACHER, STUDENT, BACKWARD, OPTIMIZER, EMA)
 
 
 class Timing:
-    """A clock that runs for one part at a time; a part within a part stops the outer one.
+    """A clock that charges one part at a time; a nested part pauses the outer one.
 
-    Counting starts with the import of this package, and with all CPU time of the process.
+    Wall time counts from the import of this package, CPU time from the start of the process.
     """
 
     def __init__(self) -> None:
@@ -54,13 +54,13 @@ class Timing:
         self._since = now
 
     def switch(self, part: str) -> None:
-        """From now on it is `part` that takes the time, where no other is within."""
+        """From now on charge `part`, except inside nested parts."""
         self._charge()
         self._open[-1] = part
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Inside, it is `name` that takes the time; a forward pass of a probe is `ENCODE`."""
+        """Charge `name` inside this context; forward passes of probes are charged to `ENCODE`."""
         if name in (TEACHER, STUDENT, ENCODE):
             outer = self._open[-1]
             name = ENCODE if PROBES in self._open else outer if name == ENCODE else name
@@ -73,7 +73,7 @@ class Timing:
             self._open.pop()
 
     def watch(self, trainer: L.Trainer, module: Data2VecModule, data: DataModule) -> None:
-        """Look at the clock around what these are about to do in `trainer.fit`."""
+        """Wrap in timers what `trainer.fit` is about to call."""
         self.switch(REST)
         objective = module.objective
         self._time(objective, "forward", STUDENT)
@@ -97,7 +97,7 @@ class Timing:
             step = optimizer.step
 
             def timed(closure: Callable[[], Any]) -> Any:
-                def rest() -> Any:  # forward, backward, clip are within
+                def rest() -> Any:  # forward, backward and clip are nested
                     with self.part(REST):
                         return closure()
 
@@ -125,11 +125,11 @@ class Timing:
         setattr(owner, method, timed)
 
     def rows(self) -> list[dict[str, str | float]]:
-        """One per part, then the sum and what is outside `TRAINING`: seconds and shares of wall and CPU time."""
+        """One row per part, then the sum and the time outside `TRAINING`: seconds and shares of wall and CPU time."""
         self._charge()
         sums = {part: tuple(spent) for part, spent in self.seconds.items()}
         total = [sum(column) or 1.0 for column in zip(*sums.values(), strict=True)]
-        inside = [sum(sums[part][one] for part in TRAINING) for one in (0, 1)]
+        inside = [sum(sums[part][clock] for part in TRAINING) for clock in (0, 1)]
         sums["all"] = tuple(total)
         sums["outside forward, backward, optimizer, EMA"] = tuple(a - b for a, b in zip(total, inside, strict=True))
         return [
@@ -155,7 +155,7 @@ class Timing:
 
 
 class _Timed:
-    """Batches of a loader; waiting for them is `WAIT`."""
+    """Batches of a loader; the wait for them is charged to `WAIT`."""
 
     def __init__(self, batches: Iterable, timing: Timing) -> None:
         self.batches = batches
@@ -174,7 +174,7 @@ class _Timed:
 
 
 def table(rows: list[dict[str, str | float]]) -> str:
-    """Rows for people."""
+    """The rows as a text table."""
     lines = [f"{'part':<42} {'wall s':>8} {'share':>6} {'CPU s':>8} {'share':>6}"]
     for row in rows:
         shares = f"{row['wall_s']:>8.2f} {row['wall_share']:>6.1%} {row['cpu_s']:>8.2f} {row['cpu_share']:>6.1%}"
