@@ -216,7 +216,7 @@ class VisionEncoder(ModalityEncoder):
     ) -> EncoderOutput:
         """Mix positions of patches on `grid` (rows, columns), None = the encoder's own grid.
 
-        For another grid, fixed positions are computed anew, learned positions are resized bicubically, relative biases
+        For another grid, fixed positions are recomputed, learned positions are resized bicubically, relative biases
         bilinearly. The other arguments are those of `ModalityEncoder.contextualize`, and a `ForwardContext`.
         """
         prefix, positions = self._positions(grid)

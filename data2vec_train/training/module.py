@@ -67,7 +67,7 @@ class TrainingModule(L.LightningModule):
         """Refuse a state that training cannot continue from.
 
         Raises:
-            ConfigError: weights or moments of the optimizer that are no finite floating-point numbers.
+            ConfigError: weights or moments of the optimizer that are not finite floating-point numbers.
         """
         state, where = checkpoint["state_dict"], str(self.trainer.ckpt_path)
         own = {name: tensor.dtype for name, tensor in self.state_dict().items()}

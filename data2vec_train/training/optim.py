@@ -2,7 +2,7 @@
 
 A schedule is a pure function of the number n of finished optimizer steps: it gives the learning rate of step n + 1, so
 that there is no scheduler state to save or to restore. Formulas and sampled values: ALGORITHM.md 2 and 3.7,
-statistics.json.
+`tests/statistics.json`.
 """
 
 import math
