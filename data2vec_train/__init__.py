@@ -6,18 +6,18 @@ import sys
 import time
 
 if sys.argv[0] == "-m" and not sys.flags.safe_path:
-    # `python -m data2vec_train` is being started, and has put the working directory in front of everything. A file in a
-    # folder of data may be called as one of our libraries is: neither we nor the processes that we start look there.
+    # `python -m data2vec_train` puts the working directory first in `sys.path`. A data folder may contain a file with
+    # the name of a library: neither this process nor its children may import it.
     sys.path.pop(0)
-    if os.path.dirname(__path__[0]) == os.getcwd():  # a checkout that is not installed is looked into last
+    if os.path.dirname(__path__[0]) == os.getcwd():  # a checkout that is not installed is searched last
         sys.path.append(os.getcwd())
     else:
         os.environ["PYTHONSAFEPATH"] = "1"
 
-STARTED = time.perf_counter()  # of the process, nearly; see `timing`
+STARTED = time.perf_counter()  # approximate start of the process; see `training.callbacks.timing`
 __version__ = "0.1.0"
 
-# Looked up on first use, so that `import data2vec_train` does not load torch.
+# Imported on first use, so that `import data2vec_train` does not load torch.
 _HOMES = {
     "Batch": "data2vec_train.batch",
     "Data2Vec": "data2vec_train.objective.data2vec",

@@ -6,7 +6,7 @@ from data2vec_train.config.command import run_command
 
 
 def _pretrain(cfg: Any) -> float | None:
-    # Imported when the command is known to be right: torch and lightning take seconds to load.
+    # Imported after the command has been checked: torch and lightning take seconds to load.
     from data2vec_train.pretrain.run import pretrain
 
     return pretrain(cfg)

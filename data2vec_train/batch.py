@@ -1,4 +1,4 @@
-"""What the program hands to the model: a batch of any modality, and which of its tokens are masked."""
+"""Input of the model: a batch of any modality, and its masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _TensorRecord:
-    """Fields that move together; whatever is no tensor stays where it is."""
+    """Base class of records that move their tensors together; other fields are kept."""
 
     def _map(self, change: Any) -> Any:
         changed = {}
@@ -24,20 +24,20 @@ class _TensorRecord:
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Any:
-        """The same record with its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Any:
-        """The same record with its tensors in pinned host memory."""
+        """A copy with its tensors in pinned host memory."""
         return self._map(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
 class Masks(_TensorRecord):
-    """Which tokens the student may not see, in the two forms it is needed in.
+    """Which tokens are hidden from the student, as a boolean mask and as indices.
 
-    The index tensors say the same as `masked`. They are made on the host, where their sizes are known, so that nothing
-    on the device has to count the hidden tokens first.
+    The index tensors contain the same information as `masked`. They are made on the host, where their sizes are known,
+    so that the device need not count the hidden tokens first.
     """
 
     masked: Tensor  # (B, M, T) bool, True = hidden from the student
@@ -46,19 +46,19 @@ class Masks(_TensorRecord):
 
     @classmethod
     def from_masked(cls, masked: Tensor, attention_mask: Tensor | None = None) -> Masks:
-        """Index tensors for masks. Call it on the host: it counts.
+        """Make the index tensors of masks. Call it on the host: their sizes depend on the values.
 
         Args:
             masked: (B, M, T) bool; padding is not masked.
-            attention_mask: (B, T) bool at token rate, True = real, with the padding at the end. Shorter samples show
-                fewer tokens; padding fills up their rows of `visible`, and attention does not see it.
+            attention_mask: (B, T) bool at token rate, True = real, with the padding at the end. Shorter samples have
+                fewer visible tokens; their rows of `visible` are filled up with padding, which attention ignores.
         """
         rows = masked.flatten(0, 1)  # (N, T)
         shown = ~rows
         real = shown if attention_mask is None else shown & attention_mask.repeat_interleave(masked.shape[1], dim=0)
         num_visible = int(real.sum(dim=1).max())
         visible = None
-        # Without padding to fill up with, this says that all rows show equally many.
+        # Every row needs V unmasked positions, padding included; without padding all rows must show equally many.
         if bool((shown.sum(dim=1) >= num_visible).all()):
             visible = shown.int().argsort(dim=1, descending=True, stable=True)[:, :num_visible].contiguous()
         return cls(masked=masked, hidden=rows.flatten().nonzero()[:, 0], visible=visible)
@@ -68,16 +68,16 @@ class Masks(_TensorRecord):
 class Batch(_TensorRecord):
     """One batch of any modality."""
 
-    inputs: Tensor  # what the encoder eats, (B, ...)
+    inputs: Tensor  # input of the encoder, (B, ...)
     attention_mask: Tensor | None = None  # (B, ...) bool at the rate of the inputs, True = real
     masks: Masks | None = None  # None outside pretraining
     corrupted: Tensor | None = None  # (B, M, ...) like inputs: what the student sees in mask mode "corrupt"
-    teacher_inputs: Tensor | None = None  # (B, ...) like inputs: what the teacher sees instead of them
+    teacher_inputs: Tensor | None = None  # (B, ...) like inputs: given to the teacher instead of `inputs`
     teacher_attention_mask: Tensor | None = None  # of `teacher_inputs`
     ids: Tensor | None = None  # (B,) int64, sample ids
     labels: Tensor | None = None  # (B,)
     rejected: tuple[tuple[str, str], ...] = ()  # (key, reason) of samples that could not be used
-    place: tuple[int, int, int] | None = None  # of a stream: worker, epoch, and records of it that are done with
+    place: tuple[int, int, int] | None = None  # of a stream: worker, epoch, and number of records read in it
 
     def __len__(self) -> int:
         return self.inputs.shape[0]

@@ -1,12 +1,12 @@
-"""Checkpoints as folders that are there whole or not at all, and are checked before they are read.
+"""Checkpoint folders: written atomically, and verified before they are read.
 
     RUN/checkpoints/step-00001200/state.ckpt       tensors and plain containers
     RUN/checkpoints/step-00001200/manifest.json    size and SHA-256 of that file
     RUN/checkpoints/last, RUN/checkpoints/best     the name of one of those folders
 
-A folder is made under another name beside its place, on the same file system, and renamed when its files and their
-names are on the disk; the names in `last` and `best` are replaced after that, and older folders go last. Whatever stops
-the process in between leaves the earlier checkpoints as they were.
+A folder is made under a temporary name on the same file system, synced to the disk and renamed. Then the names in
+`last` and `best` are replaced, and then older folders are removed. If the process ends in between, the earlier
+checkpoints are unchanged.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from data2vec_train.system.outputs import UNFINISHED, replace_file, sync_directo
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # of a run directory
-GONE = "was removed while it was looked at, as a run that goes on does with older ones; give the command again"
+GONE = "was removed while it was read, as a run that is training does with older ones; give the command again"
 STATE, MANIFEST = "state.ckpt", "manifest.json"
 POINTERS = ("last", "best")
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
 
 
 class DamagedCheckpoint(ConfigError):
-    """A checkpoint that is not what was written: cut short, or with changed bytes."""
+    """A checkpoint that is truncated or has changed bytes."""
 
 
 def name_of(step: int) -> str:
-    """Of the folder with the checkpoint of a step."""
+    """Name of the folder with the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
@@ -53,16 +53,16 @@ def step_of(folder: Path) -> int:
 
 
 def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], keep_last: int) -> None:
-    """Write one checkpoint, then say so in `pointers`, then remove what is no longer kept.
+    """Write one checkpoint, then write its name into `pointers`, then remove old checkpoints.
 
     Args:
         content: tensors and plain containers.
-        folder: where it is to be, `RUN/checkpoints/step-N`.
-        pointers: which of `POINTERS` name it from now on.
-        keep_last: how many of the newest checkpoints stay; what a pointer names stays as well.
+        folder: `RUN/checkpoints/step-N`.
+        pointers: those of `POINTERS` that will name it.
+        keep_last: number of newest checkpoints to keep; those that a pointer names are kept as well.
 
     Raises:
-        OSError: the disk is full, gone or not writable; earlier checkpoints are as they were.
+        OSError: the disk is full, lost or not writable; earlier checkpoints are unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
@@ -75,13 +75,13 @@ def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], kee
         _write_bytes(unfinished / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
         sync_directory(unfinished)
         replaced = folder.with_name(f"{folder.name}.replaced")
-        if folder.exists():  # of an earlier start; it still counts under the other name until the new one is there
+        if folder.exists():  # of an earlier start; it stays valid under the other name until the new one exists
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         unfinished.rename(folder)
         sync_directory(folder.parent)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gives a full disk its room back
+        shutil.rmtree(unfinished, ignore_errors=True)  # frees space on a full disk
         raise
     for pointer in pointers:
         replace_file(folder.parent / pointer, f"{folder.name}\n".encode())
@@ -90,7 +90,7 @@ def write(content: dict[str, Any], folder: Path, *, pointers: Iterable[str], kee
 
 
 class _Hashed(io.RawIOBase):
-    """A file to write to that hashes what it is given, not what the disk made of it."""
+    """A writable file that hashes the data passed to it, not the data on the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -117,7 +117,7 @@ def _write_state(content: dict[str, Any], path: Path) -> tuple[str, int]:
         torch.save(content, file)
         file.file.flush()
         os.fsync(file.file.fileno())
-    except RuntimeError as error:  # torch's zip writer reports a failed write in its own words
+    except RuntimeError as error:  # torch's zip writer hides the OSError of a failed write
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         file.close()
@@ -135,7 +135,7 @@ def _prune(directory: Path, keep_last: int) -> None:
     named = {pointed(directory / pointer) for pointer in POINTERS}
     for folder in _folders(directory)[keep_last:]:
         if folder not in named:
-            # Renamed first: half a folder must not look like a damaged checkpoint.
+            # Renamed first: a partly removed folder must not look like a damaged checkpoint.
             doomed = folder.with_name(f".{folder.name}{UNFINISHED}")
             folder.rename(doomed)
             shutil.rmtree(doomed)
@@ -152,7 +152,7 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def pointed(pointer: Path) -> Path | None:
-    """The folder that `last` or `best` names; None when there is none."""
+    """The folder named in `last` or `best`; None if there is none."""
     if not pointer.is_file():
         return None
     with pointer.open("rb") as file:
@@ -164,7 +164,7 @@ def check(folder: Path) -> Path:
     """The state file of a checkpoint, after comparing it with its manifest.
 
     Raises:
-        DamagedCheckpoint: it is not what was written.
+        DamagedCheckpoint: it does not match the manifest.
     """
     manifest, state = folder / MANIFEST, folder / STATE
     if not manifest.is_file() or not state.is_file():
@@ -186,36 +186,36 @@ def check(folder: Path) -> Path:
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest folder in `RUN/checkpoints` that is whole; damaged ones are named in the log and passed over.
+    """The newest intact folder in `RUN/checkpoints`; damaged ones are logged and skipped.
 
     Raises:
-        DamagedCheckpoint: there are some, and all are damaged.
+        DamagedCheckpoint: all folders are damaged.
     """
     damaged = []
     for folder in _folders(directory):
         try:
             check(folder)
         except DamagedCheckpoint as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
             damaged.append(folder)
             continue
         return folder
     if damaged:
         raise DamagedCheckpoint(
-            f"none of the {len(damaged)} checkpoints in {directory} is whole; restore one from a copy, or remove the "
-            "folder to start anew"
+            f"none of the {len(damaged)} checkpoints in {directory} is intact; restore one from a copy, or remove the "
+            "folder to start again"
         )
     return None
 
 
 def resolve(path: Path) -> Path | None:
-    """The checked state file that a path stands for; None when it is nothing of the kind.
+    """The verified state file that a path refers to; None if it refers to no checkpoint.
 
-    A run directory and `RUN/checkpoints` stand for the newest whole checkpoint; `last`, `best` and a folder `step-N`
-    for one, and a state file for itself.
+    A run directory and `RUN/checkpoints` refer to the newest intact checkpoint; `last`, `best` and a folder `step-N` to
+    one checkpoint, and a state file to itself.
 
     Raises:
-        DamagedCheckpoint: what it stands for is not what was written.
+        DamagedCheckpoint: the checkpoint does not match its manifest.
     """
     if path.name == STATE and (path.parent / MANIFEST).is_file():
         return check(path.parent)
@@ -234,17 +234,17 @@ def resolve(path: Path) -> Path | None:
 
 
 def run_of(state: Path) -> Path:
-    """The run directory that a state file belongs to, RUN/checkpoints/step-N/state.ckpt."""
+    """The run directory RUN of a state file RUN/checkpoints/step-N/state.ckpt."""
     parents = state.resolve().parents
     return parents[min(2, len(parents) - 1)]
 
 
 def read(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """What is in a state file; executes nothing.
+    """Content of a state file; executes no code from it.
 
     Args:
         path: the file.
-        mapped: leave tensors in the file until they are used, to look at the small things beside them.
+        mapped: memory-map the tensors, to read the small entries only.
 
     Raises:
         DamagedCheckpoint: it cannot be read.

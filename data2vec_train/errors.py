@@ -1,4 +1,4 @@
-"""The errors a user can cause, or has to know about. Entry points print them as one message, without a stack trace."""
+"""Errors that a user causes or must react to. Commands print them as one message, without a stack trace."""
 
 import errno
 import os
@@ -6,11 +6,11 @@ import re
 
 
 class ConfigError(ValueError):
-    """A setting, or a combination of settings, that cannot work. The text says what came, what to do."""
+    """An invalid setting or combination of settings. The text says what was given and what to change."""
 
 
 class DataError(RuntimeError):
-    """The data cannot be used: nothing there, or more broken files than `data.max_bad_fraction` allows."""
+    """The data cannot be used: missing, or more broken files than `data.max_bad_fraction` allows."""
 
 
 class BadSample(ValueError):
@@ -18,46 +18,46 @@ class BadSample(ValueError):
 
 
 class CollapseError(RuntimeError):
-    """Targets or predictions no longer vary between positions: the run has nothing left to learn."""
+    """Targets or predictions no longer vary between positions: training further is useless."""
 
 
 class SaveError(RuntimeError):
-    """The run could not be saved: the disk is full, gone or not writable. Earlier checkpoints are as they were."""
+    """The run could not be saved: the disk is full, lost or not writable. Earlier checkpoints are unchanged."""
 
 
 class Interrupted(BaseException):
-    """A signal ends the command: at the edge of a step, after saving it, or before there was anything to save.
+    """A signal ends the command: after a step and its checkpoint, or before training.
 
-    Not an `Exception`, so that nobody on the way takes it for a failure that can be dealt with.
+    Not an `Exception`, so that no `except Exception` handles it as a failure.
 
     Attributes:
         signal_number: of the signal.
-        step: the last step that is saved; None outside training.
+        step: the last saved step; None outside training.
     """
 
     def __init__(self, signal_number: int, step: int | None = None) -> None:
         where = "stopped" if step is None else f"stopped and saved after step {step}"
-        super().__init__(f"{where}; the same command goes on from there")
+        super().__init__(f"{where}; the same command continues from there")
         self.signal_number = signal_number
         self.step = step
 
 
 class LostProcess(RuntimeError):
-    """Another process, of the run or of its loaders, was killed from outside; the same command goes on."""
+    """Another process of the run, or a loader process, was killed; the same command continues the run."""
 
 
 class WeightMismatch(ConfigError):
-    """A file of weights and a model that do not fit each other. The text lists every tensor concerned."""
+    """A file of weights does not fit the model. The text lists every such tensor."""
 
 
-# A disk that is full or gone, whatever library met it first; and places that nobody can write to.
+# Errors of a full or lost disk, and of paths that cannot be written.
 _FULL_OR_GONE = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EFBIG}
 _FULL_OR_GONE |= {getattr(errno, name) for name in ("EDQUOT", "ESTALE", "ENOTCONN") if hasattr(errno, name)}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """One sentence on the file and what is wrong when a disk is the cause of an error; None for other errors."""
+    """Message with the file and the fault if a disk is the cause of an error, in any library; None for other errors."""
     if isinstance(error, OSError) and error.errno in _NO_PLACE and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another place, or change what is there"
     cause: BaseException | None = error
@@ -72,7 +72,7 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def _number_in(text: str) -> int | None:
-    """The system's number of an error, as numpy and libraries in Rust or C++ pass it on."""
+    """The system's error number in messages of numpy and of libraries in Rust or C++."""
     if re.search(r"\d+ requested and \d+ written", text):
         return errno.ENOSPC
     found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)

@@ -1,11 +1,11 @@
-"""A contract kit for encoders: what the algorithm, the loader and the probes rely on, checked on a small instance.
+"""Contract tests for encoders: check on a small instance what the algorithm, the loader and the probes rely on.
 
     from data2vec_train.testing import check_encoder
 
     def test_my_encoder_keeps_the_contract():
         check_encoder(MyEncoder(...), torch.randn(3, 19, 1000), mode="drop", variable_length=True)
 
-Failures are AssertionErrors that name the broken rule. Shape letters: `encoders.base`.
+Failures are AssertionErrors that name the broken rule. Shape letters as in `encoders.base`.
 """
 
 import copy
@@ -29,15 +29,15 @@ def check_encoder(
     """Check one encoder against the contract of `ModalityEncoder`.
 
     Args:
-        encoder: a small one; left as it was found, but for gradients.
+        encoder: a small one; only its gradients change.
         inputs: (B, ...) real inputs, at least two different ones, long enough for 8 tokens.
-        mode: the mask mode it is trained with. In mode "corrupt" the inputs are changed before the encoder sees them,
-            so that there is nothing to hide.
+        mode: the mask mode it is trained with. In mode "corrupt" the inputs are masked before the encoder, so hiding is
+            not checked.
         variable_length: whether inputs may differ in their last axis, with padding and an attention mask.
-        atol: allowed difference between numbers that should be equal.
+        atol: allowed difference between values that should be equal.
 
     Raises:
-        AssertionError: a rule is broken; the message says which, and by how much.
+        AssertionError: a rule is broken; the message names it and the size of the difference.
     """
     was_training = encoder.training
     try:
@@ -65,18 +65,18 @@ def _check_attributes(encoder: ModalityEncoder) -> None:
     assert 0 <= encoder.prenet_depth < encoder.depth, "prenet_depth must leave at least one block"
     parameters = {name for name, _ in encoder.named_parameters()}
     unknown = sorted(encoder.no_decay - parameters)
-    # A switch may leave such a parameter out; then none of its siblings exists either.
+    # An option may remove such parameters, but then it removes all of them.
     assert not unknown or not (encoder.no_decay & parameters), f"no_decay names no parameters: {unknown}"
     size = len(pickle.dumps(encoder.token_count))
-    assert size < 10_000, f"token_count goes to the loader's workers and must hold no weights; pickled: {size} bytes"
+    assert size < 10_000, f"token_count is sent to loader processes and must hold no weights; pickled: {size} bytes"
 
 
 def _check_embed(encoder: ModalityEncoder, inputs: Tensor) -> Tensor:
     assert len(inputs) >= 2, "give at least two inputs"
     tokens, token_mask = encoder.embed(inputs, None)
     expected = (len(inputs), encoder.token_count(inputs.shape[-1]), encoder.dim)
-    assert tuple(tokens.shape) == expected, f"embed gives {tuple(tokens.shape)}; token_count and dim say {expected}"
-    assert token_mask is None, "embed must give no attention mask where none came in"
+    assert tuple(tokens.shape) == expected, f"embed gives {tuple(tokens.shape)}; token_count and dim give {expected}"
+    assert token_mask is None, "embed must return no attention mask if it gets none"
     assert tokens.shape[1] >= 8, f"{tokens.shape[1]} tokens are too few to check; give longer inputs"
     assert torch.isfinite(tokens).all(), "embed gives values that are not finite"
     return tokens
@@ -91,7 +91,7 @@ def _masks(encoder: ModalityEncoder, count: int, num_tokens: int) -> Masks:
 def _contextualize(
     encoder: ModalityEncoder, tokens: Tensor, masks: Masks | None, mode: MaskMode, mask: Tensor | None = None
 ) -> EncoderOutput:
-    if mode == "corrupt" and masks is not None:  # every mask has inputs of its own
+    if mode == "corrupt" and masks is not None:  # each mask has its own inputs
         tokens = tokens.repeat_interleave(VIEWS, dim=0)
     return encoder.contextualize(tokens, mask, masks=masks, mode=mode)
 
@@ -133,14 +133,14 @@ def _check_taps(encoder: ModalityEncoder, tokens: Tensor) -> None:
 
 
 def _check_hiding(encoder: ModalityEncoder, tokens: Tensor, masks: Masks, mode: MaskMode, atol: float) -> None:
-    one = Masks.from_masked(masks.masked[:, :1])  # one mask, so that token and row are the same
-    hidden = one.masked[:, 0, :, None]  # (B, T, 1)
+    single = Masks.from_masked(masks.masked[:, :1])  # one mask, so that token and row are the same
+    hidden = single.masked[:, 0, :, None]  # (B, T, 1)
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
-    before = _contextualize(encoder, tokens, one, mode).tokens
-    after = _contextualize(encoder, torch.where(hidden, noise, tokens), one, mode).tokens
+    before = _contextualize(encoder, tokens, single, mode).tokens
+    after = _contextualize(encoder, torch.where(hidden, noise, tokens), single, mode).tokens
     worst = float((before - after).abs().max())
-    assert worst <= atol, f"hidden tokens change what the student gives elsewhere, by up to {worst:.2g}"
-    other = _contextualize(encoder, torch.where(hidden, tokens, noise), one, mode).tokens
+    assert worst <= atol, f"hidden tokens change the student's output, by up to {worst:.2g}"
+    other = _contextualize(encoder, torch.where(hidden, tokens, noise), single, mode).tokens
     assert not torch.allclose(before, other, atol=atol), "visible tokens have no influence on the output"
 
 
@@ -173,7 +173,7 @@ def _check_padding(encoder: ModalityEncoder, inputs: Tensor, mode: MaskMode, ato
 
 
 def _check_copies(encoder: ModalityEncoder, inputs: Tensor, atol: float) -> None:
-    twin = copy.deepcopy(encoder)  # the teacher is one
+    twin = copy.deepcopy(encoder)  # as the teacher is
     twin.load_state_dict(encoder.state_dict(), strict=True)
     with torch.no_grad():
         worst = float((encoder(inputs).tokens - twin(inputs).tokens).abs().max())

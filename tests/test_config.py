@@ -407,7 +407,8 @@ def test_a_missing_plugin_is_one_line(toy, monkeypatch):
     with command(monkeypatch) as (_, err), pytest.raises(SystemExit) as stopped:
         config.main(lambda cfg: pytest.fail("the task ran"), config_name="train")
     assert stopped.value.code == 2
-    assert err.getvalue().startswith("error: DATA2VEC_PLUGINS names the plugin toyy, and there is no module toyy")
+    assert err.getvalue().startswith("error: DATA2VEC_PLUGINS names the plugin toyy")
+    assert "no module toyy" in err.getvalue()
     assert len(err.getvalue().splitlines()) == 1
 
 

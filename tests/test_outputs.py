@@ -53,7 +53,7 @@ def holder(tmp_path):
 
 def test_the_loser_is_told_who_has_it_and_a_killed_process_gives_it_back(tmp_path, holder):
     other = holder(tmp_path / ".out.lock")
-    said = rf"out: another process is at work there \(process {other.pid} on .*, since 20"
+    said = rf"out: another process .*\(process {other.pid} on .*, since 20"
     with pytest.raises(Locked, match=said), sole_writer(tmp_path / "out"):
         pass
     other.kill()
@@ -163,7 +163,7 @@ def test_a_damaged_folder_of_the_cache_is_made_anew(damage, tmp_path, caplog):
             (folder / "manifest.json").write_bytes(b"[]")
     cached_folder(folder, make)
     assert (folder / "ids").read_bytes() == bytes(1000)
-    assert "it is made anew" in caplog.text
+    assert "is damaged" in caplog.text
     assert os.listdir(tmp_path / "cache") == ["a"]
 
 

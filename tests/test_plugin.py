@@ -52,7 +52,7 @@ def test_the_contract_kit_finds_an_encoder_that_peeks(eeg):
             return output
 
     encoder = Peeking(channels=19, window=25, dim=32, depth=2, num_heads=4, ffn_dim=64, attention="sdpa")
-    with pytest.raises(AssertionError, match="hidden tokens change what the student gives elsewhere"):
+    with pytest.raises(AssertionError, match="hidden tokens change"):
         check_encoder(encoder, torch.randn(3, 19, 1000), mode="drop", variable_length=False)
 
 

@@ -1,7 +1,7 @@
-"""Speech and other recordings: from files or bytes to normalised waveforms, without reading more than is needed.
+"""Speech and other recordings: from files or bytes to normalised waveforms, reading only the segments needed.
 
 soundfile decodes (its wheels bring libsndfile: wav, flac, ogg, opus, mp3 and more), torchaudio resamples. A recording
-that is too long to be one utterance is cut into segments, each an utterance of its own. Letters: S samples, C channels.
+that is too long for one utterance is cut into segments; each segment is an utterance. Letters: S samples, C channels.
 """
 
 import functools
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 MAX_RATE_RATIO = 100  # between a file's sample rate and the model's: more is a damaged header
 MAX_CHANNELS = 64
 MAX_FILTER = 2_000_000  # numbers in the filters of a resampler: 44.1 kHz to 16 kHz takes 70,560, 44,101 Hz 7e8
-CANCELLED = 1e-3  # a mix of channels that is by so much quieter than the loudest of them is what was left over
-LONG_SECONDS = 120.0  # of longer FLAC files the end is looked at as well, which takes a moment
-# Larger ones in a header stand for "not known yet": what programs write that cannot go back to fill it in.
+CANCELLED = 1e-3  # channels cancel out if their mix divided by the loudest channel is below this (standard deviations)
+LONG_SECONDS = 120.0  # the end of longer FLAC files is checked too; the check seeks, which takes time
+# Larger sizes in a header mean "unknown": programs that stream their output cannot go back to fill in the size.
 MAX_HEADER_BYTES = 0x7FFFF000
-# What libsndfile notes when a header (of WAV, AIFF, AU, W64) promises other than the file has.
+# How libsndfile reports that the size in a header (of WAV, AIFF, AU, W64) differs from that of the file.
 PROMISED = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-HEADER_CHECKS = "2"  # goes up when headers are checked for more than before, so that durations are read again
+HEADER_CHECKS = "2"  # raise it when a header check is added: cached durations are then read again
 HEADER_THREADS = 8
 WINDOW_SECONDS, HOP_SECONDS, NUM_MELS = 0.025, 0.010, 80  # of log-mel spectrograms
 
@@ -71,16 +71,16 @@ def decode_audio(
     """A waveform, float32, (S,) for one channel or (C, S).
 
     Args:
-        value: file content, a file, or part of one; of a file only that part is read. An array (S,) or (C, S) of
-            floats or 16-bit integers counts as already being at `sample_rate_hz`.
+        value: file content, a file, or a segment of one; only the segment is read. An array (S,) or (C, S) of floats
+            or 16-bit integers must already be at `sample_rate_hz`.
         sample_rate_hz: of the result.
-        channels: C. One mixes whatever there is; more must be what the file has.
+        channels: C. 1 averages all channels of the file; otherwise the file must have exactly C channels.
         min_seconds: shorter waveforms are refused.
         min_level: standard deviation below which a recording is silence; 1 is full scale.
-        max_level: absolute value above which it is noise of a broken file or of a wrong number format.
+        max_level: absolute value above which the file is broken or its number format wrong.
 
-    Known limit: wrong bytes within uncompressed sound are sound. What is left of a truncated Ogg file, or of an mp3
-    without a header of its own, is a shorter recording; a wrong sample rate within reason is not seen.
+    Known limits: wrong bytes within uncompressed sound are not detected. A truncated Ogg file, or a truncated mp3
+    without a Xing or VBRI header, decodes as a shorter recording. A wrong but plausible sample rate is not detected.
 
     Raises:
         BadSample: not a usable recording; the text is a short reason.
@@ -135,7 +135,7 @@ def _read_segment(segment: Segment, sample_rate_hz: int) -> tuple[np.ndarray, in
             waveform = file.read(wanted, dtype="float32", always_2d=True)
         except RuntimeError as error:  # soundfile.LibsndfileError is one
             raise BadSample(f"broken audio file: {_what(error)}") from error
-    # Some encoders write a length that is off by a frame or two of theirs.
+    # Some encoders write a length that is off by one or two codec frames.
     if len(waveform) < wanted - max(0.1 * rate, 0.02 * wanted):
         raise BadSample(f"truncated: {len(waveform)} frames of {wanted} that its header promises")
     return waveform, rate
@@ -143,12 +143,11 @@ def _read_segment(segment: Segment, sample_rate_hz: int) -> tuple[np.ndarray, in
 
 @contextmanager
 def _opened(value: bytes | Path, sample_rate_hz: int) -> Iterator[Any]:
-    """An open `soundfile.SoundFile`, whose header makes sense."""
+    """An open `soundfile.SoundFile` whose header has been checked."""
     import soundfile
 
     with ExitStack() as stack:
-        # By its descriptor: libsndfile says no more than "System error" of what it cannot open, and takes no names
-        # that are not UTF-8.
+        # Opened by descriptor: by path, libsndfile reports only "System error" and rejects names that are not UTF-8.
         file = stack.enter_context(open_file(value)) if isinstance(value, Path) else None
         if (len(value) if file is None else os.fstat(file.fileno()).st_size) == 0:
             raise BadSample("empty file")
@@ -162,7 +161,7 @@ def _opened(value: bytes | Path, sample_rate_hz: int) -> Iterator[Any]:
 
 
 def _check_header(sound: Any, sample_rate_hz: int) -> None:
-    """Refuse what cannot be, or is not all there."""
+    """Refuse implausible headers and truncated files."""
     if not sample_rate_hz / MAX_RATE_RATIO <= sound.samplerate <= sample_rate_hz * MAX_RATE_RATIO:
         raise BadSample(f"a sample rate of {sound.samplerate} Hz, for a model of {sample_rate_hz} Hz")
     if sound.channels > MAX_CHANNELS:
@@ -175,7 +174,7 @@ def _check_header(sound: Any, sample_rate_hz: int) -> None:
 
 
 def _lacks(there: int, promised: int, sound: Any) -> bool:
-    """Whether so few bytes of those promised are more than a matter of rounding."""
+    """Whether more bytes are missing than rounding explains."""
     return there < promised - max(0.1 * sound.samplerate * there / sound.frames, 0.02 * promised)
 
 
@@ -189,7 +188,7 @@ def _from_array(segment: Segment, rate: int) -> np.ndarray:
         raise BadSample(f"{array.dtype} array; expected floats or int16")
     start = round(segment.start_seconds * rate)
     stop = array.shape[1] if segment.seconds is None else start + round(segment.seconds * rate)
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is refused afterwards
         return array.T[start:stop].astype(np.float32)
 
 
@@ -198,7 +197,7 @@ def _resampled(waveform: np.ndarray, source_hz: int, target_hz: int) -> np.ndarr
     common = math.gcd(source_hz, target_hz)
     if source_hz * target_hz // common**2 <= MAX_FILTER:
         return _resampler(source_hz, target_hz)(torch.from_numpy(waveform)).numpy()
-    # Rates with no large common divisor: the filters above would fill the memory, the spectrum costs what sound does.
+    # Rates without a large common divisor: the filters above would take gigabytes, a spectrum as much as the sound.
     length = math.ceil(waveform.shape[1] * target_hz / source_hz)
     spectrum = torch.fft.rfft(torch.from_numpy(waveform))
     return (torch.fft.irfft(spectrum, n=length) * (length / waveform.shape[1])).numpy()
@@ -212,21 +211,21 @@ def _resampler(source_hz: int, target_hz: int) -> Any:
 
 
 def _what(error: BaseException) -> str:
-    """What an error says, in one line; of libsndfile's the part that does not name the object that was opened."""
+    """Message of an error, first line; libsndfile's without the name of the opened object."""
     text = getattr(error, "error_string", None) or str(error)
     return (text.removeprefix("Error : ").strip().splitlines() or [type(error).__name__])[0]
 
 
 class AudioTransform:
-    """From a decoded waveform to the tensor a model takes.
+    """From a decoded waveform to the input tensor of a model.
 
-    Cropping to the length of a batch happens afterwards, so that an utterance is normalised as a whole, as in the
-    originals (ALGORITHM.md 2.1).
+    The whole utterance is normalised, as in the originals (ALGORITHM.md 2.1); it is cropped to the length of its batch
+    afterwards.
 
     Args:
-        normalise: every channel to mean 0 and variance 1 over the utterance (eps 1e-5).
+        normalise: scale every channel to mean 0 and variance 1 over the utterance (eps 1e-5).
         sample_rate_hz: of the waveforms.
-        max_seconds: evaluation uses no more than the first so many seconds.
+        max_seconds: evaluation uses only this many seconds from the start.
     """
 
     def __init__(self, *, normalise: bool, sample_rate_hz: int, max_seconds: float) -> None:
@@ -239,7 +238,7 @@ class AudioTransform:
         return F.layer_norm(tensor, tensor.shape[-1:]) if self.normalise else tensor
 
     def evaluate(self, waveform: np.ndarray) -> Tensor:
-        """See `train`; at most `max_seconds` of it."""
+        """As `train`, cropped to the first `max_seconds`."""
         return self.train(waveform)[..., : self.max_samples]
 
 
@@ -255,7 +254,7 @@ def prepare_audio(
     segment_seconds: float,
     cache_dir: str | None,
 ) -> Source | StreamingSource:
-    """Recordings cut into utterances whose lengths are known; see `AudioSegments`, `StreamedSegments`."""
+    """Recordings cut into utterances of known length: `AudioSegments`, or `StreamedSegments` of a stream."""
     if not 0 <= min_seconds <= segment_seconds:
         raise ConfigError(
             f"min_seconds={min_seconds} and segment_seconds={segment_seconds}; expected 0 <= min <= segment"
@@ -269,16 +268,16 @@ def prepare_audio(
 class AudioSegments(Source):
     """Utterances of another source.
 
-    Durations come from file headers, read once by a few threads and, for files, kept in `cache_dir`. Recordings longer
-    than `segment_seconds` are cut into equal parts of at most that length: an epoch visits all of a long recording, and
-    no more than one part of it is ever in memory. What is shorter than `min_seconds` is left out.
+    Durations come from file headers. They are read by `HEADER_THREADS` threads and, for files, cached in `cache_dir`.
+    Recordings longer than `segment_seconds` are cut into equal parts of at most that length. An epoch visits every
+    part, and only one part at a time is in memory. Recordings shorter than `min_seconds` are left out.
 
     Args:
         source: recordings as bytes, files or arrays.
-        sample_rate_hz: the rate at which lengths count.
-        min_seconds: see above.
-        segment_seconds: see above.
-        cache_dir: where durations of files are kept; None = nowhere.
+        sample_rate_hz: rate in which `lengths` are counted.
+        min_seconds: shortest recording.
+        segment_seconds: longest part.
+        cache_dir: cache of the durations of files; None = no cache.
 
     Raises:
         DataError: nothing usable is left.
@@ -297,7 +296,7 @@ class AudioSegments(Source):
         self.class_names = source.class_names
         seconds, rejected = _durations(source, sample_rate_hz, cache_dir)
         self.rejected = (*source.rejected, *rejected)
-        short = np.flatnonzero(seconds < min_seconds - 1e-9)  # NaN, a broken one, is not
+        short = np.flatnonzero(seconds < min_seconds - 1e-9)  # broken recordings have NaN and are not among them
         self.left_out = tuple(
             (source[int(row)].key, f"{seconds[row]:.3f} s, shorter than modality.min_seconds={min_seconds:g}")
             for row in short
@@ -344,31 +343,32 @@ class AudioSegments(Source):
         return None if labels is None else labels[self._records]
 
     def column(self, name: str) -> list[Any]:
-        """That of the recordings, one for each utterance."""
+        """Values of the recordings, one for each utterance."""
         values = self.source.column(name)
         return [values[row] for row in self._records]
 
     def origins(self) -> np.ndarray:
-        """Those of the recordings, one for each utterance."""
+        """Origins of the recordings, one for each utterance."""
         return self.source.origins()[self._records]
 
 
 class AudioWindows(AudioSegments):
-    """Whole recordings, long ones as overlapping windows, of which the middles cover each recording once.
+    """Whole recordings; long ones as overlapping windows whose middles cover the recording once.
 
-    The windows are those of transformers' pipeline for speech recognition: each begins a window less two strides after
-    the one before, and the last ends with the recording. All windows of a recording have its key.
+    The windows are those of transformers' pipeline for speech recognition: each starts `window_samples` -
+    2 `stride_samples` after the previous one, and the last ends with the recording. All windows of a recording have
+    its key.
 
     Args:
         source: recordings as bytes, files or arrays.
-        sample_rate_hz: the rate at which samples count.
+        sample_rate_hz: rate in which samples are counted.
         min_seconds: shorter recordings are left out.
-        window_samples: of a window; no longer recording is cut.
-        stride_samples: at either end of a window, heard and not read, but at the ends of the recording.
-        cache_dir: where durations of files are kept; None = nowhere.
+        window_samples: length of a window; recordings that fit in one window are not cut.
+        stride_samples: context at each end of a window, whose outputs are dropped except at the ends of the recording.
+        cache_dir: cache of the durations of files; None = no cache.
 
     Raises:
-        ConfigError: a window has no middle.
+        ConfigError: two strides leave no middle of the window.
         DataError: nothing usable is left.
     """
 
@@ -405,7 +405,7 @@ class AudioWindows(AudioSegments):
         self.step_samples, self.stride_samples = step, stride_samples
         self._records = self._records[self.recordings]
         self._starts = starts / sample_rate_hz
-        # The last window goes to the end, whatever rounding a sample rate may bring.
+        # The last window reads to the end of the recording, so that rounding of the sample rate loses no samples.
         last = starts + window_samples >= whole[self.recordings]
         self._seconds = np.where(last, np.inf, window_samples / sample_rate_hz)
         self.lengths = ends - starts
@@ -413,14 +413,14 @@ class AudioWindows(AudioSegments):
     def __getitem__(self, index: int) -> RawSample:
         raw = self.source[int(self._records[index])]
         seconds = None if np.isinf(self._seconds[index]) else float(self._seconds[index])
-        one_of_many = bool(self.parts[self.recordings[index]] > 1)
+        may_be_silent = bool(self.parts[self.recordings[index]] > 1)
         return RawSample(
-            raw.key, Segment(raw.value, float(self._starts[index]), seconds, one_of_many), None, raw.fields
+            raw.key, Segment(raw.value, float(self._starts[index]), seconds, may_be_silent), None, raw.fields
         )
 
 
 class StreamedSegments(StreamingSource):
-    """The same for a stream: durations are found on the way. Options as in `AudioSegments`."""
+    """`AudioSegments` of a stream: durations are read while streaming. Options as in `AudioSegments`."""
 
     def __init__(
         self, source: StreamingSource, *, sample_rate_hz: int, min_seconds: float, segment_seconds: float
@@ -432,11 +432,11 @@ class StreamedSegments(StreamingSource):
         self.segment_seconds = segment_seconds
 
     def shards(self) -> list[tuple[str, int]]:
-        """Those of the recordings."""
+        """Shards of the recordings."""
         return self.source.shards()
 
     def stream(self, **place: int) -> Iterator[RawSample]:
-        """See `StreamingSource.stream`; broken recordings come through, for whoever decodes them to report."""
+        """Utterances; broken recordings are passed on, and decoding reports them. See `StreamingSource.stream`."""
         short = 0
         for raw in self.source.stream(**place):
             try:
@@ -468,14 +468,14 @@ def _seconds(value: bytes | Path | np.ndarray | str | BadSample, sample_rate_hz:
         raise BadSample("a text, not a recording")
     with _opened(value, sample_rate_hz) as file:
         seconds = file.frames / file.samplerate
-        # The lengths of other formats come from the size of the file, or finding a place in them means reading them.
+        # In other formats the length follows from the file size, or seeking would read the whole file.
         if seconds > LONG_SECONDS and file.format == "FLAC":
             _check_end(file)
     return seconds
 
 
 def _check_end(sound: Any) -> None:
-    """Refuse a long recording that has no end: each of its many parts would be a broken sample."""
+    """Refuse a long recording whose end is missing: otherwise each of its parts would count as a broken sample."""
     back = min(sound.frames, round(max(0.1 * sound.samplerate, 0.02 * sound.frames)))
     try:
         sound.seek(sound.frames - back)
@@ -487,13 +487,13 @@ def _check_end(sound: Any) -> None:
 
 
 def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Seconds of every record, (n,) float64, NaN for those that cannot be opened, and (key, reason) of these."""
+    """Seconds of every record, (n,) float64, NaN where it cannot be opened; and (key, reason) of those records."""
     cached = _cache_file(source, sample_rate_hz, cache_dir)
     if cached is not None and cached.exists():
         try:
             return _load(cached)
         except BROKEN_ARCHIVE as error:
-            log.warning("%s is not what was written (%s); it is made anew", cached, type(error).__name__)
+            log.warning("the cached durations in %s are damaged (%s); read again", cached, type(error).__name__)
     started = reported = time.monotonic()
     seconds = np.full(len(source), np.nan)
     rejected: list[tuple[str, str]] = []
@@ -507,7 +507,7 @@ def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> t
         except BadSample as error:
             return key, str(error)
 
-    # In portions: an executor hands out all its work at once, and keeps the results of what nobody has read yet.
+    # In chunks: `map` submits all its work at once and keeps every result that has not been read yet.
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         for start in range(0, len(source), 1024):
             rows = range(start, min(start + 1024, len(source)))
@@ -525,7 +525,7 @@ def _durations(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> t
 
 
 def _cache_file(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> Path | None:
-    """Where the durations of these very files are kept; None unless all records are files."""
+    """Cache file for the durations of exactly these files; None unless all records are files."""
     if cache_dir is None or not len(source):
         return None
     identity = hashlib.sha256(f"{HEADER_CHECKS}|{sample_rate_hz}\n".encode())
@@ -541,7 +541,7 @@ def _cache_file(source: Source, sample_rate_hz: int, cache_dir: Path | None) -> 
 
 
 def _load(path: Path) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    with np.load(path, allow_pickle=False) as archive:  # which compares checksums
+    with np.load(path, allow_pickle=False) as archive:  # verifies checksums
         pairs = zip(archive["keys"].tolist(), archive["reasons"].tolist(), strict=True)
         return archive["seconds"], list(pairs)
 
@@ -567,8 +567,8 @@ def log_mel_statistics(waveforms: Tensor, lengths: Tensor, *, sample_rate_hz: in
 
     Args:
         waveforms: (B, S), or (B, C, S), of which the channels are averaged.
-        lengths: (B,) real samples of each; frames that reach beyond are left out, but for the first.
-        sample_rate_hz: their rate.
+        lengths: (B,) samples without padding; frames that reach into the padding are left out, except the first.
+        sample_rate_hz: of the waveforms.
     """
     if waveforms.dim() == 3:
         waveforms = waveforms.mean(dim=1)
@@ -595,7 +595,8 @@ def _mel_spectrogram(sample_rate_hz: int) -> Any:
 
     window = max(round(WINDOW_SECONDS * sample_rate_hz), 16)
     size = 1 << (window - 1).bit_length()
-    # Low mel channels are narrower than a bin of a short transform, and would stay empty: a longer one, or fewer mels.
+    # Low mel channels are narrower than a bin of a short transform and would stay empty: use a longer transform.
+    # Short windows get fewer mels.
     mels = min(NUM_MELS, size // 4)
     return MelSpectrogram(
         sample_rate=sample_rate_hz,

@@ -1,4 +1,4 @@
-"""Stacks samples into a `Batch` and draws their masks, in the loader's worker."""
+"""Stacks samples into a `Batch` and draws their masks, in the loader process."""
 
 import copy
 from collections.abc import Callable
@@ -17,8 +17,7 @@ from data2vec_train.objective.masking import Masker, TokenCorruption
 class Collator:
     """Samples -> Batch.
 
-    A mask is a pure function of (run seed, epoch, sample id, number of the mask), before the masks of a
-    batch are equalised.
+    Before the masks of a batch are equalised, each is a pure function of (run seed, epoch, sample id, mask number).
 
     Args:
         masker: draws one mask; None makes batches without masks, for evaluation.
@@ -26,10 +25,10 @@ class Collator:
         grid: rows and columns of tokens, see `ModalityEncoder.grid`.
         token_count: length of an input's last axis -> number of tokens.
         seed: of the run.
-        pad_value: what shorter samples are filled up with at their end.
-        corruption: changes token ids where they are hidden; None where the encoder does the hiding.
-        legacy_teacher_input: show the teacher the hidden tokens only, all others being padding, as the released code
-            of 1.0 text does by mistake (ALGORITHM.md 7, row 1).
+        pad_value: appended to shorter samples.
+        corruption: changes the token ids at masked positions; None where the encoder applies the mask.
+        legacy_teacher_input: give the teacher only the masked tokens and replace all others by padding, as the released
+            code of 1.0 text does by mistake (ALGORITHM.md 7, row 1).
 
     Raises:
         ConfigError: `legacy_teacher_input` with several masks per sample.
@@ -49,7 +48,7 @@ class Collator:
     ) -> None:
         if legacy_teacher_input and masks_per_sample != 1:
             raise ConfigError(
-                f"legacy_teacher_input goes with one mask per sample, got objective.masks_per_sample={masks_per_sample}"
+                f"legacy_teacher_input needs one mask per sample, got objective.masks_per_sample={masks_per_sample}"
             )
         self.masker = masker
         self.masks_per_sample = masks_per_sample
@@ -61,13 +60,13 @@ class Collator:
         self.legacy_teacher_input = legacy_teacher_input
 
     def without_masks(self) -> "Collator":
-        """The same collator, but its batches hide nothing."""
+        """A copy whose batches have no masks."""
         plain = copy.copy(self)
         plain.masker = None
         return plain
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """Samples without inputs are left out; `rejected` names everything that was broken."""
+        """Samples without inputs are left out; `rejected` names all broken records."""
         rejected = tuple(pair for sample in samples for pair in sample.rejected)
         good = [sample for sample in samples if sample.inputs is not None]
         if not good:
@@ -88,7 +87,7 @@ class Collator:
         )
 
     def _hide(self, good: list[Sample], lengths: Tensor) -> dict[str, Masks | Tensor | None]:
-        """Masks, and for token ids what the student sees in their place."""
+        """Masks and, for token ids, the corrupted ids that the student sees."""
         if self.masker is None:
             return {}
         rows = self.draw(good)  # N of (T_i,)
@@ -113,7 +112,7 @@ class Collator:
         return fields | {"masks": Masks.from_masked(masked, _real(num_tokens))}
 
     def draw(self, samples: list[Sample]) -> list[np.ndarray]:
-        """One mask (T_i,) for each mask of each sample, before they are equalised; sample-major."""
+        """B * M masks (T_i,), sample-major, before they are equalised."""
         return [
             self.masker(
                 self.token_count(sample.inputs.shape[-1]),
@@ -129,7 +128,7 @@ class Collator:
 
 
 def _stack_rows(tensors: list[Tensor], length: int, value: int | bool) -> Tensor:
-    """Tensors that may differ in their last axis, filled up to `length`."""
+    """Tensors padded to `length` in their last axis, stacked."""
     if all(tensor.shape[-1] == length for tensor in tensors):
         return torch.stack(tensors)
     stacked = tensors[0].new_full((len(tensors), *tensors[0].shape[:-1], length), value)

@@ -1,4 +1,4 @@
-"""One DataModule for all modalities: which records train, which feed the probes, and the loaders for both."""
+"""One DataModule for all modalities: splits records into training and evaluation, and builds the loaders for both."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ EVALUATION_BATCH = 64
 
 
 class TimedLoader:
-    """A loader that adds up the seconds its consumer spent waiting for it."""
+    """A loader that adds up the seconds its consumer waits for batches."""
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
@@ -48,33 +48,33 @@ class TimedLoader:
 
 
 class ResumableData(L.LightningDataModule):
-    """What the data of all runs share: batches are numbered over all processes, and a run goes on at the next one.
+    """Base of the data modules: batches are numbered over all processes, and a resumed run continues at the next one.
 
     Args:
-        changed_steps: allow a run to go on with another number of batches per optimizer step.
+        changed_steps: allow a resumed run to take another number of batches per optimizer step.
 
     Attributes:
-        facts: what a checkpoint keeps for `tasks.run_directory`: the identity of the sources, and the split.
+        facts: stored in checkpoints for `training.run_directory`: the identity of the sources, and the split.
     """
 
     quarantine: Quarantine
     num_workers: int
     prefetch_factor: int
-    on_device: bool | None = None  # whether samples travel as bytes; None where they cannot
+    on_device: bool | None = None  # whether samples are normalised on the device; None where this is not possible
 
     def __init__(self, *, changed_steps: bool) -> None:
         super().__init__()
         self.changed_steps = changed_steps
         self.facts: dict[str, Any] = {}
         self.loader: TimedLoader | None = None
-        self._first_batch, self._first_step = 0, 0  # of this process's life
-        self._batches_per_step: int | None = None  # of the run before
+        self._first_batch, self._first_step = 0, 0  # where this process started
+        self._batches_per_step: int | None = None  # of the resumed run
 
     def place(self) -> dict[str, int]:
-        """Arguments of a sampler: where this process begins.
+        """Arguments of a sampler: where this process starts.
 
         Raises:
-            ConfigError: a step would take another number of batches than it did before.
+            ConfigError: a step would take another number of batches than before the run was resumed.
         """
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
@@ -85,7 +85,7 @@ class ResumableData(L.LightningDataModule):
             wanted = wanted if before % world_size == 0 else f"use a number of processes that divides {before}"
             raise ConfigError(
                 f"a step of this run took {before} batches, and now would take {now} ({world_size} processes, "
-                f"{now // world_size} batches each); {wanted}, or go on with resume=changed"
+                f"{now // world_size} batches each); {wanted}, or continue with resume=changed"
             )
         self._first_step = self.trainer.global_step
         return {
@@ -95,7 +95,7 @@ class ResumableData(L.LightningDataModule):
         }
 
     def loading(self) -> dict[str, Any]:
-        """Arguments of the training loader: its processes, and what this machine's other processes leave them."""
+        """Arguments of the training loader: its processes, and how many training processes share this machine."""
         trainer = self.trainer
         return {
             "num_workers": self.num_workers,
@@ -110,13 +110,13 @@ class ResumableData(L.LightningDataModule):
     def _held_out(
         self, origins: np.ndarray, labels: np.ndarray | None, fraction: float, before: dict[str, Any] | None
     ) -> np.ndarray:
-        """Indices of the records that are held out; `before` is the state of the split of the run that goes on."""
+        """Indices of the held-out records; `before` is the split of the resumed run, as `Split.state` stored it."""
         split = choose(origins, labels, fraction) if before is None else again(Split.of(before), origins, labels)
         self.facts["split"] = split.state()
         return split.rows(origins, labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches all steps so far took, and one step; processes share what is in quarantine, too."""
+        """Number of batches taken by all steps so far, and by one step; also shares the quarantine among processes."""
         if self.trainer.world_size > 1:
             self.quarantine.share()
         steps = self.trainer.global_step - self._first_step
@@ -124,37 +124,37 @@ class ResumableData(L.LightningDataModule):
         return {"batches": batches, "batches_per_step": self._per_step(), **self.facts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Continue after the batches that `state_dict` counted."""
         self._first_batch, self._batches_per_step = state_dict["batches"], state_dict["batches_per_step"]
 
 
 class DataModule(ResumableData):
-    """Batches for pretraining, and samples that never train the encoder, to measure it on.
+    """Batches for pretraining, and evaluation samples that never train the encoder.
 
     Labels never reach the objective. Without a `test_source` a share of the source is held out from training, see
-    `data.split`; records of one origin (`Source.origins`) stay together. The probes are fitted on samples that train
-    the encoder too, and tested on those held out.
+    `data.split`; records of one origin (`Source.origins`) stay together. The probes are fitted on samples that also
+    train the encoder, and tested on held-out samples.
 
     Args:
-        source: where training samples come from.
-        test_source: test samples of another source, with labels where the source has them; or None.
-        held_out_fraction: share of a source that is kept out of training, without labels at most
-            `UNLABELLED_HELD_OUT` samples; ignored with a `test_source`.
-        max_probe_samples: at most so many samples to fit the probes on, and to test them on.
+        source: training samples.
+        test_source: test samples, with labels where `source` has labels; or None.
+        held_out_fraction: share of `source` that is held out, without labels at most `UNLABELLED_HELD_OUT` samples;
+            ignored with a `test_source`.
+        max_probe_samples: largest number of samples to fit the probes on, and to test them on.
         decode: encoded value -> decoded.
         transform: has `train` and `evaluate`, decoded -> tensor.
-        batching: how samples of different lengths share batches; None where all are alike.
+        batching: how samples of different lengths share batches; None where all have the same length.
         collator: makes batches with masks.
-        batch_size_per_device: samples per batch and process; with `batching` the most, None = as its budget allows.
-        num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
-        prefetch_factor: batches that each of them keeps ready.
+        batch_size_per_device: samples per batch and process; with `batching` an upper limit, None = set by its budget.
+        num_workers: loader processes; "auto" = one less than the available cores, between 1 and 8.
+        prefetch_factor: batches that each loader process keeps ready.
         max_bad_fraction: share of broken samples above which the run stops.
-        tolerated_bad_samples: so few broken samples never stop it.
-        quarantine_path: where broken samples are listed.
+        tolerated_bad_samples: up to this number, broken samples never stop the run.
+        quarantine_path: file that lists broken samples.
         seed: of the run.
         changed_steps: see `ResumableData`.
-        on_device: training samples travel as bytes, and the model's device normalises them; the same values.
-        split: of the run that goes on, as its checkpoint has it; None = chosen now.
+        on_device: load training samples as bytes and normalise them on the model's device; the values are the same.
+        split: of the resumed run, from its checkpoint; None = choose one.
 
     Raises:
         ConfigError: settings that do not fit the data.
@@ -197,17 +197,17 @@ class DataModule(ResumableData):
         if hasattr(transform, "train_bytes"):
             self.on_device = on_device
         elif on_device:
-            raise ConfigError("data.on_device=true is for images, which are bytes before they are normalised")
+            raise ConfigError("data.on_device=true works only for images, which are bytes before normalisation")
         if on_device and transform.erases:
             raise ConfigError("data.on_device=true: erasing comes after normalising; set modality.augment.erase=0")
-        self._places: dict[int, tuple[int, int]] = {}  # of a stream: worker -> epoch, records of it that are done with
-        self._streams: list[dict[str, Any]] | None = None  # of all processes, in the run that goes on
+        self._places: dict[int, tuple[int, int]] = {}  # of a stream: worker -> epoch, records read in it
+        self._streams: list[dict[str, Any]] | None = None  # of all processes of the resumed run
 
         streaming = isinstance(source, StreamingSource)
         if not streaming:
             _check_lengths(source, collator.token_count, batching)
         self.indices = np.arange(0 if streaming else len(source))
-        # Three parts of the evaluation: to fit probes, to test them, to solve the pretext task on.
+        # Three evaluation sets: to fit the probes, to test them, and for the pretext task.
         self.fit_set, self.test_set, self.held_out_set = None, None, None
         self.probe_note = "no labels: probes off, RankMe on"
         if streaming:
@@ -233,20 +233,20 @@ class DataModule(ResumableData):
         if not streaming and not len(self.indices):
             raise DataError("no samples are left to train on")
         self.num_samples = None if streaming else len(self.indices)
-        sources = [one for one in (source, test_source) if isinstance(one, Source)]
-        rejected = tuple(pair for one in sources for pair in one.rejected)
+        sources = [known for known in (source, test_source) if isinstance(known, Source)]
+        rejected = tuple(pair for known in sources for pair in known.rejected)
         self.quarantine = Quarantine(
             path=quarantine_path,
-            num_samples=None if streaming else sum(one.num_documents for one in sources) + len(rejected),
+            num_samples=None if streaming else sum(known.num_documents for known in sources) + len(rejected),
             max_bad_fraction=max_bad_fraction,
             tolerated=tolerated_bad_samples,
         )
         self.quarantine.add(rejected, num_good=0)
-        self.quarantine.write(pair for one in sources for pair in one.left_out)
+        self.quarantine.write(pair for known in sources for pair in known.left_out)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes that the probes tell apart; None without labels."""
+        """Names of the classes of the probes; None without labels."""
         return self.source.class_names if self.test_set is not None else None
 
     def train_dataloader(self) -> TimedLoader:
@@ -276,10 +276,10 @@ class DataModule(ResumableData):
         return self.loader
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Take note of broken samples while the batch is still on the host.
+        """Record broken samples while the batch is still on the host.
 
         Raises:
-            DataError: too many are broken, or nothing in the batch could be used or replaced.
+            DataError: too many are broken, or no sample of the batch could be used or replaced.
         """
         if batch.place is not None:
             worker, *place = batch.place
@@ -290,7 +290,7 @@ class DataModule(ResumableData):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """See `ResumableData`; of a stream also where each worker of each process is."""
+        """As `ResumableData`; of a stream also the position of each worker of each process."""
         state = super().state_dict()
         if isinstance(self.source, StreamingSource):
             mine = {"workers": max(1, self.num_workers), "places": self._places}
@@ -302,54 +302,54 @@ class DataModule(ResumableData):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Continue where `state_dict` was made."""
         super().load_state_dict(state_dict)
         self._streams = state_dict.get("streams")
 
     def _stream_places(self) -> dict[str, Any]:
-        """Arguments of a `StreamingDataset`: where the run that goes on was."""
+        """Arguments of a `StreamingDataset`: the positions of the resumed run."""
         if self._streams is None or self.trainer is None:
             return {}
         workers = max(1, self.num_workers)
         now = [workers] * self.trainer.world_size
-        before = [one["workers"] for one in self._streams]
+        before = [stream["workers"] for stream in self._streams]
         if before != now:
-            epochs = [epoch for one in self._streams for epoch, _ in one["places"].values()]
+            epochs = [epoch for stream in self._streams for epoch, _ in stream["places"].values()]
             epoch = min(epochs, default=0)
             log.warning(
-                "the stream was read by %s workers (one number for each process) and now is by %s: epoch %d of it "
-                "begins anew, and its samples come again",
+                "the stream was read by %s workers (one number per process) and is now read by %s: epoch %d starts "
+                "again, so samples of it are repeated",
                 before,
                 now,
                 epoch,
             )
             return {"places": {worker: (epoch, 0) for worker in range(workers)}}
         if self.batching is not None:
-            log.info("the stream goes on where it was; samples that waited for others of their length may come again")
+            log.info("the stream continues; samples that were waiting for a batch of their length may be repeated")
         self._places = dict(self._streams[self.trainer.global_rank]["places"])
         batches = self._first_batch // self.trainer.world_size
         return {"places": self._places, "first_worker": batches % workers}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Lightning would wait for the copy of anything that is not a plain tensor."""
+        """Copy without blocking; Lightning copies anything but plain tensors with blocking."""
         return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise what travelled as bytes."""
+        """Normalise images that were loaded as bytes."""
         return replace(batch, inputs=self.transform.normalise_on_device(batch.inputs)) if self.on_device else batch
 
     def evaluation_batches(
         self, dataset: EvaluationDataset, *, masked: bool = False, shuffle: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """Unaugmented batches of `dataset`; broken samples are noted and left out.
+        """Unaugmented batches of `dataset`; broken samples are quarantined and left out.
 
         Args:
-            dataset: a part of the evaluation.
+            dataset: one of the evaluation sets.
             masked: with the masks of epoch 0, the same every time.
             shuffle: draws the order of the batches; None = from short to long.
 
         Raises:
-            DataError: too many are broken, or all.
+            DataError: too many samples are broken, or all.
         """
         usable = 0
         order = self._evaluation_order(dataset)
@@ -366,7 +366,7 @@ class DataModule(ResumableData):
             self.quarantine.stop("nothing usable was found")
 
     def _evaluation_order(self, dataset: EvaluationDataset) -> list[list[int]]:
-        """Batches in file order or, where lengths differ, from short to long, so that little is padding."""
+        """Batches in file order or, where lengths differ, from short to long, to keep padding small."""
         count = max(self.batch_size or 0, EVALUATION_BATCH)
         lengths = dataset.lengths
         if self.batching is None or lengths is None:
@@ -387,7 +387,7 @@ class DataModule(ResumableData):
         return self._evaluation(self.source, _spread(self.indices, count))
 
     def _evaluation(self, source: Source, indices: np.ndarray) -> EvaluationDataset:
-        # Loader processes get all that a data set holds: no method of this object may be in it.
+        # The data set is pickled for the loader processes: it must hold no bound method of this object.
         return EvaluationDataset(source=source, indices=indices, decode=self.decode, transform=self.transform.evaluate)
 
 
@@ -397,13 +397,13 @@ def _labelled(source: Source) -> np.ndarray:
 
 
 def _check_same_classes(source: Source | StreamingSource, test_source: Source) -> None:
-    """The probes are fitted on the one and tested on the other: labels must mean the same."""
+    """The probes are fitted on `source` and tested on `test_source`: labels must mean the same."""
     if isinstance(source, StreamingSource):
         raise ConfigError("data.test_source: a stream cannot fit probes; set it to null, or read with data=hf")
-    if source.labels() is None and test_source.labels() is None:  # then it serves the pretext task only
+    if source.labels() is None and test_source.labels() is None:  # used for the pretext task only
         return
-    for name, one in (("source", source), ("test_source", test_source)):
-        if one.labels() is None:
+    for name, data_source in (("source", source), ("test_source", test_source)):
+        if data_source.labels() is None:
             raise ConfigError(f"data.{name} has no labels, and the probes need them; set data.test_source to null")
     if source.class_names != test_source.class_names:
         theirs, ours = source.class_names[:10], test_source.class_names[:10]
@@ -411,7 +411,7 @@ def _check_same_classes(source: Source | StreamingSource, test_source: Source) -
 
 
 def _check_lengths(source: Source, token_count: Callable[[int], int], batching: LengthBatching | None) -> None:
-    """Every sample has to give at least two tokens, one to hide and one to see."""
+    """Every sample must give at least two tokens, one masked and one visible."""
     if source.lengths is None or not len(source.lengths):
         return
     shortest = int(source.lengths.min())
@@ -424,7 +424,7 @@ def _check_lengths(source: Source, token_count: Callable[[int], int], batching: 
 
 
 def _spread(indices: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of the indices, a fixed random choice (files are often sorted by class)."""
+    """Up to `count` of the indices, a fixed random subset (files are often sorted by class)."""
     if len(indices) <= count:
         return indices
     return np.sort(generator(0, "order", len(indices)).permutation(indices)[:count])

@@ -1,4 +1,4 @@
-"""From raw records to samples the collate function can stack; broken ones are replaced and reported."""
+"""From raw records to samples that the collator can stack; broken records are replaced and reported."""
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,20 +15,20 @@ from data2vec_train.data.sources.files import RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample
 
 MAX_REPLACEMENTS = 20
-POOLED_BATCHES = 16  # of a stream whose samples are sorted by length
-MAX_LOST = 50  # times 21 broken records one after the other, of which the next batch of such a stream tells
+POOLED_BATCHES = 16  # total length of the samples that wait for a batch of their length, in budgets of a batch
+MAX_LOST = 50  # placeholders for 21 broken records in a row each, passed on even if no batch is ready
 
 
 @dataclass(frozen=True)
 class Sample:
     """One decoded and transformed sample."""
 
-    inputs: Tensor | None  # None = neither it nor any of its replacements could be used
+    inputs: Tensor | None  # None = neither the record nor any of its replacements could be used
     epoch: int
     id: int
     label: int | None
-    rejected: tuple[tuple[str, str], ...]  # (key, reason) of what was tried before
-    key: str = ""  # of the record, where somebody wants to know
+    rejected: tuple[tuple[str, str], ...]  # (key, reason) of the broken records tried before
+    key: str = ""  # of the record; set by `EvaluationDataset` only
     place: tuple[int, int, int] | None = None  # in a stream: worker, epoch, and number of its record, from 1
 
 
@@ -67,7 +67,7 @@ class TrainingDataset(Dataset[Sample]):
         candidate = index
         for attempt in range(MAX_REPLACEMENTS + 1):
             record_id = int(self.indices[candidate])
-            # Never less than asked, but for a late replacement: it is padded.
+            # Only a late replacement may be shorter than `length`; it is padded.
             wanted = None if length is None else min(length, int(self.source.lengths[record_id]))
             result = self._try(record_id, epoch, wanted)
             if isinstance(result, Sample):
@@ -78,11 +78,11 @@ class TrainingDataset(Dataset[Sample]):
 
     def _replacement(self, epoch: int, index: int, attempt: int, length: int | None) -> int:
         rng = generator(self.seed, "replace", epoch, index, attempt)
-        # The longest of all may be those whose header is wrong: then shorter ones have to do.
+        # If the headers of the longest records are wrong, no record may be long enough: late attempts accept any.
         if self.source.lengths is None or attempt >= MAX_REPLACEMENTS // 2:
             return int(rng.integers(len(self.indices)))
         lengths = self.source.lengths[self.indices]
-        # All of a batch that is not cropped are padded to its longest: of short ones many may share one.
+        # A batch that is not cropped is padded to its longest sample: a replacement must not be longer.
         fits = lengths <= lengths[index] if length is None else lengths >= length
         return int(rng.choice(np.flatnonzero(fits)))
 
@@ -102,10 +102,10 @@ class TrainingDataset(Dataset[Sample]):
 
 
 def random_crop(inputs: Tensor, length: int, rng: np.random.Generator) -> Tensor:
-    """`length` consecutive places of the last axis, a copy.
+    """`length` consecutive positions of the last axis, a copy.
 
     Raises:
-        BadSample: there are fewer.
+        BadSample: the input is shorter.
     """
     surplus = inputs.shape[-1] - length
     if surplus < 0:
@@ -147,21 +147,21 @@ class EvaluationDataset(Dataset[Sample]):
 class StreamingDataset(IterableDataset[Sample | list[Sample]]):
     """A stream, epoch after epoch.
 
-    A sample's identity is a checksum of its key, so that masks and augmentation do not depend on which worker reads
-    it; its place in the order does.
+    A sample's id is a checksum of its key, so its masks and augmentation do not depend on which worker reads it. The
+    order of the samples does.
 
     Args:
         source: raw records.
         decode: encoded value -> decoded; raises BadSample.
         transform: decoded -> tensor, drawing from torch's global generator; raises BadSample.
         seed: of the run.
-        batching: None gives single samples. Otherwise whole batches of samples of about the same length: each worker
-            collects samples until a bin has enough for one, at most `POOLED_BATCHES` batches in all.
-        batch_size: the most samples in such a batch; None = as the budget allows.
+        batching: None gives single samples. Otherwise batches of samples of about the same length: each worker
+            collects samples until a bin has enough for a batch; it holds at most `POOLED_BATCHES` budgets.
+        batch_size: most samples in such a batch; None = set by the budget.
         rank: of this process.
         world_size: number of processes.
-        places: where each worker goes on: (epoch, how many records of it are done with); a worker that is not in it
-            begins with the first. Records that are done with are read again, but not decoded.
+        places: worker -> (epoch, number of its records to skip), where each worker continues; a missing worker starts
+            at the first record. Skipped records are read again, but not decoded.
         first_worker: number of the worker whose batch comes first.
     """
 
@@ -214,11 +214,11 @@ class StreamingDataset(IterableDataset[Sample | list[Sample]]):
             if len(pool[bin_]) < full:
                 if pooled <= POOLED_BATCHES * batching.budget:
                     continue
-                bin_ = max(pool, key=lambda one: sum(kept.inputs.shape[-1] for kept in pool[one]))
+                bin_ = max(pool, key=lambda candidate: sum(kept.inputs.shape[-1] for kept in pool[candidate]))
             batch = pool.pop(bin_)
             pooled -= sum(kept.inputs.shape[-1] for kept in batch)
             waiting = [kept.place for samples in pool.values() for kept in samples]
-            if waiting:  # a run that goes on reads them again, and with them some that it has seen
+            if waiting:  # a resumed run reads these again, together with some it has trained on
                 worker, epoch, number = min(waiting)
                 batch[-1] = replace(batch[-1], place=(worker, epoch, number - 1))
             yield [*lost, *batch]

@@ -1,4 +1,4 @@
-"""A column of recordings that stay as they are in their files; imported only where `datasets` is."""
+"""A column of encoded recordings; import it only where `datasets` is installed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import datasets
 
 @dataclass
 class EncodedAudio(datasets.Audio):
-    """`datasets.Audio` that takes encoded recordings as they are; the library's own wants torchcodec even for these."""
+    """`datasets.Audio` that stores encoded recordings unchanged; `datasets.Audio` itself needs torchcodec for this."""
 
     decode: bool = False
 

@@ -1,4 +1,4 @@
-"""Files of data, opened with care: what lies in a folder may be anything, and its reason is wanted in plain words."""
+"""Opens data files; paths that cannot be read as files (pipes, broken links, ...) raise `BadSample` with a reason."""
 
 import errno
 import os
@@ -12,10 +12,10 @@ SPECIAL_FILES = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "d
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file, opened to be read; whoever waits at the other end of a pipe is not waited for.
+    """Open a file for reading; pipes are refused, since opening one would block.
 
     Raises:
-        BadSample: it is missing, may not be read, or is not a file.
+        BadSample: it is missing, cannot be read, or is not a file.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -27,10 +27,10 @@ def open_file(path: Path) -> BinaryIO:
     except PermissionError as error:
         raise BadSample("not readable: permission denied") from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing about this file
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # too many open files: not a fault of this file
             raise
         raise BadSample(f"not readable: {error.strerror or error}") from error
-    except BadSample:  # which the next line would catch as well
+    except BadSample:  # a ValueError, which the next clause would catch
         raise
     except ValueError as error:
         raise BadSample("not readable: a NUL in its name") from error
@@ -42,10 +42,10 @@ def read_file(path: Path, *, max_bytes: float, limit: str) -> bytes:
     Args:
         path: the file.
         max_bytes: larger ones are refused before they are read.
-        limit: where `max_bytes` comes from, for the message.
+        limit: the setting that `max_bytes` follows from, for the message.
 
     Raises:
-        BadSample: see `open_file`; or it is too large.
+        BadSample: as `open_file`; or the file is too large.
     """
     with open_file(path) as file:
         try:
@@ -58,7 +58,7 @@ def read_file(path: Path, *, max_bytes: float, limit: str) -> bytes:
 
 
 def version_of(path: Path) -> str:
-    """What tells whether a file has changed: its place, size and time; without the latter two if it cannot be seen."""
+    """Path, size and modification time, to detect changes; the path alone if the file cannot be accessed."""
     try:
         status = path.stat()
     except (OSError, ValueError):

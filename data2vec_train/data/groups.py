@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 
 
 def group(source: Source, *, column: str | None, pattern: str | None) -> None:
-    """Put the records of `source` into groups, which are held out whole (`Source.grouped`).
+    """Put the records of `source` into groups (`Source.grouped`); a group is held out as a whole or not at all.
 
-    Records without a value, or whose name does not match, stay on their own; their number is logged.
+    A record without a value, or whose name does not match, is a group of its own; the number of these is logged.
 
     Args:
-        source: where the records come from.
-        column: those with the same value are a group.
-        pattern: regular expression, looked for in the names of the records, relative to the folder of the data; those
-            with the same first group of it, or without one the same match, are a group.
+        source: the records.
+        column: records with the same value are a group.
+        pattern: regular expression, searched in the name of each record, relative to the data folder. Records with the
+            same first capture group (the same match, if the pattern has none) are a group.
 
     Raises:
         ConfigError: there is no such column.
@@ -46,13 +46,15 @@ def group(source: Source, *, column: str | None, pattern: str | None) -> None:
     log.info("%s: %d records in %d groups", setting, len(values) - len(alone), len(hashes) - bool(alone))
     if alone:
         first = source.name_of(alone[0])
-        log.warning("%s: %d records are in no group, such as %s; each is its own", setting, len(alone), first)
+        log.warning(
+            "%s: %d records are in no group, such as %s; each is a group of its own", setting, len(alone), first
+        )
 
 
 def _in_names(source: Source, pattern: str) -> list[str | None]:
     expression = re.compile(pattern)
     matches = (expression.search(name) for name in source.names())
-    # An empty match says nothing: all names have one.
+    # An empty match counts as none: every name has one.
     return [match[expression.groups] or None if match else None for match in matches]
 
 
@@ -64,5 +66,5 @@ def _in_column(source: Source, column: str) -> list[str | None]:
     odd = next((value for value in values if not isinstance(value, (str, int, float, type(None)))), None)
     if odd is not None:
         raise DataError(f"data.group_column={column} holds {str(odd)[:60]!r}; expected texts or numbers")
-    # NaN is what tables hold where nothing stands.
+    # NaN stands for an empty cell of a table.
     return [None if value is None or value == "" or value != value else str(value) for value in values]

@@ -1,8 +1,8 @@
-"""What a data set consists of, as few numbers as a checkpoint can keep: whoever goes on compares them.
+"""Identity of a data set, small enough for a checkpoint: a resumed run compares it to detect changed data.
 
-Names count relative to the folder of the data, so a folder may move. Sizes count as they are; so does the content of
-`CONTENT_SAMPLES` records, since files may be replaced by others of the same names and sizes. Times do not count: a
-copy has others.
+It covers the names of the records relative to the data folder (so the folder may move), their sizes, and the content
+of `CONTENT_SAMPLES` records, since a file may be replaced by another of the same name and size. It leaves out
+modification times, which differ between copies.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTENT_SAMPLES = 256  # records whose content is looked into: those with the smallest hashes
-CONTENT_BYTES = 65_536  # at either end of each
-LISTED_RECORDS = 65_536  # of so many at most a checkpoint lists each, to say which are new
+CONTENT_SAMPLES = 256  # records whose content is hashed: those with the smallest hashes of names
+CONTENT_BYTES = 65_536  # hashed at either end of each
+LISTED_RECORDS = 65_536  # up to this number, a checkpoint lists every record, so that new ones can be named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,12 +39,12 @@ def hash_of(value: bytes) -> int:
 
 
 def hashes_of(names: Iterable[str]) -> np.ndarray:
-    """(n,) uint64: of each name; the two Unicode forms that file systems give one name are the same."""
+    """(n,) uint64: of each name in Unicode form NFC; file systems differ in the form they return."""
     return np.fromiter((hash_of(_canonical(name)) for name in names), dtype=np.uint64)
 
 
 def hashes_of_numbers(count: int) -> np.ndarray:
-    """(count,) uint64: of the numbers 0, 1, ..., for rows that have no name."""
+    """(count,) uint64: of the numbers 0, 1, ..., for rows without a name."""
     return mixed(np.arange(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64))
 
 
@@ -63,7 +63,7 @@ def _canonical(name: str) -> bytes:
 
 
 def content_hash(value: Any) -> int | None:
-    """Of a record's value: a file or long bytes by both ends; None for what cannot be read now."""
+    """Hash of a record's value (both ends of a file or of long bytes); None if it cannot be read."""
     if isinstance(value, Path):
         try:
             with open_file(value) as file:
@@ -81,7 +81,7 @@ def content_hash(value: Any) -> int | None:
 
 
 def content_sample(source: "Source", hashes: np.ndarray) -> np.ndarray:
-    """(m, 2) uint64: hash of the name and of the content of those records that have the smallest hashes.
+    """(m, 2) uint64: hash of the name and of the content of the records with the smallest hashes.
 
     Args:
         source: the records.
@@ -104,10 +104,10 @@ def content_sample(source: "Source", hashes: np.ndarray) -> np.ndarray:
 
 
 def identify(source: "Source | StreamingSource") -> dict[str, Any]:
-    """What `source` consists of, as plain containers and tensors, which a checkpoint can hold.
+    """Identity of `source`, as plain containers and tensors, for a checkpoint.
 
-    Keys: `count` (records, or shards of a stream), `classes`, `digest` (of the names and versions of all, in their
-    order), `records` ((n, 2) int64: name and version of each; None when they are too many), `content`
+    Keys: `count` (records, or shards of a stream), `classes`, `digest` (of all names and versions, in order),
+    `records` ((n, 2) int64: name and version of each; None if more than `LISTED_RECORDS`), `content`
     (see `content_sample`).
     """
     from data2vec_train.data.sources.files import Source
@@ -131,7 +131,7 @@ def identify(source: "Source | StreamingSource") -> dict[str, Any]:
 
 
 def _class_hashes(source: "Source") -> np.ndarray:
-    """(n,) uint64: of the class of each record by its name, whose number may change; 0 without."""
+    """(n,) uint64: hash of the class name of each record, since class numbers may change; 0 without a class."""
     labels = source.labels()
     if labels is None or source.class_names is None:
         return np.zeros(len(source), dtype=np.uint64)
@@ -143,25 +143,25 @@ def _tensor(values: np.ndarray) -> torch.Tensor:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], source: "Source | StreamingSource") -> str | None:
-    """How the data differ from what they were, in words; None when they do not.
+    """How the data changed, in words; None if they did not.
 
     Args:
-        before: what `identify` said then.
-        now: what it says now.
-        source: of now, to name records.
+        before: result of `identify` before the run was resumed.
+        now: result of `identify` now.
+        source: the data now, to name records.
     """
-    said = []
+    changes = []
     if before["classes"] != now["classes"]:
-        said.append(f"the classes were {_listed(before['classes'])}, and are {_listed(now['classes'])}")
+        changes.append(f"the classes were {_listed(before['classes'])}, and are {_listed(now['classes'])}")
     if before["digest"] != now["digest"]:
-        said.append(_counted(before, now, source))
+        changes.append(_counted(before, now, source))
     else:
         old, new = dict(before["content"].tolist()), dict(now["content"].tolist())
         both = old.keys() & new.keys()
         changed = sum(old[name] != new[name] for name in both)
         if changed:
-            said.append(f"{changed} of {len(both)} records that were looked into have other content")
-    return "; ".join(said) or None
+            changes.append(f"{changed} of {len(both)} compared records have other content")
+    return "; ".join(changes) or None
 
 
 def _listed(classes: list[str] | None) -> str:
@@ -182,7 +182,7 @@ def _counted(before: dict[str, Any], now: dict[str, Any], source: "Source | Stre
     parts = [f"{len(added)} new{_example(source, added)}"] if added else []
     parts += [f"{removed} missing"] if removed else []
     parts += [f"{len(changed)} changed{_example(source, changed)}"] if changed else []
-    return f"{counts}: {', '.join(parts) or 'the same ones in another order, or some more often'}"
+    return f"{counts}: {', '.join(parts) or 'the same records in another order, or some repeated'}"
 
 
 def _example(source: "Source | StreamingSource", rows: list[int]) -> str:

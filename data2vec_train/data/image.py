@@ -1,8 +1,8 @@
 """Images: from encoded bytes, a file or an array to a normalised tensor.
 
-Shape letters: C channels, (h, w) the image as it came, (H, W) the size the model gets.
+Shape letters: C channels, (h, w) the decoded image, (H, W) the input of the model.
 
-PIL decodes, not torchvision: its decoders end the process with a segmentation fault on a PNG with a bad checksum.
+PIL decodes, not torchvision, whose decoders crash (segmentation fault) on a PNG with a bad checksum.
 """
 
 import functools
@@ -26,14 +26,14 @@ from data2vec_train.errors import BadSample, ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
-# Not all that PIL knows: EPS starts Ghostscript, others are documents or scientific data.
+# Not all formats of PIL: EPS starts Ghostscript, others are documents or scientific data.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "MPO")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORIENTATION = 0x0112  # EXIF tag
-MAX_COVERED = 16  # an image resized to cover the result has at most so many times its pixels
+MAX_COVERED = 16  # an image resized to cover the result has at most this many times the pixels of the result
 EVAL_CROP = 0.875  # part of the shorter side that an evaluation crop keeps: 224 of 256
 
-# What PIL's plugins let through on broken files, apart from OSError: found by damaging files at random.
+# Exceptions of PIL's plugins on broken files, apart from OSError; found by damaging files at random.
 BROKEN = (
     SyntaxError,
     ValueError,
@@ -45,14 +45,14 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
-# No image of so many pixels needs a larger file: 64 bits in each channel, uncompressed, and what is known about it.
+# Largest useful file: 64 bits per pixel and channel, uncompressed, plus metadata.
 BYTES_PER_PIXEL, METADATA_BYTES = 8, 2**24
-MAX_BANDS = 1024  # of a TIFF; hyperspectral cameras have some hundred
+MAX_BANDS = 1024  # of a TIFF; hyperspectral cameras have a few hundred
 # A progressive JPEG has about ten scans, and each may cost as much time as decoding the whole image.
 MAX_JPEG_SCANS = 100
 JPEG_RESTART, JPEG_END, JPEG_SCAN = range(0xD0, 0xD8), 0xD9, 0xDA
 JPEG_BARE = (0x01, 0xD8, JPEG_END)  # markers without a length
-# What may follow the data of a scan, apart from restarts: tables, the next scan, comments, the end.
+# Markers that may follow the data of a scan, apart from restarts: tables, the next scan, comments, the end.
 JPEG_AFTER_SCAN = {0xC4, 0xCC, JPEG_END, JPEG_SCAN, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 PIL_MODULES = re.compile(r"PIL(\..*)?$")
 
@@ -67,25 +67,27 @@ def decode_image(
 ) -> "Image.Image | np.ndarray":
     """An upright image with `channels` channels, 8 bits each: "L" (1), "RGB" (3), "RGBA" (4), or an array.
 
-    One rule for files and arrays: bands and values are those that are stored, or the image is refused. An image that
-    has the channels comes as it is, whatever its bands mean. Otherwise grey becomes RGB and the other way round, and
-    opacity is added, or dropped where the model has no fourth channel, as torchvision's ImageFolder does. Palettes,
-    CMYK and YCbCr become RGB first. Bands that nothing is known about (a fourth band of an array, unspecified ones of
-    a TIFF) are never dropped. Of an animation it is the first frame.
+    The bands and values of files and arrays are used as stored, or the image is refused. An image that has the right
+    number of channels is returned unchanged, whatever its bands mean. Otherwise grey becomes RGB and RGB becomes grey;
+    alpha is added, or dropped where the model has no fourth channel, as torchvision's ImageFolder does. Palettes, CMYK
+    and YCbCr become RGB first. Bands of unknown meaning (a fourth band of an array, unspecified ones of a TIFF) are
+    never dropped. Of an animation the first frame is used.
 
-    Values of more than 8 bits become 8 bits: those of 12 or 16 by the range of their bits, others must lie within 0 to
-    255, or need `max_value`.
+    Values of more than 8 bits become 8 bits: 12 or 16 bits are scaled by the range of their bits; others must lie
+    within 0 to 255, or need `max_value`.
 
-    Known limits: formats without checksums decode to noise where a few of their bytes are wrong. In a JPEG a wrong byte
-    shows only when it reads as a marker that does not belong there, or puts the decoder off for good. Of PNG, PPM and
-    JPEG 2000 with several bands of 16 bits PIL gives the upper 8.
+    Known limits: in formats without checksums, a few wrong bytes decode to noise. In a JPEG a wrong byte is detected
+    only if it reads as a misplaced marker or makes the decoder fail. Of PNG, PPM and JPEG 2000 with several bands of
+    16 bits PIL returns the upper 8.
 
     Args:
         value: File content, a file, or an array (h, w) or (h, w, C).
         channels: Channels the model takes.
-        max_pixels: Largest accepted h * w, checked before anything is decoded.
-        max_value: The stored value that becomes 255; larger ones do too. None: what the bits allow.
-        pages: Of a TIFF with several images: the "first", or each as "channels"; None: such files are refused.
+        max_pixels: Largest accepted h * w, checked before decoding.
+        max_value: The stored value that becomes 255; larger values are clipped to it. None: the largest value of the
+            bits.
+        pages: For a TIFF with several images: "first" uses the first, "channels" uses each as a channel; None refuses
+            such files.
 
     Raises:
         BadSample: not a usable image; the text is a short reason.
@@ -105,7 +107,7 @@ def decode_image(
     from PIL import Image, UnidentifiedImageError
 
     ignore_pil_warnings()
-    # PIL has a limit of its own, about the same for everybody, and its message leaves out the size.
+    # Switch off PIL's own limit: it is not the user's setting, and its message leaves out the size.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         if value.startswith(tiff.MAGIC):
@@ -129,7 +131,7 @@ def decode_image(
 
 
 def opened(data: bytes, max_pixels: int) -> "Image.Image":
-    """An image whose size and format are known, and nothing more."""
+    """An image opened by its header, not decoded; its size is checked."""
     from PIL import Image
 
     image = Image.open(BytesIO(data), formats=known_formats())
@@ -138,9 +140,9 @@ def opened(data: bytes, max_pixels: int) -> "Image.Image":
 
 
 def keeps_values(image: "Image.Image", data: bytes) -> bool:
-    """Whether what PIL gives are the values that are stored, of 8 or of 16 bits."""
+    """Whether PIL returns the stored values, of 8 or of 16 bits."""
     if image.format == "PNG":
-        depth, is_grey = data[24], data[25] == 0  # of its header
+        depth, is_grey = data[24], data[25] == 0  # fields of the header
         return depth == 8 or (depth == 16 and is_grey)
     return image.format in ("JPEG", "MPO", "BMP", "GIF", "WEBP")
 
@@ -148,7 +150,7 @@ def keeps_values(image: "Image.Image", data: bytes) -> bool:
 def decode_tiff(
     data: bytes, channels: int, max_pixels: int, max_value: float | None, pages: Literal["first", "channels"] | None
 ) -> "Image.Image | np.ndarray":
-    """See `decode_image`."""
+    """A TIFF as `decode_image` returns it."""
     found = tiff.read_pages(data)
     for page in found:
         check_size(page.width, page.height, max_pixels)
@@ -179,7 +181,7 @@ def _tiff_page(
         image = opened(data, max_pixels)
         if page.index:
             image.seek(page.index)
-        image.load()  # PIL turns a TIFF by itself
+        image.load()  # PIL applies the orientation of a TIFF by itself
         if image.mode == "F" or image.mode.startswith("I"):
             values = to_bytes(tiff.numbers_of(image, page), what, max_value, bits=page.bits)
             return convert(Image.fromarray(values), channels, None, what)
@@ -198,7 +200,7 @@ def _tiff_page(
 
 
 def read(path: Path) -> bytes:
-    """Content of a file, whatever its size."""
+    """Content of a file of any size."""
     return read_file(path, max_bytes=math.inf, limit="nothing")
 
 
@@ -211,18 +213,18 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG whose markers show damage that libjpeg only warns about, which PIL does not pass on."""
+    """Refuse a JPEG whose markers show damage; libjpeg only warns about it, and PIL drops the warning."""
     array = np.frombuffer(data, dtype=np.uint8)
     places = np.flatnonzero(array[:-1] == 0xFF)
     codes = array[places + 1]
-    marker = (codes != 0) & (codes != 0xFF)  # 0xFF00 stands for a 0xFF of the data, 0xFFFF fills up
+    marker = (codes != 0) & (codes != 0xFF)  # 0xFF00 encodes a data byte 0xFF, 0xFFFF is padding
     places, codes = places[marker], codes[marker]
     others = np.flatnonzero((codes < JPEG_RESTART.start) | (codes >= JPEG_RESTART.stop))
-    start, scans, in_scan = 2, 0, False  # where the next marker is looked for; the file begins with one
+    start, scans, in_scan = 2, 0, False  # `start`: where to search for the next marker, after the first one
     while True:
         first = int(np.searchsorted(places, start))
         following = int(np.searchsorted(others, first))
-        if following == len(others):  # PIL says what is missing
+        if following == len(others):  # truncated: PIL reports it
             return
         following = int(others[following])
         restarts, place, code = codes[first:following], int(places[following]), int(codes[following])
@@ -241,7 +243,7 @@ def check_jpeg(data: bytes) -> None:
 
 
 def upright(image: "Image.Image") -> "Image.Image":
-    """The image turned as its EXIF orientation says; a broken EXIF block counts as none."""
+    """The image rotated and mirrored by its EXIF orientation; a broken EXIF block is ignored."""
     from PIL import Image
 
     try:
@@ -262,13 +264,13 @@ def upright(image: "Image.Image") -> "Image.Image":
 
 
 def convert(image: "Image.Image", channels: int, max_value: float | None, what: str) -> "Image.Image | np.ndarray":
-    """A picture with the wanted channels, 8 bits each; `what` it is, for messages."""
+    """An image with `channels` channels, 8 bits each; `what` describes it in messages."""
     from PIL import Image
 
     if image.mode == "F":
-        raise BadSample(f"{what}, floating-point numbers; save it as TIFF, and set modality.max_value")
+        raise BadSample(f"{what}, with floating-point values; save it as TIFF, and set modality.max_value")
     if image.mode.startswith("I"):
-        # PIL's own conversion clips at 255, and leaves a white page. Mode I is how it holds the 16 bits of a PPM.
+        # PIL's own conversion clips at 255, which turns most images white. A PPM of 16 bits has mode I.
         image, max_value = Image.fromarray(to_bytes(np.asarray(image).astype(np.uint16), what, max_value)), None
     if image.mode == "LAB":
         raise BadSample(f"{what}, which is not read; save it as RGB")
@@ -278,16 +280,16 @@ def convert(image: "Image.Image", channels: int, max_value: float | None, what: 
         check_channels(len(image.getbands()), channels, what)
     mode = MODES[channels]
     if image.mode not in ("L", "LA", "1", "P", "PA", "RGB", "RGBA") and mode != "RGB":
-        image = image.convert("RGB")  # CMYK and the like convert to RGB only
+        image = image.convert("RGB")  # CMYK and similar modes convert to RGB only
     image = image if image.mode == mode else image.convert(mode)
     return image if max_value is None else to_bytes(np.asarray(image), what, max_value)
 
 
 def to_bytes(values: np.ndarray, what: str, max_value: float | None, *, bits: int | None = None) -> np.ndarray:
-    """The stored values as uint8, rounded; `max_value` becomes 255, or what their `bits` allow.
+    """The stored values as uint8, rounded; `max_value`, or the largest value of `bits`, becomes 255.
 
     Raises:
-        BadSample: they have no such range.
+        BadSample: the values do not fit this range, or it is unknown.
     """
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255)
@@ -301,7 +303,7 @@ def to_bytes(values: np.ndarray, what: str, max_value: float | None, *, bits: in
     if top is None and values.dtype.kind == "f":
         raise BadSample(f"{what}; set modality.max_value to the value that is white, 1 for values from 0 to 1")
     lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
-    if not lowest >= 0 or not highest < np.inf:  # also of nan
+    if not lowest >= 0 or not highest < np.inf:  # also true for NaN
         raise BadSample(f"{what} with values from {lowest} to {highest}; expected none below 0, and finite ones")
     if top is None and highest > 255:
         raise BadSample(f"{what} with values up to {highest}; set modality.max_value to the value that is white")
@@ -319,7 +321,7 @@ def _scaled(values: np.ndarray, top: float) -> np.ndarray:
 def convert_array(
     array: np.ndarray, channels: int, max_pixels: int, max_value: float | None
 ) -> "Image.Image | np.ndarray":
-    """A decoded image with the wanted channels; the array itself if it has them and is uint8."""
+    """A decoded image with `channels` channels; the array itself if it has them and is uint8."""
     if array.ndim not in (2, 3):
         raise BadSample(f"array of shape {array.shape}; expected (height, width) or (height, width, channels)")
     check_size(array.shape[1], array.shape[0], max_pixels)
@@ -328,7 +330,7 @@ def convert_array(
 
 
 def with_channels(array: np.ndarray, channels: int, what: str) -> "Image.Image | np.ndarray":
-    """A uint8 array with the wanted channels; grey and RGB are converted, other bands have no known meaning."""
+    """A uint8 array with `channels` channels; grey and RGB are converted, other bands are refused."""
     got = 1 if array.ndim == 2 else array.shape[2]
     check_channels(got, channels, what)
     if got == channels:
@@ -339,7 +341,7 @@ def with_channels(array: np.ndarray, channels: int, what: str) -> "Image.Image |
 
 
 def check_channels(got: int, channels: int, what: str) -> None:
-    """Refuse an image whose bands cannot become the wanted channels without a guess at what they mean."""
+    """Refuse an image whose bands can become `channels` channels only by guessing what they mean."""
     if got == channels or (got in (1, 3) and channels in MODES):
         return
     instead = f"; set modality.channels={got}, or store others" if 0 < got <= MAX_BANDS else ""
@@ -347,16 +349,16 @@ def check_channels(got: int, channels: int, what: str) -> None:
 
 
 def to_array(image: "Image.Image | np.ndarray") -> np.ndarray:
-    """(h, w) or (h, w, C) uint8 that may be written to."""
-    # torch warns about memory that it may not write to, as PIL's is.
+    """(h, w) or (h, w, C) uint8, writable."""
+    # PIL's memory is read-only, and torch warns about such arrays.
     return image if isinstance(image, np.ndarray) and image.flags.writeable else np.array(image)
 
 
 def remarks_on(values: Sequence[object], decode: Callable[[object], "Image.Image | np.ndarray"]) -> list[str]:
-    """What somebody who trains on these images may not know of them: sentences, none if all is usual.
+    """Sentences about unusual properties of images, to be shown before training on them.
 
     Args:
-        values: encoded images, a few of the data; broken ones are passed over.
+        values: a few encoded images; broken ones are skipped.
         decode: see `decode_image`.
     """
     lowest, highest, animated = None, None, 0
@@ -386,7 +388,7 @@ def remarks_on(values: Sequence[object], decode: Callable[[object], "Image.Image
 
 
 def is_animation(value: object) -> bool:
-    """Whether a file that can be decoded has several frames, one after the other."""
+    """Whether a file that can be decoded has several frames."""
     from PIL import Image
 
     if not isinstance(value, (bytes, Path)):
@@ -396,7 +398,7 @@ def is_animation(value: object) -> bool:
     try:
         with Image.open(file, formats=formats) as image:
             return getattr(image, "is_animated", False)
-    except (OSError, Image.DecompressionBombError, *BROKEN):  # another format, too large for PIL, or broken further on
+    except (OSError, Image.DecompressionBombError, *BROKEN):  # another format, too large for PIL, or a broken frame
         return False
 
 
@@ -410,39 +412,39 @@ def known_formats() -> tuple[str, ...]:
 
 
 def ignore_pil_warnings() -> None:
-    """Keep PIL's remarks on odd files out of the log: what matters becomes a `BadSample`.
+    """Suppress PIL's warnings about odd files; real faults become a `BadSample`.
 
-    Not `warnings.catch_warnings`: entered once per image, it would make Python forget every time which warnings of the
-    whole program have been shown already.
+    Not by `warnings.catch_warnings`: entering it for each image resets Python's record of the warnings shown, so every
+    warning of the program would be repeated.
     """
     if not any(entry[3] == PIL_MODULES for entry in warnings.filters):
         warnings.filterwarnings("ignore", module=PIL_MODULES.pattern)
 
 
 class ImageTransform:
-    """From a decoded image to the tensor a model takes: augmented, or centre-cropped, and normalised.
+    """From a decoded image to the input tensor of a model: augmented or centre-cropped, and normalised.
 
-    Training: colour jitter, flip, crop of a random size and place, shift; torchvision's v2 transforms, in the order of
-    BEiT and data2vec.
+    Training: colour jitter, flip, crop of random size and position, shift; torchvision's v2 transforms, in the order
+    of BEiT and data2vec.
 
-    All randomness comes from torch's global CPU generator: an image is a pure function of its seed.
+    All randomness comes from torch's global CPU generator: the result is a pure function of its seed.
 
     Args:
         image_px: Size of the result, pixels: one number for a square, or (H, W).
         channels: C.
         crop_scale: Smallest and largest part of the area that a random crop covers; None: the whole image, resized so
             that it covers (H, W), centre-cropped.
-        crop_ratio: Smallest and largest width / height of a random crop; not read without `crop_scale`.
-        shift_px: Largest random translation each way, pixels; what comes into view is 0 before normalisation.
+        crop_ratio: Smallest and largest width / height of a random crop; ignored without `crop_scale`.
+        shift_px: Largest random translation each way, pixels; the uncovered pixels are 0 before normalisation.
         horizontal_flip: Probability.
         color_jitter: Largest relative change of brightness, contrast and saturation; None: none.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         mean: Per channel, or one for all, of values in 0..1.
         std: As `mean`.
-        rand_augment: How many random changes of colour or shape, and their strength from 0 to 30; None: none. Of
-            torchvision; timm's "m9" is 27 here.
+        rand_augment: Number of random changes of colour or shape, and their strength from 0 to 30; None: none. Uses
+            torchvision's RandAugment; timm's "m9" is 27 here.
         erase: Probability that a random rectangle becomes noise.
-        fit: "cover" keeps the aspect of images that are not augmented, see `evaluate`; "stretch" resizes both sides.
+        fit: "cover" keeps the aspect ratio of images that are not augmented, see `evaluate`; "stretch" does not.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -511,9 +513,9 @@ class ImageTransform:
         if rand_augment is not None:
             if len(rand_augment) != 2 or not 0 <= rand_augment[1] <= 30 or channels not in (1, 3):
                 raise ConfigError(f"rand_augment={list(rand_augment)}; expected [changes, 0 to 30] and 1 or 3 channels")
-            bilinear = v2.InterpolationMode.BILINEAR  # tensors are not rotated bicubically
+            bilinear = v2.InterpolationMode.BILINEAR  # torchvision rotates no tensors bicubically
             steps.append(v2.RandAugment(rand_augment[0], rand_augment[1], interpolation=bilinear))
-        # Each pixel of an erased rectangle is noise of its own: it stands where images are normalised already.
+        # Erased pixels become Gaussian noise, which has the scale of normalised images: erasing follows normalisation.
         self.erases = bool(erase)
         self._erase = v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random") if erase else None
         self._augment = v2.Compose(steps)
@@ -527,14 +529,14 @@ class ImageTransform:
         return pixels if self._erase is None else self._erase(pixels)
 
     def train_bytes(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
-        """(C, H, W) uint8: `train` before it normalises, for `normalise_on_device`; nothing is erased."""
+        """(C, H, W) uint8: `train` without normalisation and erasing, for `normalise_on_device`."""
         return self._augment(to_tensor(image))
 
     def evaluate(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
         """(C, H, W) float32: the centre, without randomness.
 
-        An image of exactly (H, W) is left alone. A larger one is resized so that (H, W) is 0.875 of it, a smaller one
-        so that it covers (H, W). With fit "stretch" all are resized to (H, W).
+        An image of exactly (H, W) is not resized. A larger one is resized so that (H, W) is 0.875 of it, a smaller one
+        so that it covers (H, W). With fit "stretch" every image is resized to (H, W).
         """
         pixels = to_tensor(image)  # (C, h, w) uint8
         if self.fit == "stretch":
@@ -548,29 +550,29 @@ class ImageTransform:
         return self.normalise(self._cover(pixels, self.size))
 
     def display(self, tensor: torch.Tensor) -> np.ndarray:
-        """(H, W, C) float32 in [0, 1] from (C, H, W): a picture of what the model got."""
+        """(H, W, C) float32 in [0, 1] from a normalised (C, H, W), for display."""
         pixels = tensor.detach().float().cpu() * self._std + self._mean
         return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(C, H, W) uint8 -> float32 with the mean and deviation that models expect."""
+        """(C, H, W) uint8 -> float32: (x / 255 - mean) / std."""
         return pixels.float().mul_(self._gain).add_(self._offset)
 
     def normalise_on_device(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`normalise` of a batch (B, C, H, W), wherever it is."""
-        if pixels.device not in self._moved:  # once: a copy at each step would make the host wait
+        """`normalise` of a batch (B, C, H, W), on its device."""
+        if pixels.device not in self._moved:  # cached: a copy at each step would block the host
             self._moved[pixels.device] = self._gain.to(pixels.device), self._offset.to(pixels.device)
         gain, offset = self._moved[pixels.device]
         return pixels.float().mul_(gain).add_(offset)
 
     def _cover(self, pixels: torch.Tensor, resized: tuple[int, int]) -> torch.Tensor:
-        """(C, H, W) uint8: the centre of the image, after it is resized to cover `resized` and no more."""
+        """(C, H, W) uint8: the centre of the image, resized to the smallest size that covers `resized`."""
         from torchvision.transforms.v2 import functional
 
         _, height, width = pixels.shape
         scale = max(resized[0] / height, resized[1] / width)
         if scale != 1:
-            # Of a long strip the middle alone: all of it would be enlarged as much as its short side has to be.
+            # Crop a long strip to its middle first: enlarging all of it by the scale of its short side takes memory.
             if height * width * scale**2 > MAX_COVERED * resized[0] * resized[1]:
                 kept = [math.ceil(MAX_COVERED / 4 * side / scale) + 8 for side in resized]
                 pixels = functional.center_crop(pixels, [min(height, kept[0]), min(width, kept[1])])
@@ -580,9 +582,9 @@ class ImageTransform:
         return functional.center_crop(pixels, list(self.size))
 
     def _shift(self, pixels: torch.Tensor, pixels_each_way: int) -> torch.Tensor:
-        """(C, H, W) moved at random, with 0 where nothing is left; torchvision's RandomCrop of a padded image.
+        """(C, H, W) shifted at random, padded with 0: torchvision's RandomCrop of a padded image.
 
-        Written out because a small image spends most of its time in torchvision's wrapping.
+        Not torchvision's own, since for small images most of the time is its overhead.
         """
         top, left = (int(torch.randint(2 * pixels_each_way + 1, ())) for _ in range(2))
         padded = torch.nn.functional.pad(pixels, [pixels_each_way] * 4)

@@ -1,7 +1,8 @@
-"""Loader processes: how they are started, how a batch comes from one, what they may hold, how they end.
+"""Loader processes: how they start, send batches, check their limits and end.
 
-Batches are handed over in shared memory, each tensor by an open file. torch does this in a thread of the loader
-process, and when it fails there nobody hears of it: the batch never comes. Here it is done where it can be answered.
+Batches are sent through shared memory, with an open file for each tensor. torch does this in a thread of the loader
+process; an error there is lost, and the main process waits for ever. Here the collate function does it, so errors are
+reported.
 """
 
 import atexit
@@ -35,19 +36,19 @@ except ImportError:  # Windows, which has no such limits
     resource = None
 
 _SHM = Path("/dev/shm")
-_FILES_TO_START = 32  # of a process, besides those for batches
+_FILES_TO_START = 32  # files that a process needs besides those for batches
 
 
 class Loader(DataLoader):
-    """torch's DataLoader, which ends with a reason where that one would wait for ever.
+    """torch's DataLoader, which raises an error with a reason where torch's waits for ever.
 
     Args:
-        dataset: what samples come from; sent to the loader processes, as the other arguments.
+        dataset: samples; pickled for the loader processes, as the other arguments.
         collate: samples -> batch.
         num_workers: loader processes; 0 = none.
-        prefetch_factor: batches that each of them keeps ready.
+        prefetch_factor: batches that each loader process keeps ready.
         pin_memory: as in torch.
-        sharers: processes on this machine with as many loader processes of their own.
+        sharers: training processes on this machine, each with `num_workers` loader processes.
         **order: `batch_sampler` or `batch_size`, as in torch.
     """
 
@@ -77,8 +78,8 @@ class Loader(DataLoader):
         """The batches.
 
         Raises:
-            DataError: there are too little shared memory, too few files or processes, or one of them crashed.
-            LostProcess: one of them was killed.
+            DataError: the limits of shared memory, files or processes are too low, or a loader process crashed.
+            LostProcess: a loader process was killed.
         """
         batches = None
         try:
@@ -87,7 +88,7 @@ class Loader(DataLoader):
                 self.need.free = shutil.disk_usage(_SHM).free if _SHM.is_dir() else None
             batches = super().__iter__()
             if self.num_workers:
-                _deaths.hear()
+                _deaths.install()
             while (batch := _deaths.next(batches)) is not _END:
                 listener.moved()
                 if isinstance(batch, _Unsent):
@@ -109,44 +110,44 @@ class Loader(DataLoader):
 
 
 class _Deaths:
-    """Hears that a loader process has died, and says so to who waits for a batch.
+    """Detects the death of a loader process and raises the error where a batch is waited for.
 
-    torch's handler of SIGCHLD raises wherever the main thread is: in a save, in an optimizer's step, in a callback that
-    takes the error for its own. The main thread may be stuck only where a batch is read from a pipe that nobody
-    finishes; there the handler is called at once, elsewhere before the next batch.
+    torch's SIGCHLD handler raises wherever the main thread is: in a save, in an optimizer step, in a callback that
+    takes the error for its own. Only while reading a batch may the main thread block for ever, on a pipe that the dead
+    process left unfinished: there torch's handler is called at once, elsewhere before the next batch.
     """
 
     def __init__(self) -> None:
-        self._torchs: Callable[[int, FrameType | None], object] | None = None
+        self._torch_handler: Callable[[int, FrameType | None], object] | None = None
         self._waiting = self._died = False
 
-    def hear(self) -> None:
-        """Take the place of torch's handler, which is there once loader processes have been started."""
+    def install(self) -> None:
+        """Replace torch's handler, which torch installs when it starts loader processes."""
         if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
             return
         found = signal.getsignal(signal.SIGCHLD)
         if callable(found) and found != self._handle:
-            self._torchs = found
+            self._torch_handler = found
             signal.signal(signal.SIGCHLD, self._handle)
 
     def next(self, batches: Iterator[Any]) -> Any:
         """The next batch, or `_END`.
 
         Raises:
-            RuntimeError: of torch; a loader process has died.
+            RuntimeError: raised by torch; a loader process has died.
         """
         self._waiting = True
         try:
             if self._died:
                 self._died = False
-                self._torchs(signal.SIGCHLD, None)
+                self._torch_handler(signal.SIGCHLD, None)
             return next(batches, _END)
         finally:
             self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:
-            self._torchs(number, frame)
+            self._torch_handler(number, frame)
         else:
             self._died = True
 
@@ -157,15 +158,15 @@ _deaths = _Deaths()
 
 @dataclass
 class _Need:
-    """What batches on their way take, compared with what there is before the first is sent."""
+    """Shared memory and files that queued batches need, compared with the limits before the first batch is sent."""
 
-    batches: int  # of all loader processes, and the one that is in use
+    batches: int  # queued by all loader processes, and the one in use
     of_worker: int  # those of one loader process
     sharers: int
-    free: int | None = None  # bytes of shared memory before the loader processes began; None where it is not limited
+    free: int | None = None  # bytes of shared memory before the loader processes start; None where it is not limited
 
     def lacking(self, size: int, tensors: int) -> str | None:
-        """What is too little for batches of so many bytes and tensors; None = nothing."""
+        """Message if batches of `size` bytes in `tensors` tensors exceed a limit; None if they do not."""
         needed = size * self.batches * self.sharers
         if self.free is not None and needed > self.free:
             sums = f"{self.batches * self.sharers} batches of {_mb(size)} need {_mb(needed)}, {_mb(self.free)} are free"
@@ -182,7 +183,7 @@ def _mb(size: int) -> str:
 
 
 class _Sent:
-    """Collates, and makes the batch ready to be sent; the first of a loader process is measured."""
+    """Collates a batch and moves it to shared memory; checks the first batch of each loader process against limits."""
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any], need: _Need) -> None:
         self.collate = collate
@@ -205,7 +206,7 @@ class _Sent:
 
 
 class _Measuring(ForkingPickler):
-    """Puts tensors into shared memory, and adds up what they take."""
+    """Moves tensors to shared memory and adds up their bytes."""
 
     def __init__(self) -> None:
         self.content = io.BytesIO()
@@ -213,7 +214,7 @@ class _Measuring(ForkingPickler):
         super().__init__(self.content)
 
     def persistent_id(self, value: Any) -> None:
-        """Called for everything that is pickled."""
+        """Called for every pickled object."""
         if isinstance(value, torch.UntypedStorage):
             self.size += value.nbytes()
             self.tensors += 1
@@ -221,7 +222,7 @@ class _Measuring(ForkingPickler):
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A batch that is in shared memory already; it comes out of the queue as what it was."""
+    """A batch in shared memory; unpickling it in the main process gives the batch."""
 
     content: bytes
 
@@ -231,16 +232,16 @@ class _Parcel:
 
 @dataclass(frozen=True)
 class _Unsent:
-    """What comes in place of a batch that cannot be sent."""
+    """Sent instead of a batch that cannot be sent."""
 
     why: str
 
 
 def _allow_files(count: int) -> None:
-    """See to it that this process may open so many files more.
+    """Raise the limit of open files so that this process can open `count` more.
 
     Raises:
-        DataError: it may not.
+        DataError: the hard limit is too low.
     """
     if resource is None:
         return
@@ -250,15 +251,15 @@ def _allow_files(count: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise DataError(f"{needed} files have to be open, and the limit is {hard}; {OPEN_FILES}")
+        raise DataError(f"{needed} open files are needed, and the limit is {hard}; {OPEN_FILES}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def begin_worker(worker: int, plugins: Sequence[str] = ()) -> None:
-    """What a loader process does first.
+    """Initialise a loader process: ignore signals, import plugins.
 
-    Ctrl-C and the end of a terminal or a job reach every process; the main one decides what they mean. Plugins are
-    there already in a process that was forked.
+    Ctrl-C and the end of a terminal or a job reach every process; the main process handles them. A forked process has
+    imported the plugins already.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -268,25 +269,25 @@ def begin_worker(worker: int, plugins: Sequence[str] = ()) -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Of a loader process: a thread of its own hands tensors over, and the main process may leave meanwhile."""
+    """Hide broken-pipe errors of the thread that sends tensors: the main process may have ended before it."""
     if threading.current_thread() is threading.main_thread() or not is_broken(error):
         sys.__excepthook__(kind, error, trace)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Those that an error has left running; Python sends them SIGTERM, which they ignore, and waits for them."""
+    """End loader processes that an error left running; Python sends SIGTERM, which they ignore, and waits for them."""
     if hasattr(signal, "SIGCHLD"):
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call it a failure of the loader
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failure of the loader
     end_loaders()
 
 
 def cores_at_hand() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_workers() -> int:
-    """One process less than there are cores, between 1 and 8."""
+    """Default number of loader processes: one less than the cores, between 1 and 8."""
     return max(1, min(8, cores_at_hand() - 1))

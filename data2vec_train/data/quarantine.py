@@ -16,13 +16,13 @@ from data2vec_train.system.outputs import read_rows
 class Quarantine:
     """Writes each broken sample once, with its reason, and stops the run when there are too many.
 
-    Of several processes the first one writes; what the others have found reaches it with `share`.
+    Only rank 0 writes; `share` sends it what the other processes found.
 
     Args:
-        path: the JSON-lines file; it appears with the first broken sample.
-        num_samples: of the data set; None for a stream, where the samples drawn so far count instead.
+        path: the JSON-lines file; created with the first broken sample.
+        num_samples: of the data set; None for a stream, where the number of samples drawn so far is used instead.
         max_bad_fraction: share of broken samples above which the run stops.
-        tolerated: so few broken samples never stop it: a handful says little about a small folder.
+        tolerated: up to this number, broken samples never stop the run: in a small folder a few are a large share.
     """
 
     def __init__(self, *, path: Path, num_samples: int | None, max_bad_fraction: float, tolerated: int) -> None:
@@ -33,14 +33,14 @@ class Quarantine:
         self.tolerated = tolerated
         self.reasons: dict[str, str] = {}
         self.written: set[str] = set()
-        if path.is_file():  # of the run that goes on here
+        if path.is_file():  # of the resumed run
             _cut_unfinished_line(path)
             self.written = {str(row.get("key")) for row in read_rows(path)}
         self.drawn = 0  # samples of all processes, as far as this one knows
         self.drawn_here = 0  # since the last `share`
 
     def add(self, rejected: tuple[tuple[str, str], ...], *, num_good: int) -> None:
-        """Take note of a batch with `num_good` usable samples.
+        """Record a batch with `num_good` usable samples.
 
         Raises:
             DataError: more than `max_bad_fraction` of the data is broken.
@@ -55,7 +55,7 @@ class Quarantine:
             self.stop(f"data.max_bad_fraction={self.max_bad_fraction:g}")
 
     def write(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """List (key, reason) without counting it: samples that are sound and left out on purpose."""
+        """List (key, reason) without counting it as broken: samples that are left out on purpose."""
         new = {key: reason for key, reason in pairs if key not in self.written}
         self.written |= new.keys()
         lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items()]
@@ -64,9 +64,9 @@ class Quarantine:
                 file.write("".join(lines))
 
     def share(self) -> None:
-        """Tell the other processes what this one has drawn and found; all have to ask.
+        """Exchange counts and broken samples with the other processes; a collective call.
 
-        Whether there are too many is asked again with the next batch.
+        The limit is checked again with the next batch.
         """
         everywhere: list[tuple[int, dict[str, str]]] = [(0, {})] * dist.get_world_size()
         dist.all_gather_object(everywhere, (self.drawn_here, self.found))
@@ -77,7 +77,7 @@ class Quarantine:
             self.write(found.items())
 
     def stop(self, why: str) -> NoReturn:
-        """Raise the DataError that names the first broken sample and the list of all."""
+        """Raise the DataError that names the first broken sample and the file that lists all."""
         key, reason = next(iter(self.reasons.items()), ("none", "no samples were found"))
         raise DataError(
             f"{len(self.reasons)} of {self.num_samples or self.drawn} samples cannot be used ({why}); the first is "
@@ -85,14 +85,14 @@ class Quarantine:
         )
 
     def _too_many(self) -> bool:
-        # A stream has no size: judge it by what was drawn, once that says something.
+        # A stream has no size: use the number of samples drawn, but at least 1000.
         total = self.num_samples or max(self.drawn, 1000)
         return len(self.reasons) > max(self.max_bad_fraction * total, self.tolerated)
 
 
 def _cut_unfinished_line(path: Path) -> None:
-    """A last line that a killed process left unfinished goes, so that the next one does not continue it."""
+    """Remove a last line that a killed process left unfinished, so that the next line is not appended to it."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole != len(content) and rank_zero_only.rank == 0:  # who may be writing already where others still read
+    if whole != len(content) and rank_zero_only.rank == 0:  # others may read while rank 0 is already writing
         os.truncate(path, whole)

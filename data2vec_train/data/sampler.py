@@ -1,8 +1,8 @@
 """The endless order of samples.
 
-Epochs follow each other without an edge: batch number b of a rank holds fixed positions of one long sequence, which is
-epoch after epoch a new permutation of all samples. Nothing is dropped and no batch is short, whatever the sizes, and
-the position can be computed from the step alone.
+The sequence of samples is a new permutation of all samples for each epoch. Batch number b of a rank holds fixed
+positions of this sequence, and may cross the border of two epochs. No sample is dropped, no batch is short, and the
+position follows from the step alone.
 """
 
 import math
@@ -19,11 +19,11 @@ from data2vec_train.errors import ConfigError
 
 
 class Key(NamedTuple):
-    """What a data set is asked for."""
+    """Index into a `TrainingDataset`."""
 
     epoch: int
     index: int  # of a sample
-    length: int | None = None  # to which its last axis is cropped; None = not at all
+    length: int | None = None  # crop of its last axis; None = no crop
 
 
 class EndlessBatchSampler(Sampler[list[Key]]):
@@ -33,8 +33,8 @@ class EndlessBatchSampler(Sampler[list[Key]]):
         num_samples: of the data set.
         batch_size: samples per batch on this rank.
         seed: of the run.
-        first_batch: where to begin, counted over all ranks.
-        rank: of this process; ranks share one global order, batch by batch.
+        first_batch: where to start, counted over all ranks.
+        rank: of this process; ranks take turns in one global order of batches.
         world_size: number of processes.
     """
 
@@ -65,17 +65,17 @@ class EndlessBatchSampler(Sampler[list[Key]]):
 
 @dataclass(frozen=True)
 class LengthBatching:
-    """How samples of different lengths share batches; lengths in units of the input (samples of sound, tokens).
+    """How samples of different lengths share batches; lengths in units of the input (audio samples, tokens).
 
-    Lengths are sorted into bins whose edges differ by `max_waste`, and a batch takes its samples from one bin: then
-    neither cropping to the bin's lower edge nor padding to its longest sample wastes more than that.
+    Lengths are sorted into bins whose edges differ by a factor 1 - `max_waste`, and a batch takes its samples from one
+    bin. So neither cropping to the bin's lower edge nor padding to its longest sample wastes more than `max_waste`.
 
     Attributes:
-        budget: the most a batch may hold, in total.
+        budget: largest total length of a batch.
         max_length: longer samples are cropped to this.
         max_waste: largest share of a sample that is cropped off, or of a batch that is padding.
         crop: True crops all samples of a batch to one length, False pads them.
-        fill: True lets short samples fill the budget, however many they are.
+        fill: True lets any number of short samples fill the budget.
     """
 
     budget: int
@@ -95,18 +95,18 @@ class LengthBatching:
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """Lower edges of bins number 0 (the longest samples), 1, ..., int64."""
+        """Lower edges of bins 0 (the longest samples), 1, ..., int64."""
         edges = [self.max_length]
         while edges[-1] > 1:
             edges.append(min(math.ceil(edges[-1] * (1 - self.max_waste)), edges[-1] - 1))
         return np.array(edges)
 
     def bin(self, lengths: np.ndarray | int) -> np.ndarray:
-        """Number of the bin of each length (at least 1): the first whose lower edge it reaches."""
+        """Bin of each length (at least 1): the first whose lower edge it reaches."""
         return np.searchsorted(-self.edges, -np.asarray(lengths))
 
     def batch_size(self, bin_: int, most: int | None = None) -> int:
-        """How many samples of a bin fit into the budget, and unless they may fill it, no more than `most`."""
+        """Number of samples of a bin that fit into the budget; without `fill`, at most `most`."""
         longest = self.edges[bin_] if self.crop or bin_ == 0 else self.edges[bin_ - 1] - 1
         fit = max(1, int(self.budget // longest))
         return fit if most is None or self.fill else min(fit, most)
@@ -115,18 +115,18 @@ class LengthBatching:
 class LengthBatchSampler(Sampler[list[Key]]):
     """Endless batches of samples of about the same length.
 
-    Every bin is an endless sequence of its own, epoch after epoch in a new order, cut into full batches. Cycle number
-    c of the whole gives bin j its batches floor(c * r_j) to floor((c + 1) * r_j), with r_j the number of batches that
-    one epoch of the bin fills, in random order: in the long run every sample comes equally often, and the cycle that
-    holds a batch follows from its number.
+    Every bin is an endless sequence, a new permutation for each epoch, cut into full batches. Let r_j be the number of
+    batches that one epoch of bin j fills. Cycle c holds the batches floor(c * r_j) to floor((c + 1) * r_j) of every
+    bin j, in random order. In the long run every sample occurs equally often, and the cycle of a batch follows from
+    its number.
 
     Args:
         lengths: (n,) of all samples.
         batching: bins, budget, cropping.
-        batch_size: the most samples in a batch; None = as the budget allows. See `LengthBatching.fill`.
+        batch_size: most samples in a batch; None = set by the budget. See `LengthBatching.fill`.
         seed: of the run.
-        first_batch: where to begin, counted over all ranks.
-        rank: of this process; ranks share one global order, batch by batch.
+        first_batch: where to start, counted over all ranks.
+        rank: of this process; ranks take turns in one global order of batches.
         world_size: number of processes.
     """
 
@@ -143,10 +143,10 @@ class LengthBatchSampler(Sampler[list[Key]]):
     ) -> None:
         bins = batching.bin(lengths)
         self.bins = np.unique(bins)
-        self.members = [np.flatnonzero(bins == one) for one in self.bins]
+        self.members = [np.flatnonzero(bins == bin_) for bin_ in self.bins]
         self.sizes = [
-            min(batching.batch_size(one, batch_size), len(members))
-            for one, members in zip(self.bins, self.members, strict=True)
+            min(batching.batch_size(bin_, batch_size), len(members))
+            for bin_, members in zip(self.bins, self.members, strict=True)
         ]
         self.crops = [int(edge) if batching.crop else None for edge in batching.edges[self.bins]]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bin -> latest epoch and its order of members
@@ -166,7 +166,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
             cycle += 1
 
     def _before(self, cycle: int) -> int:
-        """How many batches come before a cycle."""
+        """Number of batches before a cycle."""
         return sum(cycle * len(members) // size for members, size in zip(self.members, self.sizes, strict=True))
 
     def _cycle_of(self, number: int) -> int:
@@ -179,7 +179,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
         return low
 
     def _batches(self, cycle: int) -> list[tuple[int, int]]:
-        """(bin, batch number within the bin) of one cycle, in the order in which they come."""
+        """(bin, batch number within the bin) of one cycle, in order."""
         batches = [
             (bin_, batch)
             for bin_, (members, size) in enumerate(zip(self.members, self.sizes, strict=True))
@@ -191,7 +191,7 @@ class LengthBatchSampler(Sampler[list[Key]]):
     def _keys(self, bin_: int, batch: int) -> list[Key]:
         members, size = self.members[bin_], self.sizes[bin_]
         keys = []
-        # Kept from batch to batch: to draw the order of millions takes longer than a step.
+        # Cached between batches: drawing the order of millions of samples takes longer than a step.
         epoch, order = self._orders.get(bin_, (-1, members))
         for position in range(batch * size, (batch + 1) * size):
             if position // len(members) != epoch:

@@ -1,7 +1,7 @@
-"""Randomness as a function of what it is for, not of when it is drawn.
+"""Random generators keyed by purpose, independent of when they are used.
 
 Sample order, augmentation and masks come from counter-based generators keyed by (run seed, purpose, epoch, sample,
-...). Worker count, prefetching and restarts can then change none of them, and no generator state has to be saved.
+...). So they do not depend on worker count, prefetching or restarts, and no generator state has to be saved.
 """
 
 from contextlib import contextmanager
@@ -27,13 +27,13 @@ def torch_seed(seed: int, purpose: Purpose, *key: int) -> int:
 
 def _sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:
     words = (seed, _STREAMS[purpose], *key)
-    # numpy splits each number into words of 32 bits; where all are one word already, an array saves half the time.
+    # numpy splits each number into words of 32 bits; if all fit into one word, an array takes half the time.
     return np.random.SeedSequence(np.array(words, dtype=np.uint32) if 0 <= min(words) <= max(words) < 2**32 else words)
 
 
 @contextmanager
 def torch_seeded(seed: int, purpose: Purpose, *key: int):
-    """Inside, torch's CPU generator is seeded for this purpose and key; afterwards it is as before."""
+    """Seed torch's CPU generator for this purpose and key, and restore its state on exit."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch_seed(seed, purpose, *key))
         yield

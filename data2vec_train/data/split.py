@@ -1,8 +1,8 @@
-"""Which records are held out: a function of what each comes from, so that new files move none into the held-out part.
+"""Which records are held out: decided by the origin of each, so adding files moves no trained record to the held-out.
 
-A record is held out when the hash of its origin (`Source.origins`) lies below a threshold, its share of all hashes.
-Neither the order of files nor their number matters, but for three rules that a small or unlabelled data set needs, and
-a checkpoint keeps what they gave, for the run that goes on with other data.
+A record is held out if the hash of its origin (`Source.origins`), as a fraction of 2^64, lies below a threshold. The
+order and number of files do not matter, except in three rules for small or unlabelled data sets. A checkpoint stores
+their outcome (`Split`), for a run that is resumed with other data.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ import numpy as np
 from data2vec_train.data.identity import mixed
 
 UNLABELLED_HELD_OUT = 512
-SALT = 156  # of these hashes, see `places`
+SALT = 156  # see `places`
 
 
 def places(origins: np.ndarray) -> np.ndarray:
-    """(n,) uint64: where the origins lie between 0 and 2^64; salted, since tables count their rows from 0 alike."""
+    """(n,) uint64: hash of each origin; salted, since all tables number their rows from 0."""
     return mixed(origins, np.full(len(origins), SALT, dtype=np.uint64))
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is held out.
+    """Which records are held out, by their `places`.
 
     Attributes:
-        below: places below it are held out.
-        trained: places below that train all the same: the highest of a class that would be held out whole.
-        held_out: a place above that is held out, since none was below; or None.
+        below: places below this threshold are held out.
+        trained: places below the threshold that are trained on: the highest of each class that would be held out whole.
+        held_out: a place above the threshold that is held out because none lay below it; or None.
     """
 
     below: int
@@ -36,7 +36,7 @@ class Split:
     held_out: int | None
 
     def rows(self, origins: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-        """Indices of the held-out records, ascending; of a labelled source, of labelled ones and their like.
+        """Indices of the held-out records, ascending; of a labelled source, only origins with a labelled record.
 
         Args:
             origins: (n,) uint64, see `Source.origins`.
@@ -60,16 +60,16 @@ class Split:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Split":
-        """See `state`."""
+        """The inverse of `state`."""
         return cls(state["below"], tuple(state["trained"]), state["held_out"])
 
 
 def choose(origins: np.ndarray, labels: np.ndarray | None, fraction: float) -> Split:
     """The split of a data set.
 
-    With labels about `fraction` of the labelled records, never all of a class. Without labels, at most
-    `UNLABELLED_HELD_OUT` origins: the fraction is halved until they are no more. Of two origins or more one is held out
-    at least, unless that leaves nothing of a class.
+    With labels about `fraction` of the labelled records, never all of a class. Without labels at most
+    `UNLABELLED_HELD_OUT` origins: the fraction is halved until the limit holds. If there are two origins or more, at
+    least one is held out, unless that leaves no training record of a class.
 
     Args:
         origins: (n,) uint64, see `Source.origins`.
@@ -97,9 +97,9 @@ def choose(origins: np.ndarray, labels: np.ndarray | None, fraction: float) -> S
 
 
 def again(split: Split, origins: np.ndarray, labels: np.ndarray | None) -> Split:
-    """The split of a run that goes on with other data: what trained is never held out.
+    """The split of a run that is resumed with other data: records that were trained on are never held out.
 
-    Of a class that would be held out whole one origin trains, as in `choose`.
+    As in `choose`, one origin is trained on of each class that would be held out whole.
     """
     where = places(origins)
     if labels is not None:

@@ -1,7 +1,7 @@
-"""Text: from files and rows to blocks of token ids, tokenized once and kept memory-mapped.
+"""Text: from files and rows to blocks of token ids, tokenized once and memory-mapped.
 
-A *document* is a text file, a line of a .jsonl file, a row of a table. It becomes one sequence of ids, which is cut
-into blocks: the token that starts a text, then as many ids as fit. Whole sentences are not kept together.
+A *document* is a text file, a line of a .jsonl file or a row of a table. It becomes one sequence of ids, which is cut
+into blocks: the token that starts a text, then as many ids as fit. Blocks may end within a sentence.
 """
 
 import bz2
@@ -37,15 +37,15 @@ from data2vec_train.system.outputs import cached_folder
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2  # goes up when more is kept of each document, so that texts are tokenized again
+CACHE_FORMAT = 2  # raise it when the cached files change, so that texts are tokenized again
 BATCH_CHARACTERS = 1_000_000  # tokenized at once
-STREAM_CHARACTERS = 250_000  # the same in a loading process of a stream
+STREAM_CHARACTERS = 250_000  # tokenized at once by a loader process of a stream
 CHUNK_BYTES = 2**20  # of a file, read at once
-LONG_BYTES = 4 * 2**20  # larger text files are not read as a whole
-NUM_EXAMPLES, EXAMPLE_CHARACTERS = 8, 500  # texts that are kept to compare tokenizers on
+LONG_BYTES = 4 * 2**20  # larger text files are read in chunks
+NUM_EXAMPLES, EXAMPLE_CHARACTERS = 8, 500  # texts stored to compare tokenizers on
 TRAINING_CHARACTERS = 200_000_000  # of a stream or a corpus, to train a tokenizer on
 MAX_BAG = 8192
-HOPELESS_ROWS = 1000  # a table that begins with so many broken rows and no other is given up
+HOPELESS_ROWS = 1000  # a table whose first rows, this many, are all broken is given up
 OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 BOMS = (
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -53,25 +53,25 @@ BOMS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-# Of the control characters, texts have tabs, line ends, form feeds and vertical tabs. Scanners and converters leave a
-# few others; of the characters of what is no text they are a tenth.
+# Control characters except tabs, line ends, form feeds and vertical tabs. Texts from scanners and converters have a few
+# of these; in binary data they are a tenth of the characters.
 CONTROL = dict.fromkeys((*range(9), *range(14, 32), 127))
 MAX_CONTROL = 0.001
-# What broken archives raise; a MemoryError, when they ask for a dictionary of any size.
+# Exceptions of broken archives; MemoryError, because an archive may request a dictionary of any size.
 BROKEN_ARCHIVE = (OSError, EOFError, MemoryError, lzma.LZMAError, zlib.error)
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LongText:
-    """A text that is decoded as it is read, for files that are better not in memory as a whole.
+    """A text decoded in chunks, for files that are too large to hold in memory.
 
     Args:
         open_raw: opens its bytes.
         encodings: see `decode_text`.
 
     Raises:
-        BadSample: see `decode_text`.
+        BadSample: as `decode_text`.
     """
 
     def __init__(self, open_raw: Callable[[], BinaryIO], encodings: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class LongText:
         """The text in strings of about a million characters.
 
         Raises:
-            BadSample: it can no longer be read, or changed meanwhile.
+            BadSample: it can no longer be read or decoded.
         """
         try:
             yield from _decoded(self._chunks(), self.encoding)
@@ -95,7 +95,7 @@ class LongText:
                 yield chunk
 
 
-Document = tuple[str, int | None, str | LongText | BadSample]  # key, label, text or why there is none
+Document = tuple[str, int | None, str | LongText | BadSample]  # key, label, text or the error instead of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,16 +107,16 @@ def decode_text(raw: bytes, encodings: Sequence[str]) -> str:
 
     Args:
         raw: its content.
-        encodings: tried in this order; a byte order mark of UTF-16 or UTF-32 goes first.
+        encodings: tried in this order, after that of a byte order mark of UTF-16 or UTF-32.
 
     Raises:
-        BadSample: no text in any of them.
+        BadSample: it is not a text in any of them.
     """
     return raw.decode(_encoding_of(lambda: [raw], encodings))
 
 
 def _encoding_of(chunks: Callable[[], Iterable[bytes]], encodings: Sequence[str]) -> str:
-    """The first encoding that a file, given in chunks, is a text in.
+    """The first encoding in which a file, given in chunks, is a text.
 
     Raises:
         BadSample: there is none.
@@ -151,7 +151,7 @@ def _decoded(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file has a text in each of its rows, by its name."""
+    """Whether a file has one text per row, by its name."""
     name = path.name.lower()
     unpacked = name.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
     return name.endswith(".parquet") or unpacked.endswith((".jsonl", ".ndjson"))
@@ -160,13 +160,13 @@ def is_table(path: Path) -> bool:
 def documents(
     sample: RawSample, *, encodings: Sequence[str], column: str, separator: str | None, max_document_bytes: int
 ) -> Iterator[Document]:
-    """The documents of one record, broken ones with a `BadSample` for a text.
+    """The documents of one record; broken ones have a `BadSample` instead of a text.
 
     Args:
         sample: a text, or a file: .jsonl (also .gz, .xz, .bz2) and .parquet have one document per row, anything else
             is a text file.
         encodings: see `decode_text`.
-        column: where tables have the text.
+        column: of the text in tables.
         separator: of documents in a text file; None = a file is one document.
         max_document_bytes: larger text files, and lines of .jsonl, are refused.
     """
@@ -199,7 +199,7 @@ def documents(
 
 
 def _file_text(value: Path | bytes, encodings: Sequence[str], max_bytes: int) -> str | LongText:
-    """The text of a file; a long one is read when it is asked for."""
+    """The text of a file; long files are read later, in chunks."""
     limit = f"modality.max_document_bytes={max_bytes}"
     if isinstance(value, Path):
         with open_file(value) as file:
@@ -215,9 +215,9 @@ def _file_text(value: Path | bytes, encodings: Sequence[str], max_bytes: int) ->
 
 
 def _split(pieces: Iterable[str], separator: str) -> Iterator[str]:
-    """As `str.split` on the joined pieces."""
+    """`str.split` of the joined pieces."""
     held: list[str] = []  # of the part that has not ended yet
-    tail, kept = "", len(separator) - 1  # a separator may have begun in so many characters
+    tail, kept = "", len(separator) - 1  # a separator may have started in the last `kept` characters
     for piece in pieces:
         *ended, tail = (tail + piece).split(separator)
         if ended:
@@ -230,7 +230,7 @@ def _split(pieces: Iterable[str], separator: str) -> Iterator[str]:
 
 
 def _unless_hopeless(rows: Iterable[Document]) -> Iterator[Document]:
-    """The rows of a file, as long as there is any use in it: a list of a million broken ones says no more."""
+    """The rows of a file; gives up if the first `HOPELESS_ROWS` are all broken, to keep the quarantine list short."""
     good, number = 0, 0
     for number, row in enumerate(rows, start=1):
         yield row
@@ -257,7 +257,7 @@ def _as_it_is(file: BinaryIO) -> BinaryIO:
 
 
 def _lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes]:
-    """Lines; of those that are longer, the first `max_bytes` + 1 bytes."""
+    """Lines, each cut to `max_bytes` + 1 bytes."""
     while line := file.readline(max_bytes + 1):
         yield line
         while len(line) > max_bytes and not line.endswith(b"\n"):
@@ -282,7 +282,7 @@ def _table_rows(sample: RawSample, column: str) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        # Through a buffer, a column is read page by page.
+        # With a buffer, pyarrow reads a column page by page.
         with open_file(sample.value) as file, parquet.ParquetFile(file, buffer_size=CHUNK_BYTES) as table:
             schema = table.schema_arrow
             if column not in schema.names:
@@ -315,7 +315,7 @@ def _checked(text: object) -> str | BadSample:
         return BadSample("binary data: it has NUL characters")
     half = SURROGATE.search(text)
     if half is not None:
-        return BadSample(f"half a character (surrogate U+{ord(half[0]):04X}) at place {half.start()}")
+        return BadSample(f"half a character (surrogate U+{ord(half[0]):04X}) at position {half.start()}")
     return text if text and not text.isspace() else BadSample("empty text")
 
 
@@ -324,7 +324,7 @@ def _kind(value: object) -> str:
 
 
 def _documents_of(source: Source, **how: Any) -> Iterator[tuple[int, bool, Document]]:
-    """Row, whether the document is all of that record, and the document."""
+    """Row, whether the document is the whole record of that row, and the document."""
     for row in range(len(source)):
         try:
             sample = source[row]
@@ -360,15 +360,15 @@ def prepare_text(
         source: texts or files of texts.
         tokenizer_path: see `tokenizer_facts`.
         train_vocab_size: train a tokenizer of this size on `source` instead, on its first 200 million characters.
-        block_tokens: longest block, with the token that starts it.
-        cross_documents: let blocks run from one document into the next, with the token that ends a text between.
-        min_tokens: shorter documents and rests of documents are left out.
+        block_tokens: longest block, including the token that starts it.
+        cross_documents: let blocks continue into the next document, after the token that ends a text.
+        min_tokens: shorter documents and last blocks of documents are left out.
         encodings: of files, tried in this order.
-        column: where .jsonl and .parquet files have the text.
+        column: of the text in .jsonl and .parquet files.
         separator: of documents in a text file.
         max_document_bytes: see `documents`.
-        cache_dir: where ids and trained tokenizers are kept; None = nowhere beyond this process.
-        tokenizer: use this one, whatever the other arguments say.
+        cache_dir: cache of ids and trained tokenizers; None = kept only until this process ends.
+        tokenizer: use this one and ignore `tokenizer_path` and `train_vocab_size`.
 
     Raises:
         ConfigError: there is no such tokenizer.
@@ -406,7 +406,7 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
         characters = 0
         if isinstance(source, StreamingSource):
             place = {"epoch": 0, "seed": 0, "worker": 0, "num_workers": 1, "rank": 0, "world_size": 1}
-            found = (one for sample in source.stream(**place) for one in documents(sample, **how))
+            found = (document for sample in source.stream(**place) for document in documents(sample, **how))
         else:
             found = (document for _, _, document in _documents_of(source, **how))
         for _, _, text in found:
@@ -432,8 +432,8 @@ def _trained(source: Source | StreamingSource, vocab_size: int, how: dict[str, A
 class TextBlocks(Source):
     """Blocks of token ids of another source's documents.
 
-    All documents are tokenized at the start, in bounded memory, into one flat file of ids with an index, and mapped
-    into memory from there; a later run with the same data, tokenizer and settings finds the file in `cache_dir`.
+    All documents are tokenized first, in bounded memory, into one flat file of ids with an index, which is
+    memory-mapped. A later run with the same data, tokenizer and settings finds the file in `cache_dir`.
 
     Options as in `prepare_text`.
 
@@ -458,8 +458,8 @@ class TextBlocks(Source):
         self._folder = self._tokenized(source, how, cache_dir)
         facts = json.loads((self._folder / "facts.json").read_text())
         self.rejected = (*source.rejected, *(tuple(pair) for pair in facts["rejected"]))
-        self.examples: list[str] = facts["examples"]  # the beginnings of a few texts
-        self._ends = np.load(self._folder / "ends.npy", mmap_mode="r")  # of each document in the ids
+        self.examples: list[str] = facts["examples"]  # the first characters of a few texts
+        self._ends = np.load(self._folder / "ends.npy", mmap_mode="r")  # end of each document in the ids
         self._labels = np.load(self._folder / "labels.npy", mmap_mode="r")
         self._keys = np.load(self._folder / "keys.npy", mmap_mode="r")
         rows = np.load(self._folder / "rows.npy")
@@ -483,7 +483,7 @@ class TextBlocks(Source):
         )
 
     def _tokenized(self, source: Source, how: dict[str, Any], cache_dir: Path | None) -> Path:
-        """The folder with the ids, made now unless it is there."""
+        """The folder with the ids, made unless it is cached."""
         identity = _identity(source, how, self.tokenizer.fingerprint)
         if cache_dir is None:
             folder = Path(tempfile.mkdtemp(prefix="data2vec_tokens_"))
@@ -491,7 +491,7 @@ class TextBlocks(Source):
             _tokenize(source, self.tokenizer, how, folder)
             return folder
         kept = cache_dir / "tokens" / identity[:32]
-        # Processes that torchrun or srun start arrive here together, and one does it for all.
+        # Processes started by torchrun or srun get here at the same time; one of them makes the folder for all.
         return cached_folder(kept, lambda folder: _tokenize(source, self.tokenizer, how, folder))
 
     def _cut(self, min_tokens: int) -> None:
@@ -513,7 +513,7 @@ class TextBlocks(Source):
             self._count = np.minimum(self._content, ends[self._document] - 1 - self._first)
             enough = self._count >= min_tokens
             self._document, self._first, self._count = (
-                one[enough] for one in (self._document, self._first, self._count)
+                values[enough] for values in (self._document, self._first, self._count)
             )
             self.num_short = int((sizes < min_tokens).sum())
         self.grouped = None if self._document_groups is None else self._document_groups[self._document]
@@ -524,11 +524,11 @@ class TextBlocks(Source):
 
     @property
     def num_documents(self) -> int:
-        """See `Source.num_documents`."""
+        """Number of documents."""
         return len(self._ends)
 
     def __getitem__(self, index: int) -> RawSample:
-        if self._ids is None:  # in every process of its own
+        if self._ids is None:  # mapped in each process, not pickled
             width = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
             self._ids = np.memmap(self._folder / "ids.bin", dtype=width, mode="r")
         first, count, document = int(self._first[index]), int(self._count[index]), int(self._document[index])
@@ -550,9 +550,10 @@ class TextBlocks(Source):
         return None if self.class_names is None else np.asarray(self._labels)[self._document]
 
     def origins(self) -> np.ndarray:
-        """Of the document, or the group of its record; of blocks that cross documents, of what each begins with.
+        """The group of the record, else the document; of blocks that cross documents, the position of their first id.
 
-        A document that shares its file with others is known by its text: lines that are put before it do not move it.
+        A document that shares its file with others is identified by its text, so inserting rows before it changes
+        nothing.
         """
         if self.grouped is not None:
             return self.grouped
@@ -564,9 +565,9 @@ class TextBlocks(Source):
 
 
 def _identity(source: Source, how: dict[str, Any], *more: str) -> str:
-    """A hash of all that the ids depend on: files by name, size and time, other records by content.
+    """A hash of everything that the ids depend on: files by name, size and time, other records by content.
 
-    A copy may have the size and the time of another file: some are looked into.
+    Files may differ in spite of equal sizes and times, so the content of a few is hashed too.
     """
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, how, *more], sort_keys=True).encode())
     digest.update(content_sample(source, source.hashes()).tobytes())
@@ -638,9 +639,9 @@ def _tokenize(source: Source, tokenizer: Tokenizer, how: dict[str, Any], folder:
 def _encoded(
     found: Iterable[Document], tokenizer: Tokenizer, characters: int
 ) -> Iterator[tuple[str, int | None, Iterator[np.ndarray]]]:
-    """Documents with their ids in parts (n,), which raise `BadSample` for those that cannot be used.
+    """Documents with their ids in parts (n,); iterating over the parts of a broken document raises `BadSample`.
 
-    Short texts are encoded together, about so many characters at once; a long one comes in several parts.
+    Short texts are encoded together, about `characters` at once; a long text gives several parts.
     """
     batch: list[Document] = []
     size = 0
@@ -672,11 +673,11 @@ def _encoded_together(
         elif encoded is not None:
             yield key, label, iter([next(encoded)])
         else:
-            yield key, label, (ids for one in [text] for ids in tokenizer.encode_batch([one]))
+            yield key, label, (ids for single in [text] for ids in tokenizer.encode_batch([single]))
 
 
 def _ended(parts: Iterator[np.ndarray], end: int) -> Iterator[np.ndarray]:
-    """The same with an id behind the last part."""
+    """The parts, with `end` appended to the last one."""
     last = next(parts)
     for ids in parts:
         yield last
@@ -685,7 +686,7 @@ def _ended(parts: Iterator[np.ndarray], end: int) -> Iterator[np.ndarray]:
 
 
 def _raising(broken: BadSample) -> Iterator[np.ndarray]:
-    yield from ()  # a generator: it raises when its first part is asked for
+    yield from ()  # makes this a generator, which raises when it is iterated
     raise broken
 
 
@@ -696,7 +697,7 @@ def _pieces(text: str | LongText) -> Iterator[str]:
 
 
 class StreamedBlocks(StreamingSource):
-    """The same for a stream: documents are tokenized on the way. Options as in `prepare_text`."""
+    """`TextBlocks` of a stream: documents are tokenized while streaming. Options as in `prepare_text`."""
 
     def __init__(
         self,
@@ -717,12 +718,12 @@ class StreamedBlocks(StreamingSource):
         self._how = how
 
     def shards(self) -> list[tuple[str, int]]:
-        """Those of the texts."""
+        """Shards of the texts."""
         return self.source.shards()
 
     def stream(self, **place: int) -> Iterator[RawSample]:
-        """See `StreamingSource.stream`; a broken document comes as its `BadSample`, for `decode_tokens` to raise."""
-        found = (one for sample in self.source.stream(**place) for one in documents(sample, **self._how))
+        """Blocks of the documents; a broken document gives its `BadSample`, which `decode_tokens` raises."""
+        found = (document for sample in self.source.stream(**place) for document in documents(sample, **self._how))
         encoded = _encoded(found, self.tokenizer, STREAM_CHARACTERS)
         if self.cross_documents:
             yield from self._across(encoded)
@@ -763,7 +764,7 @@ class StreamedBlocks(StreamingSource):
 
 
 def decode_tokens(value: np.ndarray | BadSample) -> np.ndarray:
-    """The ids as they are.
+    """The ids, unchanged.
 
     Raises:
         BadSample: the document could not be read.
@@ -774,7 +775,7 @@ def decode_tokens(value: np.ndarray | BadSample) -> np.ndarray:
 
 
 class TokenTransform:
-    """Ids (T,) to an int64 tensor; there is nothing to augment."""
+    """Ids (T,) to an int64 tensor, without augmentation."""
 
     def train(self, ids: np.ndarray) -> Tensor:
         """(T,) int64."""
@@ -786,7 +787,7 @@ class TokenTransform:
 
 
 def bag_of_tokens(ids: Tensor, attention_mask: Tensor | None, *, vocab_size: int) -> np.ndarray:
-    """log(1 + count) of each token id, (B, min(vocab_size, 8192)) float32; higher ids are rarer and left out.
+    """log(1 + count) of each token id, (B, min(vocab_size, 8192)) float32; higher ids, which are rarer, are left out.
 
     Args:
         ids: (B, T) int64.

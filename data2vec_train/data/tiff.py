@@ -1,8 +1,7 @@
-"""TIFF files: what they hold, and their pixels as they are stored.
+"""TIFF files: their pages and their stored pixels.
 
-PIL decodes pictures: grey, palette, RGB, CMYK or YCbCr, perhaps with an opacity. It leaves out bands that the file says
-nothing about, divides colours by an opacity that they are multiplied by, and takes signed bytes for unsigned ones. Such
-files are read by tifffile.
+PIL decodes grey, palette, RGB, CMYK and YCbCr images, with or without alpha. It drops bands of unspecified meaning,
+divides colours by an associated alpha, and reads signed bytes as unsigned. tifffile reads such files instead.
 """
 
 import logging
@@ -46,7 +45,7 @@ class Page:
         index: of all images in the file, thumbnails included.
         bits: of the widest band.
         kind: "uint", "int" or "float".
-        extra: what each band beyond the colours means, see `EXTRA`.
+        extra: meaning of each band beyond the colours, see `EXTRA`.
     """
 
     index: int
@@ -60,14 +59,14 @@ class Page:
     orientation: int
 
     def __str__(self) -> str:
-        """What it holds, for people."""
+        """Description for messages."""
         colours = PHOTOMETRIC.get(self.photometric, f"photometric {self.photometric}")
-        more = [EXTRA.get(one, f"extra sample {one}") for one in self.extra]
+        more = [EXTRA.get(meaning, f"extra sample {meaning}") for meaning in self.extra]
         bands = f"{self.bands} band{'s' * (self.bands > 1)} ({', '.join([colours, *more])})"
         return f"{self.width}x{self.height} pixels, {bands} of {self.kind}{self.bits}"
 
     def is_picture(self, *, scaled: bool) -> bool:
-        """Whether PIL gives its bands as they are meant; not of a page whose values are to be `scaled` from 16 bits."""
+        """Whether PIL decodes it correctly; pages of 16 bits whose values will be `scaled` only with one band."""
         colours = COLOURS.get(self.photometric)
         has_alpha = self.extra == (UNASSOCIATED,) and self.photometric not in (CMYK, YCBCR)
         if self.bands != (colours or 0) + has_alpha or (self.extra and not has_alpha):
@@ -94,7 +93,7 @@ def read_pages(data: bytes) -> list[Page]:
         tags = ImageFileDirectory_v2(header)
         tags.load(file)
         if 256 not in tags or 257 not in tags:
-            raise BadSample("broken image file: a TIFF that does not say its size")
+            raise BadSample("broken image file: a TIFF without a width or height")
         if not int(tags.get(254, 0)) & (SMALLER | MASK):
             found.append(_page(tags, len(seen) - 1))
         place = tags.next
@@ -110,7 +109,7 @@ def _page(tags: "dict", index: int) -> Page:
 
     bands, photometric = numbers(277, (1,))[0], numbers(262, (-1,))[0]
     extra = numbers(338, ())
-    # The tag may be missing where there are more bands than colours.
+    # The tag may be missing although there are more bands than colours.
     more = bands - COLOURS.get(photometric, bands) - len(extra)
     return Page(
         index=index,
@@ -137,7 +136,7 @@ def stored(data: bytes, page: Page) -> np.ndarray:
         from tifffile import TiffFile
     except ImportError:
         raise BadSample(f"a TIFF of {page}, which needs tifffile: pip install tifffile") from None
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file becomes a `BadSample`
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # faults of a file become a `BadSample`
     with TiffFile(BytesIO(data)) as file:
         source = file.pages[page.index]
         try:
@@ -146,7 +145,7 @@ def stored(data: bytes, page: Page) -> np.ndarray:
             if "imagecodecs" not in str(error):
                 raise
             raise BadSample(f"a TIFF of {page}, compressed: pip install imagecodecs") from error
-        if source.planarconfig == 2 and page.bands > 1:  # band after band
+        if source.planarconfig == 2 and page.bands > 1:  # bands stored one after the other
             pixels = np.moveaxis(pixels, 0, -1)
     wanted = (page.height, page.width, page.bands)
     if pixels.size != np.prod(wanted):
@@ -156,10 +155,10 @@ def stored(data: bytes, page: Page) -> np.ndarray:
 
 
 def numbers_of(image: "Image.Image", page: Page) -> np.ndarray:
-    """The values (h, w) of a page of one band that PIL has decoded, with the meaning they have in the file.
+    """The stored values (h, w) of a page of one band that PIL decoded; inverted if 0 is white.
 
     Raises:
-        BadSample: 0 stands for white, and nothing says what stands for black.
+        BadSample: 0 is white, and the value of black is unknown.
     """
     values = np.asarray(image)
     if page.bits == 32 and page.kind == "uint":
@@ -167,5 +166,5 @@ def numbers_of(image: "Image.Image", page: Page) -> np.ndarray:
     if page.photometric != MINISWHITE:
         return values
     if page.kind != "uint" or page.bits > 16:
-        raise BadSample(f"a TIFF of {page}: nothing says which value is black")
+        raise BadSample(f"a TIFF of {page}: the value of black is unknown")
     return (2**page.bits - 1 - values.astype(np.int64)).astype(values.dtype)

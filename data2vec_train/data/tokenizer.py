@@ -1,4 +1,4 @@
-"""Tokenizers for pretraining: load one, or train a byte-level BPE; texts of any length to ids in bounded memory."""
+"""Tokenizers for pretraining: loaded, or trained as a byte-level BPE; they encode long texts in bounded memory."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ __all__ = ["EMBEDDED", "Tokenizer", "cut_runs", "tokenizer_facts"]
 
 log = logging.getLogger(__name__)
 
-# Characters that are encoded at once of a longer text: the library takes some 160 bytes for each.
+# Longer texts are encoded in parts of this many characters: the library takes about 160 bytes for each.
 LONG = 2**19
-OVERLAPS = (2**10, 2**12, 2**14, 2**16)  # characters to compare two neighbouring parts on, tried in this order
-# Longest run without white space to train on: merging within a run takes its length times the number of merges, and few
-# entries of a vocabulary are longer.
+OVERLAPS = (2**10, 2**12, 2**14, 2**16)  # characters on which two neighbouring parts are compared, tried in this order
+# Longest run without white space to train on: the time of merging within a run is its length times the number of
+# merges, and few entries of a vocabulary are longer.
 LONGEST_RUN = 100
 
 
@@ -54,9 +54,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
         """A byte-level BPE for these texts; no text is unknown to it.
 
-        Where the texts give fewer merges than `vocab_size` asks for, the ids between stay unused. Runs of more than
-        100 characters without white space (DNA, Chinese, base64) are cut, so that the time grows with the length of
-        the texts and not with its square.
+        If the texts give fewer merges than `vocab_size` needs, the remaining ids are unused. Runs of more than 100
+        characters without white space (DNA, Chinese, base64) are cut, so the time grows linearly with the length of
+        the texts, not with its square.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -89,7 +89,7 @@ class Tokenizer:
                 LONGEST_RUN,
                 num_cuts,
             )
-        # Its id has to be known before training, so that an encoder can be built: the last one, whatever was found.
+        # The mask token always has the last id: the encoder is built from it before the tokenizer is trained.
         content = json.loads(inner.to_str())
         mask = {"id": vocab_size - 1, "content": SPECIALS[-1], "special": True, "normalized": False}
         content["added_tokens"].append(mask | {"single_word": False, "lstrip": True, "rstrip": False})
@@ -100,17 +100,17 @@ class Tokenizer:
         """Ids of each text, (n,) int32, without special tokens around them.
 
         Raises:
-            BadSample: the tokenizer has no token for something in a text, or gives up on it.
+            BadSample: the tokenizer has no token for a part of a text, or fails on it.
         """
         return [np.array(encoding.ids, dtype=np.int32) for encoding in self._encode(texts)]
 
     def encode_long(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Ids of one text of any length, part by part: those of the whole text, in bounded memory.
+        """Ids of one text of any length, in parts and in bounded memory; the same ids as from the whole text.
 
-        Neighbouring parts overlap. They are joined at a token in the middle of the overlap, where both parts have the
-        same tokens at the same characters, which then do not depend on where either part ends. If they differ over the
-        longest overlap (a word of a million letters that is one unknown token), the text is cut there and the log says
-        so.
+        Neighbouring parts overlap. They are joined at a token in the middle of the overlap, if both parts have the same
+        tokens at the same characters there: these tokens do not depend on where a part ends. If the tokens differ in
+        the longest overlap (a word of a million letters that is one unknown token), the text is cut there and the cut
+        is logged.
 
         Args:
             pieces: the text, in strings of any length.
@@ -122,7 +122,7 @@ class Tokenizer:
             BadSample: see `encode_batch`.
         """
         feed = iter(pieces)
-        text, known, num_unsafe = "", 0, 0  # `known` tokens at the beginning of `text` were in the part before
+        text, known, num_unsafe = "", 0, 0  # the first `known` tokens of `text` were yielded with the previous part
         while True:
             text = _filled(text, feed, LONG + OVERLAPS[-1])
             if len(text) <= LONG:
@@ -141,31 +141,31 @@ class Tokenizer:
         yield self._tokens(text)[known:, 2].astype(np.int32)
         if num_unsafe:
             log.warning(
-                "a text was cut in %d places where its tokens depend on more than %d characters around",
+                "a text was cut in %d places where its tokens depend on more than %d characters around them",
                 num_unsafe,
                 OVERLAPS[-1],
             )
 
     def _seam(self, text: str, left: np.ndarray, overlap: int) -> tuple[int, int, int] | None:
-        """Where a part of a text goes over into the next one; None if they differ in the overlap.
+        """Where to join a part of a text to the next one; None if their tokens differ in the overlap.
 
         Args:
-            text: from the first character of the part on.
-            left: the part's tokens, see `_tokens`; it has `LONG` characters.
+            text: starts with the first character of the part.
+            left: tokens of the part, see `_tokens`; the part has `LONG` characters.
             overlap: characters to compare.
 
         Returns:
             Number of tokens before the seam, the next part's first character, number of its tokens before the seam.
         """
-        # The next part begins with a token of this one: tokens that are counted off in a run, such as three digits
-        # each, are then the same ones.
+        # The next part starts at a token of this one, so that tokens of fixed length within a run, such as groups of
+        # three digits, start at the same characters in both.
         row = int(np.searchsorted(left[:, 0], LONG - 2 * overlap))
         start = int(left[row, 0]) if row < len(left) else 0
         if start == 0:
             return None
         right = self._tokens(text[start : LONG + overlap]) + [start, start, 0]
         edges = (LONG - 3 * overlap // 2, LONG - overlap // 2)
-        (first, last), (other_first, other_last) = (np.searchsorted(one[:, 0], edges) for one in (left, right))
+        (first, last), (other_first, other_last) = (np.searchsorted(tokens[:, 0], edges) for tokens in (left, right))
         count = int(last - first)
         if count < 4 or not np.array_equal(left[first:last], right[other_first:other_last]):
             return None
@@ -182,22 +182,25 @@ class Tokenizer:
             return self._inner.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids, special tokens left out."""
-        return self._inner.decode([int(one) for one in ids], skip_special_tokens=True)
+        """The text of ids, without special tokens."""
+        return self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
     def pieces(self, ids: np.ndarray) -> list[str]:
-        """The text of each id by itself; bytes that are no character alone show as a replacement character."""
+        """The text of each id; incomplete UTF-8 bytes become a replacement character."""
         special = {self.facts[name]: token for name, token in self.special_tokens.items() if name != "unk_id"}
-        return [special.get(int(one)) or self._inner.decode([int(one)], skip_special_tokens=False) for one in ids]
+        return [
+            special.get(token_id) or self._inner.decode([token_id], skip_special_tokens=False)
+            for token_id in map(int, ids)
+        ]
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` into `folder`, in one go."""
+        """Write `tokenizer.json` into `folder`, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "tokenizer.json", self._inner.to_str(pretty=True).encode())
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Name of each special token: "bos_id" and so on."""
+        """Special tokens by name: {"bos_id": "<s>", ...}."""
         return {name: self._inner.id_to_token(self.facts[name]) for name in SPELLINGS}
 
     def to_json(self) -> str:
@@ -206,7 +209,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes ids."""
+        """Hash of everything that determines the ids."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def __getstate__(self) -> dict:
@@ -219,7 +222,7 @@ class Tokenizer:
 
 
 def cut_runs(text: str, longest: int) -> Iterator[str]:
-    """The text in pieces, cut wherever more than so many characters follow each other without white space between."""
+    """The text in pieces, so that no run without white space, and none of white space, exceeds `longest` characters."""
     first = 0
     for run in re.finditer(rf"\S{{{longest}}}(?=\S)|\s{{{longest}}}(?=\s)", text):
         yield text[first : run.end()]
@@ -228,7 +231,7 @@ def cut_runs(text: str, longest: int) -> Iterator[str]:
 
 
 def _filled(text: str, feed: Iterator[str], length: int) -> str:
-    """`text` with so many strings of `feed` behind it that it is as long as that, if there are enough."""
+    """`text` extended with strings of `feed` until it has `length` characters, or `feed` ends."""
     parts, size = [text], len(text)
     while size < length and (piece := next(feed, None)) is not None:
         parts.append(piece)

@@ -1,8 +1,8 @@
-"""Read a tokenizer and split texts that trouble expressions and replacements; run by `vocabulary` in a process.
+"""Load a tokenizer and split texts that are hard for its regular expressions; `vocabulary` runs it in a subprocess.
 
     python try_tokenizer.py tokenizer.json | vocab.json merges.txt
 
-Status 0, or one line that says what is wrong. Whoever started it bounds the time.
+Exits with status 0, or prints the error in one line. The caller limits the time.
 """
 
 import itertools
@@ -17,13 +17,13 @@ from tokenizers import models
 
 MAX_BYTES = 4 * 2**30
 MAX_GROWTH = 20  # NFKC turns one character into up to 18
-MAX_AROUND = 16  # special tokens around a text
+MAX_AROUND = 16  # special tokens added to a text
 USUAL = "a0 !\n\u00e9"
 RUN, PAIRS = 5000, 500
 
 
 def limit_memory() -> None:
-    """Of this process, where the system can."""
+    """Limit the memory of this process, where the system supports it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -33,10 +33,10 @@ def limit_memory() -> None:
 
 
 def texts(patterns: str) -> list[str]:
-    """Runs of characters and of pairs, of the usual ones and those that the expressions name."""
+    """Runs of one character and of pairs, made of `USUAL` characters and those in the expressions."""
     named = re.sub(r"[\\()\[\]{}|?*+^$.<>=:,]", "", patterns)
     characters = list(dict.fromkeys([*USUAL, *named]))[:18]
-    runs = [one * RUN + end for one in characters for end in ("", "\x01")]
+    runs = [character * RUN + end for character in characters for end in ("", "\x01")]
     return [*runs, *("".join(pair) * PAIRS + "\x01" for pair in itertools.permutations(characters, 2))]
 
 
@@ -60,7 +60,7 @@ def trouble(files: list[str]) -> str | None:
             return f"its normalizer makes {len(grown)} characters of {len(text)}"
         try:
             ids = inner.encode(text, add_special_tokens=False).ids
-        except Exception:  # no token for unknown characters: a matter of each document
+        except Exception:  # no token for unknown characters: reported for each document
             continue
         inner.decode(ids[:100])
     return None

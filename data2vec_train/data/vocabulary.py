@@ -1,6 +1,7 @@
-"""Tokenizer files: read, checked, and opened as the one tokenizer that pretraining, export and the heads share.
+"""Tokenizer files: reads, checks and opens the tokenizer that pretraining, export and the heads share.
 
-`tokenizer_facts` answers with json alone while a config is composed; nothing heavy is imported at the top.
+`tokenizer_facts` is called while a config is composed and needs only json, so this module imports nothing slow at the
+top.
 """
 
 import json
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 EMBEDDED = SAMPLES / "gpt2_bpe"
-# What each special token is called in the wild; the first is ours.
+# Common spellings of each special token; tokenizers trained here use the first.
 SPELLINGS = {
     "bos_id": ("<s>", "[CLS]", "<|startoftext|>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
     "pad_id": ("<pad>", "[PAD]", "<|pad|>"),
@@ -29,7 +30,7 @@ SPELLINGS = {
     "mask_id": ("<mask>", "[MASK]", "<|mask|>"),
 }
 SPECIALS = [spellings[0] for spellings in SPELLINGS.values()]
-# Where tokenizer_config.json names them; transformers puts the first of each pair around texts.
+# Fields of tokenizer_config.json; transformers adds the first of each pair to texts.
 NAMED = {
     "bos_id": ("cls_token", "bos_token"),
     "pad_id": ("pad_token",),
@@ -37,18 +38,18 @@ NAMED = {
     "unk_id": ("unk_token",),
     "mask_id": ("mask_token",),
 }
-MAX_FILE_BYTES = 2**28  # the largest released ones have some 35 MB
+MAX_FILE_BYTES = 2**28  # the largest released tokenizers have about 35 MB
 MAX_VOCABULARY = 2**22  # an id above needs an embedding of gigabytes; the largest released vocabularies have 1 M
 PROBE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and their ids, and which tokens begin, end, pad and hide a text.
+    """Tokens, their ids, and the special tokens.
 
     Attributes:
         ids: of the tokens in the file.
-        tokens: name of each special token ("bos_id" and so on); some may be new ones, behind the last id of the file.
+        tokens: special tokens by name ("bos_id" and so on); those that the file lacks get ids after its last one.
     """
 
     ids: Mapping[str, int]
@@ -56,7 +57,7 @@ class Vocabulary:
 
     @cached_property
     def new(self) -> dict[str, int]:
-        """Special tokens that the file lacks."""
+        """Special tokens that the file lacks, with their new ids."""
         size = max(self.ids.values()) + 1
         names = ("pad_id", "mask_id", "bos_id")
         absent = [self.tokens[name] for name in names if self.tokens[name] not in self.ids]
@@ -72,14 +73,14 @@ class Vocabulary:
 def tokenizer_facts(path: str | None, train_vocab_size: int | None) -> dict[str, int]:
     """`vocab_size`, `bos_id`, `pad_id`, `eos_id`, `unk_id` and `mask_id` of a tokenizer.
 
-    tokenizer_config.json beside the tokenizer says which tokens are special, otherwise their usual names do. Without a
-    token that begins or ends a text it is the other of the two. A tokenizer without either, or without a token for
-    padding or masking, gets one behind its last id, and `vocab_size` counts it. `unk_id` is that of padding where there
-    is no unknown token.
+    The special tokens are those named in tokenizer_config.json beside the tokenizer, else their common spellings. If
+    the token that begins a text or the one that ends it is missing, the other is used for both. If both, or the token
+    for padding or masking, are missing, they are added after the last id and counted in `vocab_size`. Without an
+    unknown token, `unk_id` is the id of padding.
 
     Args:
         path: a tokenizer.json, or a folder with one or with vocab.json and merges.txt; None = the embedded GPT-2 BPE.
-        train_vocab_size: a tokenizer of this size is going to be trained instead.
+        train_vocab_size: size of a tokenizer that will be trained instead.
 
     Raises:
         ConfigError: there is no tokenizer at `path`, it is damaged, or both arguments are given.
@@ -134,13 +135,13 @@ def ids_of(content: Any, where: str) -> dict[str, int]:
     """Token -> id, of the content of a tokenizer.json.
 
     Raises:
-        ConfigError: it is damaged; `where` says what it is.
+        ConfigError: it is damaged; `where` names it in the message.
     """
     try:
         ids = content["model"]["vocab"]
         if isinstance(ids, list):  # Unigram: pairs of token and score
             ids = {token: number for number, (token, _) in enumerate(ids)}
-        return ids | {one["content"]: one["id"] for one in content.get("added_tokens") or ()}
+        return ids | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where} is not a tokenizer ({type(error).__name__}: {error})") from error
 
@@ -152,7 +153,7 @@ def _json(path: Path) -> Any:
             raise ConfigError(f"{path} has {size} bytes; no tokenizer needs more than {MAX_FILE_BYTES}")
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ConfigError(f"{path} is not a tokenizer (lists within lists, too deep to read)") from error
+        raise ConfigError(f"{path} is not a tokenizer (its JSON is nested too deeply)") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a tokenizer ({type(error).__name__}: {error})") from error
 
@@ -173,7 +174,7 @@ def _check_ids(ids: dict[Any, Any], where: str) -> None:
 
 
 def _named(folder: Path) -> dict[str, str]:
-    """The special tokens that the files beside a tokenizer name."""
+    """The special tokens named in the files beside a tokenizer."""
     found: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         content = _json(folder / file) if (folder / file).is_file() else {}
@@ -189,23 +190,23 @@ def _named(folder: Path) -> dict[str, str]:
 
 
 def special_tokens(ids: Mapping[str, int], named: Mapping[str, str]) -> dict[str, str]:
-    """Names of the tokens that begin, end, pad and hide a text, and of the unknown one; see `tokenizer_facts`.
+    """The special tokens by name, chosen as `tokenizer_facts` describes.
 
     Args:
         ids: token -> id.
-        named: those that somebody names, if they are in `ids`.
+        named: preferred tokens by name; ignored if they are not in `ids`.
     """
     found = {
         name: next((token for token in (named.get(name), *spellings) if token in ids), None)
         for name, spellings in SPELLINGS.items()
     }
     for name in ("pad_id", "mask_id"):
-        # Many name the token that ends a text for padding; here padding has to be told from it.
+        # Many tokenizers pad with the token that ends a text; here padding must differ from it.
         others = {token for other, token in found.items() if other != name}
         if found[name] in others:
             found[name] = next((token for token in SPELLINGS[name] if token in ids and token not in others), None)
         found[name] = found[name] or SPELLINGS[name][0]
-    # Not padding: transformers counts positions without it.
+    # Not the padding token: transformers leaves it out when it counts positions.
     found["bos_id"] = found["bos_id"] or found["eos_id"] or SPELLINGS["bos_id"][0]
     found["eos_id"] = found["eos_id"] or found["bos_id"]
     found["unk_id"] = found["unk_id"] or found["pad_id"]
@@ -217,20 +218,20 @@ def special_tokens(ids: Mapping[str, int], named: Mapping[str, str]) -> dict[str
 
 
 def open_tokenizer(path: str | Path | None, *, trusted: bool = False) -> tuple["tokenizers.Tokenizer", Vocabulary]:
-    """The tokenizer at `path` as pretraining uses it: no padding, no truncation, no chance, special tokens recognised.
+    """The tokenizer at `path` for pretraining: no padding, truncation or dropout; special tokens in texts recognised.
 
     Args:
         path: see `tokenizer_facts`.
-        trusted: it was made by this program, and needs no trial.
+        trusted: it was made by this program; skip the test in a subprocess.
 
     Raises:
-        ConfigError: see `tokenizer_facts`; the library cannot read it, or it takes too long or too much memory.
+        ConfigError: as `tokenizer_facts`; the library cannot read it, or it takes too long or too much memory.
     """
     return open_files(tokenizer_files(path), trusted=trusted)
 
 
 def open_files(files: list[Path], *, trusted: bool = False) -> tuple["tokenizers.Tokenizer", Vocabulary]:
-    """The same for [tokenizer.json] or [vocab.json, merges.txt]."""
+    """`open_tokenizer` for [tokenizer.json] or [vocab.json, merges.txt]."""
     vocabulary = read_vocabulary(files)
     if not trusted and files[0].parent != EMBEDDED:
         _try_out(files)
@@ -253,12 +254,12 @@ def _read(files: list[Path]) -> "tokenizers.Tokenizer":
 
 
 def as_used(inner: "tokenizers.Tokenizer", vocabulary: Vocabulary, where: str) -> "tokenizers.Tokenizer":
-    """A tokenizer without what changes ids from call to call, and with its special tokens recognised in texts.
+    """A tokenizer without padding, truncation and dropout, which recognises its special tokens in texts.
 
-    transformers recognises them too, as tokenizer_config.json names them.
+    transformers does too, with the names in tokenizer_config.json.
 
     Raises:
-        ConfigError: the library gives tokens other ids than the file says.
+        ConfigError: the library gives tokens other ids than the file.
     """
     import tokenizers
     from tokenizers import AddedToken
@@ -266,7 +267,7 @@ def as_used(inner: "tokenizers.Tokenizer", vocabulary: Vocabulary, where: str) -
     inner.no_padding()
     inner.no_truncation()
     if getattr(inner.model, "dropout", None):
-        inner.model.dropout = None  # pieces drawn by chance: ids would differ from call to call
+        inner.model.dropout = None  # BPE dropout: ids would differ from call to call
     if vocabulary.new:
         content = json.loads(inner.to_str())
         for token, number in vocabulary.new.items():
@@ -274,7 +275,7 @@ def as_used(inner: "tokenizers.Tokenizer", vocabulary: Vocabulary, where: str) -
             if isinstance(content["model"]["vocab"], dict):  # otherwise the library gives it the next free id
                 content["model"]["vocab"][token] = number
         inner = tokenizers.Tokenizer.from_str(json.dumps(content))
-    known = {one.content for one in inner.get_added_tokens_decoder().values()}
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
     for name, token in vocabulary.tokens.items():
         if token not in known:
             inner.add_special_tokens([AddedToken(token, lstrip=name == "mask_id", normalized=False, special=True)])
@@ -291,7 +292,7 @@ def _added(token: str, number: int) -> dict[str, Any]:
 
 
 def _try_out(files: list[Path]) -> None:
-    """Let another process read a stranger's tokenizer and split a few texts, within bounds of time and memory."""
+    """Test an untrusted tokenizer on a few texts in a subprocess with limited time and memory."""
     script = Path(__file__).with_name("try_tokenizer.py")
     try:
         found = subprocess.run(
@@ -302,8 +303,8 @@ def _try_out(files: list[Path]) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
-            f"{files[0]}: the tokenizer does not get through a few short texts in {PROBE_SECONDS:.0f} s (an expression "
-            "in it that backtracks?); use another one"
+            f"{files[0]}: the tokenizer needs more than {PROBE_SECONDS:.0f} s for a few short texts (a regular "
+            "expression in it that backtracks?); use another one"
         ) from error
     if found.returncode != 0:
         lines = (found.stdout + b"\n" + found.stderr).decode("utf-8", "replace").strip().splitlines()
@@ -313,10 +314,10 @@ def _try_out(files: list[Path]) -> None:
 
 @contextmanager
 def splitting(text: str) -> Iterator[None]:
-    """Turns what the library raises while it splits a text into `BadSample`.
+    """Turn the exceptions that the library raises while splitting a text into `BadSample`.
 
-    It raises nothing more specific than `Exception` where it has no token for something, and a panic, which is none,
-    where an expression takes too many steps.
+    It raises a plain `Exception` if it has no token for a part, and a `PanicException`, which is no `Exception`, if a
+    regular expression takes too many steps.
     """
     try:
         yield

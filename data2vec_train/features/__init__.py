@@ -1,5 +1,5 @@
-"""What frozen features are worth: extraction, kNN and linear probes, the raw-input baseline.
+"""Quality of frozen features: extraction, kNN and linear probes, raw-input baselines.
 
-Open `embedding.py` for how features are taken and pooled, `measures.py` for the measures.
-A new measure: a function in `measures.py`.
+Open `embedding.py` for how features are extracted and pooled, `measures.py` for the measures.
+To add a measure, write a function in `measures.py`.
 """

@@ -1,6 +1,6 @@
-"""Features of recordings, images and texts, as arrays: weights in, vectors out; no Hydra, no Lightning.
+"""Features of recordings, images and texts as arrays, from trained weights; without Hydra and Lightning.
 
-Letters: see `encoders.base`; layer 0 is the input of the first block, layer n the output of block n.
+Letters as in `encoders.base`. Layer 0 is the input of the first block, layer n the output of block n.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +24,16 @@ Pooling = Literal["mean", "mean_std", "none"]
 def layer_tokens(
     encoder: ModalityEncoder, inputs: Tensor, attention_mask: Tensor | None, layers: Sequence[int]
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Tokens of some layers, (B, T, D) float32 each, without class token; and their mask (B, T) or None.
+    """Tokens of `layers`, (B, T, D) float32 each, without class token; and their mask (B, T) or None.
 
-    The last layer is what the encoder gives, a final norm included where it has one.
+    The last layer is the output of the encoder, including its final norm, if it has one.
     """
     tokens, mask = encoder.embed(inputs, attention_mask)
     context = ForwardContext(keep_hidden_states=True)
     last = encoder.contextualize(tokens, mask, context=context).tokens
     prefix = encoder.num_prefix_tokens
     found = [last if layer == encoder.depth else context.hidden_states[layer][:, prefix:] for layer in layers]
-    return [one.float() for one in found], mask
+    return [layer.float() for layer in found], mask
 
 
 def pool(tokens: Tensor, mask: Tensor | None, pooling: Literal["mean", "mean_std"]) -> Tensor:
@@ -55,9 +55,9 @@ def layer_numbers(layers: Literal["last", "all"] | int | Sequence[int], depth: i
     """
     wanted = {"last": [depth], "all": list(range(depth + 1))}.get(layers) if isinstance(layers, str) else layers
     wanted = [wanted] if isinstance(wanted, int) else wanted
-    if not wanted or any(not -depth - 1 <= one <= depth for one in wanted):
+    if not wanted or any(not -depth - 1 <= number <= depth for number in wanted):
         raise ConfigError(f"layers={layers}: expected last, all, or numbers from 0 to {depth}")
-    return [one % (depth + 1) for one in wanted]
+    return [number % (depth + 1) for number in wanted]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Embedder:
 
     Attributes:
         encoder: in evaluation mode.
-        layers: their numbers.
+        layers: numbers of the layers.
         pooling: "mean" or "mean_std" over the tokens, "none" = every token.
-        pad_value: what shorter inputs are filled up with.
-        budget: the most that a batch may hold, in units of the inputs' last axis.
+        pad_value: appended to shorter inputs.
+        budget: largest size of a padded batch, in units of the inputs' last axis.
+        max_batch: most inputs in a batch.
     """
 
     encoder: ModalityEncoder
@@ -82,11 +83,11 @@ class Embedder:
     def __call__(self, inputs: Sequence[Tensor]) -> list[list[np.ndarray]]:
         """For each input the features of each layer, (D,), (2 D,) or (T, D) float32.
 
-        Inputs are batched by length: what an input shares a batch with depends on the list, and its features on that
-        by no more than rounding.
+        Inputs are batched by length, so the batch of an input depends on the list; its features depend on the batch
+        only by rounding.
         """
         found: list[list[np.ndarray]] = [[] for _ in inputs]
-        for rows in self._batches([one.shape[-1] for one in inputs]):
+        for rows in self._batches([tensor.shape[-1] for tensor in inputs]):
             batch, mask = self._stack([inputs[row] for row in rows])
             device = next(self.encoder.parameters()).device
             moved = None if mask is None else mask.to(device)
@@ -113,13 +114,13 @@ class Embedder:
             yield batch
 
     def _stack(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        sizes = torch.tensor([one.shape[-1] for one in inputs])
+        sizes = torch.tensor([tensor.shape[-1] for tensor in inputs])
         longest = int(sizes.max())
         if bool((sizes == longest).all()):
             return torch.stack(list(inputs)), None
         stacked = inputs[0].new_full((len(inputs), *inputs[0].shape[:-1], longest), self.pad_value)
-        for row, one in zip(stacked, inputs, strict=True):
-            row[..., : one.shape[-1]] = one
+        for row, tensor in zip(stacked, inputs, strict=True):
+            row[..., : tensor.shape[-1]] = tensor
         return stacked, torch.arange(longest) < sizes[:, None]
 
 
@@ -131,12 +132,12 @@ def embed_inputs(
     pooling: Pooling = "mean",
     device: str = "cpu",
 ) -> list[list[np.ndarray]]:
-    """Features of files, arrays or texts by trained weights; the Python call beside `python -m data2vec_train.embed`.
+    """Features of files, arrays or texts from trained weights; `python -m data2vec_train.embed` as a Python call.
 
     Args:
-        path: whatever `load_pretrained` reads, with its preprocessor or tokenizer beside it.
+        path: anything that `load_pretrained` reads, with its preprocessor or tokenizer beside it.
         inputs: recordings (files, or waveforms (S,) at the model's rate), images (files, or 8-bit arrays (H, W, C)),
-            or texts, of which no more is read than the encoder has positions for.
+            or texts, which are cut to the number of positions of the encoder.
         layers: "last", "all", or numbers.
         pooling: see `Embedder`.
         device: where to compute.
@@ -145,7 +146,7 @@ def embed_inputs(
         For each input a list with the features of each layer: (D,), with "mean_std" (2 D,), with "none" (T, D).
 
     Raises:
-        ConfigError: the weights cannot be read, or do not say how inputs are prepared.
+        ConfigError: the weights cannot be read, or the preparation of inputs is unknown.
         BadSample: an input cannot be used.
     """
     from data2vec_train.encoders.text import TextEncoder
@@ -162,7 +163,7 @@ def embed_inputs(
             raise ConfigError(f"{path} has no tokenizer beside it")
         tokenizer = TextTokenizer.from_pretrained(model.source)
         tokenizer.check_fits(model.config)
-        # Without the token that ends a text, as in the blocks of pretraining and of the command.
+        # Without the token that ends a text, as in pretraining and in the embed command.
         found = [tokenizer.beginning(text, encoder.max_tokens) for text in _texts(inputs)]
         tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
@@ -176,7 +177,7 @@ def embed_inputs(
         transform = AudioTransform(normalise=how.do_normalize, sample_rate_hz=rate, max_seconds=float("1e9"))
         options = {"sample_rate_hz": rate, "channels": encoder.channels, "min_seconds": 0.0}
         options |= {"min_level": 0.0, "max_level": float("inf")}
-        waves = [transform.train(_decoded(decode_audio, one, number, options)) for number, one in enumerate(inputs)]
+        waves = [transform.train(_decoded(decode_audio, value, number, options)) for number, value in enumerate(inputs)]
         return Embedder(encoder, numbers, pooling)(waves)
     from data2vec_train.data.image import ImageTransform, decode_image
     from data2vec_train.weights.preprocessing import ImageProcessor
@@ -194,26 +195,28 @@ def embed_inputs(
         **plain,
     )
     options = {"channels": channels, "max_pixels": 89_478_485, **how.notes}
-    tensors = [transform.evaluate(_decoded(decode_image, one, number, options)) for number, one in enumerate(inputs)]
+    tensors = [
+        transform.evaluate(_decoded(decode_image, value, number, options)) for number, value in enumerate(inputs)
+    ]
     return Embedder(encoder, numbers, pooling)(tensors)
 
 
-def _decoded(decode: Callable[..., np.ndarray], one: Any, number: int, options: Mapping[str, Any]) -> np.ndarray:
+def _decoded(decode: Callable[..., np.ndarray], value: Any, number: int, options: Mapping[str, Any]) -> np.ndarray:
     try:
-        return decode(Path(one).expanduser() if isinstance(one, str) else one, **options)
+        return decode(Path(value).expanduser() if isinstance(value, str) else value, **options)
     except BadSample as error:
-        raise BadSample(f"{one if isinstance(one, (str, Path)) else f'input {number}'}: {error}") from error
+        raise BadSample(f"{value if isinstance(value, (str, Path)) else f'input {number}'}: {error}") from error
 
 
 def _texts(inputs: Sequence[Any]) -> list[str]:
-    wrong = next((one for one in inputs if not isinstance(one, str)), None)
+    wrong = next((value for value in inputs if not isinstance(value, str)), None)
     if wrong is not None:
         raise BadSample(f"{type(wrong).__name__}, not a text")
     return list(inputs)
 
 
 def _prepared_by(model: Any, kind: type, path: str | Path) -> Any:
-    found = next((one for one in model.preparation if isinstance(one, kind)), None)
+    found = next((candidate for candidate in model.preparation if isinstance(candidate, kind)), None)
     if found is None:
-        raise ConfigError(f"{path} has no preprocessor_config.json beside it, which says how inputs are prepared")
+        raise ConfigError(f"{path} has no preprocessor_config.json beside it, which is needed to prepare inputs")
     return found

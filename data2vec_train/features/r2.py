@@ -1,4 +1,4 @@
-"""Does the student solve the pretext task on samples that never trained it?"""
+"""R2 of the student's predictions on held-out samples."""
 
 from collections.abc import Iterable
 
@@ -10,23 +10,23 @@ from data2vec_train.objective.data2vec import Data2Vec
 
 @torch.no_grad()
 def held_out_r2(objective: Data2Vec, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int, int]:
-    """R2, the share of the targets' variance that is predicted at hidden positions; how many positions and samples.
+    """R2, the share of the targets' variance predicted at masked positions; and the number of positions and samples.
 
-    R2 = 1 - sum (p - y)^2 / sum (y - mean y)^2 over all hidden positions and channels, the mean per channel. 1 =
-    predicted exactly, 0 = no better than always predicting the mean; below 0 = worse. Targets come from the teacher as
-    it is now: they change in the course of training, and richer ones are harder to predict.
+    R2 = 1 - sum (p - y)^2 / sum (y - mean y)^2 over all masked positions and channels, with the mean per channel. 1 =
+    exact prediction, 0 = no better than predicting the mean, below 0 = worse. Targets come from the current teacher:
+    they change during training, and richer targets are harder to predict.
 
     Args:
-        objective: student, teacher and decoder; put into evaluation mode for the time being.
-        batches: masked ones.
-        device: where the objective is.
+        objective: student, teacher and decoder; put into evaluation mode during the call.
+        batches: batches with masks.
+        device: of the objective.
     """
     was_training = objective.training
     objective.eval()
     count, samples, error = 0, 0, torch.zeros((), dtype=torch.float64, device=device)
     total = squares = 0.0
     try:
-        # Decoder noise: the same every time, and nothing of the training's randomness is used up.
+        # Use the same decoder noise at each call, and keep the random state of training.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             for batch in batches:

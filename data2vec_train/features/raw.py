@@ -1,4 +1,4 @@
-"""The input itself as features: what an encoder has to beat. All take (inputs, attention_mask) of a batch."""
+"""Raw inputs as features: the baselines of the probes. All functions take (inputs, attention_mask) of a batch."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ RAW_INPUT_PX = 32
 
 
 def raw_pixels(inputs: Tensor, attention_mask: Tensor | None) -> np.ndarray:
-    """Images (B, C, H, W) as rows of pixels; sides above 32 px are averaged down, distances would only get noisier."""
+    """Images (B, C, H, W) as rows of pixels; sides above 32 px are averaged down, since more pixels add only noise."""
     size = [min(side, RAW_INPUT_PX) for side in inputs.shape[-2:]]
     return F.adaptive_avg_pool2d(inputs, size).flatten(1).numpy()
 

@@ -4,8 +4,8 @@ import time
 
 
 def seconds_since(start: float) -> float:
-    """Since `time.perf_counter()` gave `start`.
+    """Seconds since `time.perf_counter()` returned `start`.
 
-    0 where that clock ran backward, as it does on virtual machines that move or wake up, and under tools that set it.
+    0 if that clock ran backward, as on virtual machines that are moved or resumed, or if a tool sets it.
     """
     return max(0.0, time.perf_counter() - start)

@@ -1,6 +1,6 @@
-"""What is relied on in Hydra, Lightning and torch besides their public interfaces: names, and the words of errors.
+"""Everything used of Hydra, Lightning and torch beyond their public interfaces: names, and the texts of errors.
 
-Nothing heavy is imported before it is asked for.
+The libraries are imported only when they are needed.
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import Any
 from data2vec_train.errors import ConfigError, DataError, LostProcess
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Names: MODULE:NAME, with () where an object is made first. A new version may lack any of them.
+# Names: MODULE:NAME, with () where an object is constructed first. A new version may lack any of them.
 
 PRIVATE = (
     "hydra._internal.utils:_run_hydra",
@@ -46,10 +46,10 @@ _TESTED |= {"datasets": "datasets==5.2.0"}
 
 
 def private(path: str) -> Any:
-    """What a name of `PRIVATE` stands for.
+    """The object that a name of `PRIVATE` refers to.
 
     Raises:
-        ConfigError: the installed version has it no more.
+        ConfigError: the installed version lacks it.
     """
     module, _, names = path.partition(":")
     package = module.split(".")[0]
@@ -69,28 +69,27 @@ def private(path: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loader processes: torch says in words only what became of one
+# Loader processes: torch reports their end only in the text of an error
 
 SHARED_MEMORY = (
-    "loader processes hand batches over in shared memory (/dev/shm), and there is no room left: give the container "
-    "more (docker run --shm-size=8g), or lower data.num_workers, data.prefetch_factor or the batch; data.num_workers=0 "
-    "needs none"
+    "loader processes send batches through shared memory (/dev/shm), which is full: give the container more (docker "
+    "run --shm-size=8g), or lower data.num_workers, data.prefetch_factor or the batch; data.num_workers=0 needs none"
 )
 OPEN_FILES = (
     "too many open files: raise the limit (ulimit -n 65536), or lower data.num_workers or data.prefetch_factor; "
     "data.num_workers=0 needs the fewest"
 )
 KILLED = (
-    "a loader process was killed (out of memory?); the same command goes on. Fewer data.num_workers, or a lower "
-    "data.prefetch_factor, take less memory"
+    "a loader process was killed (out of memory?); the same command continues the run. Lower data.num_workers or "
+    "data.prefetch_factor to use less memory"
 )
 CRASHED = (
-    "a loader process crashed ({}): a file that its decoder cannot take, or a bug in a library. With "
-    "data.num_workers=0 it happens in this process, and python -X faulthandler says where"
+    "a loader process crashed ({}): a file that crashes its decoder, or a bug in a library. With data.num_workers=0 it "
+    "crashes in this process, and python -X faulthandler shows where"
 )
 _NO_ROOM = r"No space left on device|unable to (allocate|resize|mmap|write to file).*(shared|shm|torch_)|Bus error"
 _NO_FILES = r"Too many open files|received \d+ items of ancdata"
-_BROKEN = (ConnectionError, EOFError, FileNotFoundError)  # a batch was to be fetched from a process that is gone
+_BROKEN = (ConnectionError, EOFError, FileNotFoundError)  # raised while receiving a batch from a process that has ended
 _NO_PROCESS = (errno.EAGAIN, errno.ENOMEM)
 _WORKER = (
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) "
@@ -99,11 +98,11 @@ _WORKER = (
 
 
 def loader_fault(error: BaseException, exit_code: int | None = None) -> DataError | LostProcess | None:
-    """What an error that torch raised says about a loader process; None when it is about something else.
+    """Error of this package for an error of torch about a loader process; None if it has another cause.
 
     Args:
-        error: as it came.
-        exit_code: of the process, where it is known: negative after a signal.
+        error: raised by torch.
+        exit_code: of the loader process, if known; negative after a signal.
     """
     text = str(error)
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or re.search(_NO_FILES, text):
@@ -114,25 +113,25 @@ def loader_fault(error: BaseException, exit_code: int | None = None) -> DataErro
     broken = is_broken(error)
     if found is None and not broken:
         return None
-    said = None if found is None else found["signal"]
+    signal_name = None if found is None else found["signal"]
     if exit_code is None and found is not None and found["code"]:
         exit_code = int(found["code"])
-    if said == "Killed" or exit_code == -9 or (said is None and exit_code is None):
+    if signal_name == "Killed" or exit_code == -9 or (signal_name is None and exit_code is None):
         return LostProcess(KILLED)
     if exit_code == -7:
         return DataError(SHARED_MEMORY)
-    how = said or (f"signal {-exit_code}" if exit_code and exit_code < 0 else f"exit status {exit_code}")
+    how = signal_name or (f"signal {-exit_code}" if exit_code and exit_code < 0 else f"exit status {exit_code}")
     return DataError(CRASHED.format(how.strip()))
 
 
 def is_broken(error: BaseException) -> bool:
-    """Whether a batch could not be fetched from its loader process; errors that come from there say so."""
+    """Whether receiving a batch from a loader process failed; errors raised in that process itself do not count."""
     return isinstance(error, _BROKEN) and " in DataLoader worker process" not in str(error)
 
 
 def start_fault(error: OSError) -> DataError | None:
-    """Why loader processes cannot be started; None when it is something else."""
-    if error.errno in (errno.ENOSPC, errno.ENOSYS):  # of the semaphores, which lie there too
+    """Error of this package if loader processes cannot be started; None for other causes."""
+    if error.errno in (errno.ENOSPC, errno.ENOSYS):  # from semaphores, which are in shared memory too
         return DataError(SHARED_MEMORY)
     if error.errno in _NO_PROCESS:
         return DataError(f"loader processes cannot be started ({error.strerror}): lower data.num_workers")
@@ -140,7 +139,7 @@ def start_fault(error: OSError) -> DataError | None:
 
 
 def exit_code(batches: Iterator | None, *, wait_s: float) -> int | None:
-    """Of a loader process behind an iterator of torch that has ended, waiting so long for it; None = of none."""
+    """Exit code of a loader process of torch's iterator, waiting up to `wait_s`; None if none has ended."""
     workers, end = getattr(batches, "_workers", ()), time.monotonic() + wait_s
     while workers:
         codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
@@ -155,11 +154,11 @@ def exit_code(batches: Iterator | None, *, wait_s: float) -> int | None:
 
 
 def own_processes(trainer: Any) -> None:
-    """Keep Lightning's hands off signals and processes.
+    """Replace Lightning's handling of signals and processes.
 
-    Its handlers save, and talk to other processes, in the middle of a step (states come out torn, runs hang when only
-    some processes get the signal), and with several processes it waits for the device twice per step to ask about
-    them. Its watch over the processes that it starts kills all of them, this one too, when one ends before its time.
+    Its signal handlers save and communicate in the middle of a step: saved states are inconsistent, and the run hangs
+    if only some processes get the signal. With several processes it synchronises with the device twice per step to ask
+    for signals. If one process that it started ends early, its observer kills all of them, including this one.
     """
     from lightning.pytorch.strategies.launchers import subprocess_script
 
@@ -171,4 +170,4 @@ def own_processes(trainer: Any) -> None:
 
 
 def _nothing() -> None:
-    """In place of what Lightning would do."""
+    """Replaces methods of Lightning."""

@@ -1,20 +1,20 @@
-"""Classes and settings that configs name, and what earlier versions called them.
+"""Old names of classes and settings in configs, and their current names.
 
-Old runs and checkpoints still work: their configs and commands are read with the names of today. On a command line and
-in a user's own file an old name of a setting is a fault, which says the new one.
+Old runs and checkpoints still work: their saved configs and commands are translated to the current names. On a command
+line or in a user's own file an old setting is an error, which names the new one.
 """
 
 import copy
 import re
 from typing import Any
 
-# Setting, then and now.
+# Old and current setting.
 SETTINGS = {
     "objective.views": "objective.masks_per_sample",
     "objective.targets.tap": "objective.targets.target_layer",
 }
 
-# Module below `data2vec_train`, then and now.
+# Old and current module below `data2vec_train`.
 _MODULES = {
     "data.sources": "data.sources.files",
     "data.sources_hf": "data.sources.hf",
@@ -47,14 +47,14 @@ _MODULES = {
 }
 
 
-# Class in its module of today, then and now.
+# Old and current class, with its current module.
 _CLASSES = {
     "encoders.waveform.AudioEncoder": "encoders.waveform.WaveformEncoder",
 }
 
 
 def current(target: str) -> str:
-    """The dotted path of a class today, for what an earlier version may have called it."""
+    """The current dotted path of a class; `target` may be the path in an earlier version."""
     if not target.startswith("data2vec_train."):
         return target
     module, _, name = target.removeprefix("data2vec_train.").rpartition(".")
@@ -63,7 +63,7 @@ def current(target: str) -> str:
 
 
 def with_current_names(tree: Any) -> Any:
-    """A config of dicts and lists in which every `_target_` has the name of today."""
+    """A config of dicts and lists with the current name in every `_target_`."""
     if isinstance(tree, dict):
         return {
             key: current(value) if key == "_target_" and isinstance(value, str) else with_current_names(value)
@@ -73,7 +73,7 @@ def with_current_names(tree: Any) -> Any:
 
 
 def with_current_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The whole config of a run in which every `_target_` and every setting has the name of today."""
+    """The whole config of a run with the current name of every `_target_` and setting."""
     config = copy.deepcopy(with_current_names(config))
     for old, new in SETTINGS.items():
         above, name = _node_of(config, old)
@@ -84,7 +84,7 @@ def with_current_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _node_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping that holds a setting, None where there is none; and the setting's own name."""
+    """The mapping that contains a setting, or None; and the setting's own name."""
     *parents, name = path.split(".")
     node: Any = config
     for parent in parents:
@@ -93,7 +93,7 @@ def _node_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, 
 
 
 def with_current_setting(override: str) -> str:
-    """An override of a saved command with the name that its setting has today."""
+    """An override of a saved command with the current name of its setting."""
     plus, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", override, re.DOTALL).groups()
     for old, new in SETTINGS.items():
         rest = rest.replace(f"${{{old}}}", f"${{{new}}}")

@@ -1,8 +1,8 @@
-"""What commands write: whole or not at all, and by one process at a time.
+"""Atomic writing of outputs, by one process at a time.
 
-A file or folder is written under a hidden name beside its place and renamed when its content is on the disk; an earlier
-one with that name stays until then. A lock file keeps other processes out meanwhile. The system releases the lock when
-the process ends, however it ends, and the next writer removes what an ended one left unfinished.
+A file or folder is written under a hidden name in the same folder and renamed after its content is synced to the disk;
+an existing output of that name stays until then. Meanwhile a lock file excludes other processes. The system releases
+the lock whenever the process ends, and the next writer removes unfinished outputs.
 """
 
 import errno
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 MANIFEST = "manifest.json"
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks
 
 _held: dict[int, Path] = {}  # lock files by their descriptors in this process
 
@@ -38,22 +38,22 @@ _held: dict[int, Path] = {}  # lock files by their descriptors in this process
 
 
 class Locked(ConfigError):
-    """Another process has the lock. The text says which."""
+    """Another process holds the lock; the text names it."""
 
 
 def take_lock(file: Path, what: str, *, wait: bool = False) -> int | None:
-    """Lock a file that exists for this purpose only; it is created if it does not exist.
+    """Lock a lock file; it is created if it does not exist.
 
     Args:
         file: the lock file.
-        what: the thing that it protects, for messages.
-        wait: wait for the process that has the lock.
+        what: the protected output, for messages.
+        wait: wait for the process that holds the lock.
 
     Returns:
-        What `release` takes. None if the file system has no locks, which the log then says.
+        Argument of `release`. None, with a warning, if the file system has no locks.
 
     Raises:
-        Locked: another process has the lock.
+        Locked: another process holds the lock.
     """
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -61,7 +61,7 @@ def take_lock(file: Path, what: str, *, wait: bool = False) -> int | None:
             if not lock_descriptor(handle, blocking=False):
                 if not wait:
                     raise Locked(
-                        f"{what}: another process is at work there ({_owner(handle)}); wait for its end, or stop it"
+                        f"{what}: another process is using it ({_owner(handle)}); wait until it ends, or stop it"
                     )
                 log.info("%s: waiting for another process (%s)", what, _owner(handle))
                 lock_descriptor(handle)
@@ -69,7 +69,7 @@ def take_lock(file: Path, what: str, *, wait: bool = False) -> int | None:
                 _sign(handle)
                 _held[handle] = file
                 return handle
-            os.close(handle)  # the process that had it has removed the file: another one may have made it again
+            os.close(handle)  # its previous owner removed the file, and another process may have created it again
         except OSError as error:
             os.close(handle)
             if error.errno not in WITHOUT_LOCKS:
@@ -82,10 +82,10 @@ def take_lock(file: Path, what: str, *, wait: bool = False) -> int | None:
 
 
 def lock_directory(path: Path) -> None:
-    """Keep other processes out of a directory until this one ends, and remove what ended ones left unfinished.
+    """Lock a directory until this process ends, and remove the unfinished outputs of ended processes.
 
     Raises:
-        Locked: another process is in it.
+        Locked: another process holds the lock.
     """
     file = path.resolve() / "lock"
     if file not in _held.values():
@@ -94,15 +94,15 @@ def lock_directory(path: Path) -> None:
 
 
 def release(handle: int, *, remove: bool = False) -> None:
-    """Give a lock back; with `remove` the lock file goes too."""
+    """Release a lock; with `remove` also remove the lock file."""
     file = _held.pop(handle)
-    if remove and os.name != "nt":  # where open files cannot be removed
+    if remove and os.name != "nt":  # Windows cannot remove open files
         file.unlink(missing_ok=True)
     os.close(handle)
 
 
 def lost(path: Path) -> bool:
-    """Whether a directory that this process has locked was removed, or replaced by another of its name."""
+    """Whether a directory that this process has locked was removed or replaced."""
     file = path.resolve() / "lock"
     return any(held == file and not _is_at(handle, file) for handle, held in _held.items())
 
@@ -115,7 +115,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _sign(handle: int) -> None:
-    """Say who has the lock. The first byte stays empty: it is what Windows locks, and nobody else can read it there."""
+    """Write the owner into the lock file. Windows locks the first byte against reading, so the note starts after it."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     note = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
     os.lseek(handle, 0, os.SEEK_SET)
@@ -128,12 +128,12 @@ def _owner(handle: int) -> str:
     try:
         note = json.loads(os.read(handle, 4096))
         return f"process {note['pid']} on {note['host']}, since {note['since']}"
-    except (ValueError, TypeError, KeyError, RecursionError):  # it has not signed yet
-        return "it does not say which"
+    except (ValueError, TypeError, KeyError, RecursionError):  # not written yet
+        return "its id is unknown"
 
 
 def _forget_locks() -> None:
-    """In a forked child: a loader process that outlives its parent must not keep the parent's locks."""
+    """Run in a forked child: a loader process that outlives its parent must not keep the parent's locks."""
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -148,10 +148,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def output_path(value: object, *, make_parents: bool = False) -> Path:
-    """What the setting `out` says, in a folder that exists or, with `make_parents`, is made.
+    """Path of the setting `out`; its folder must exist or, with `make_parents`, is made.
 
     Raises:
-        ConfigError: it names no file in an existing folder.
+        ConfigError: it is not a file name in an existing folder.
     """
     out = Path("" if value is None else str(value)).expanduser()
     if out.name in ("", "..") or "\0" in str(out):
@@ -164,10 +164,10 @@ def output_path(value: object, *, make_parents: bool = False) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Only what is not there is made.
+    """Refuse to overwrite an output.
 
     Raises:
-        ConfigError: it exists.
+        ConfigError: `out` exists.
     """
     if os.path.lexists(out):
         raise ConfigError(f"out={out} exists already; choose another name, or remove it")
@@ -175,7 +175,7 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def sole_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
-    """Inside, no other process writes `out`; what ended ones left unfinished is removed first.
+    """Lock `out` for writing; unfinished outputs of ended processes are removed first.
 
     Args:
         out: a file or folder.
@@ -200,9 +200,9 @@ def sole_writer(out: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Gives a name beside `out`; the file or folder that is made under it takes the place of `out` at the end.
+    """Yield a temporary path beside `out`; the file or folder made there replaces `out` at the end.
 
-    After an error it is removed, and `out` is as it was. A folder takes the place of an earlier one.
+    After an error it is removed, and `out` is unchanged. An existing folder is replaced too.
     """
     unfinished = _beside(out)
     try:
@@ -217,7 +217,7 @@ def writing(out: Path) -> Iterator[Path]:
             unfinished.replace(out)
         sync_directory(out.parent)
     except OSError as error:
-        error.filename = error.filename or str(out)  # a failed write does not know its file
+        error.filename = error.filename or str(out)  # the error of a failed write has no file name
         raise
     finally:
         remove(unfinished)
@@ -228,13 +228,13 @@ def _beside(out: Path) -> Path:
 
 
 def cached_folder(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder that one process makes for all that need it, now or later.
+    """A cached folder; one process makes it, others wait for it.
 
-    Its manifest.json has the SHA-256 of each file. A folder that is not what was written is made anew.
+    Its manifest.json has the SHA-256 of each file. A folder that does not match it is made again.
 
     Args:
-        folder: below a cache.
-        make: writes the files into a folder that is empty.
+        folder: path in a cache.
+        make: writes the files into an empty folder.
 
     Returns:
         `folder`.
@@ -242,9 +242,9 @@ def cached_folder(folder: Path, make: Callable[[Path], None]) -> Path:
     if not _is_whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with sole_writer(folder, wait=True):
-            if not _is_whole(folder):  # else another process made it meanwhile
+            if not _is_whole(folder):  # another process may have made it in the meantime
                 if folder.exists():
-                    log.warning("%s is not what was written; it is made anew", folder)
+                    log.warning("%s is damaged; it is made again", folder)
                 with writing(folder) as unfinished:
                     unfinished.mkdir()
                     make(unfinished)
@@ -267,7 +267,7 @@ def _hash(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file with a line of JSON for each; damaged lines are left out, and counted in the log."""
+    """The objects in a file of JSON lines; damaged lines are skipped, and their number is logged."""
     rows, damaged = [], 0
     for line in path.read_bytes().splitlines():
         try:
@@ -279,20 +279,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         else:
             damaged += 1
     if damaged:
-        log.warning("%s: %d damaged lines are left out", path, damaged)
+        log.warning("%s: %d damaged lines are skipped", path, damaged)
     return rows
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of a small file; readers see the old or the new one, never a part."""
+    """Replace the content of a small file; readers see the old or the new content, never a part."""
     with writing(path) as unfinished, unfinished.open("wb") as file:
         file.write(content)
 
 
 def sweep(directory: Path) -> None:
-    """Remove what interrupted writers left behind in a directory whose lock this process has.
+    """Remove unfinished outputs in a directory whose lock this process holds.
 
-    Outputs that other commands make there have locks of their own, and stay.
+    Outputs that another command is writing there have a lock file of their own, and stay.
     """
     for path in directory.glob(f".*{UNFINISHED}"):
         name = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", path.name)
@@ -306,7 +306,7 @@ def _unfinished(out: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -314,7 +314,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put the content of a file, or of all files below a folder, on the disk."""
+    """Sync the content of a file, or of all files below a folder, to the disk."""
     if path.is_dir():
         for child in path.iterdir():
             sync(child)
@@ -325,14 +325,14 @@ def sync(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Put the names in a directory on the disk."""
+    """Sync the names in a directory to the disk."""
     if os.name == "nt":  # directories cannot be opened there
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep names in order by themselves
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync directories
             raise
     finally:
         os.close(handle)

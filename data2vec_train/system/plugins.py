@@ -1,4 +1,4 @@
-"""Modules of the user, which `DATA2VEC_PLUGINS` or an installed package names."""
+"""Modules of the user, named by `DATA2VEC_PLUGINS` or by entry points of installed packages."""
 
 import importlib
 import importlib.metadata
@@ -11,11 +11,11 @@ from data2vec_train.errors import ConfigError
 plugin_packages: set[str] = set()
 
 
-plugin_modules: list[str] = []  # which loader processes import too
+plugin_modules: list[str] = []  # imported by loader processes too
 
 
 def load_plugins() -> None:
-    """Imports the modules in DATA2VEC_PLUGINS and the entry points `data2vec_train.plugins`; both fill the ConfigStore.
+    """Import the modules in DATA2VEC_PLUGINS and in entry points `data2vec_train.plugins`; they fill the ConfigStore.
 
     Raises:
         ConfigError: A plugin, or a module that it imports, cannot be found.
@@ -30,7 +30,7 @@ def load_plugins() -> None:
         except ModuleNotFoundError as error:
             source = "DATA2VEC_PLUGINS" if name in named else "an installed package"
             raise ConfigError(
-                f"{source} names the plugin {name}, and there is no module {error.name}; it has to be importable from "
+                f"{source} names the plugin {name}, but there is no module {error.name}; it must be importable from "
                 f"{Path.cwd()} or installed"
             ) from error
         plugin_packages.add(name.split(".")[0])

@@ -1,10 +1,10 @@
-"""How a command ends before its time: when it is told to by a signal, and when another of its processes is gone.
+"""Early end of a command: after a signal, or when another process of the run has ended.
 
-Python runs handlers of signals in the main thread, between two of its instructions: a main thread that waits in C (for
-other processes, for a disk that is gone) never gets there. So a thread reads the signals too, and ends the process
-when the main thread has not done so in time.
+Python runs signal handlers in the main thread, between two instructions of Python. A main thread that blocks in C (on
+other processes, on a lost disk) never runs them. So a second thread reads the signals too, and ends the process if the
+main thread does not end in time.
 
-Imports nothing heavy: signals are heard from the first moment of a command.
+Imports nothing slow, so that signals are handled from the start of a command.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from data2vec_train.system.compat import is_broken, loader_fault
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 INTERRUPTED, INTERRUPTED_BY_USER, LOST = 75, 130, 76  # exit statuses
 PATIENCE_S = 30.0  # see `Listener.patience_s`
-NEWS_S = 5.0  # after an error, for the news that another process is gone
-FAREWELL_S = 10.0  # for the main thread to leave by itself when another process is gone
+NEWS_S = 5.0  # after an error, time to learn whether another process has ended
+FAREWELL_S = 10.0  # time for the main thread to end by itself after another process has ended
 
 
 @dataclass(frozen=True)
 class Gone:
-    """Another process of the run has left; this one cannot go on.
+    """Another process of the run has ended; this one cannot continue.
 
     Attributes:
-        status: to exit with.
+        status: exit status for this process.
         line: what happened.
     """
 
@@ -48,16 +48,16 @@ class Gone:
 
 
 class Listener:
-    """What a process has been told.
+    """Signals and lost processes that this process has to react to.
 
     Attributes:
         received: number of the first signal; 0 = none.
-        noting: a signal is only noted, and whoever trains asks for it at the edge of a step; otherwise it is raised as
-            `Interrupted`, wherever the main thread is.
-        patience_s: after a signal, the longest time in which nothing moves before the process is ended as it is.
-        gone: another process of the run that has left; None while all are there.
-        accompanied: whether somebody looks after the other processes of the run, and would say that one is gone.
-        decided: this process ends for a reason of its own; what becomes of the others is no news any more.
+        noting: True: a signal is only recorded, and the training loop checks for it after each step. False: it is
+            raised as `Interrupted` in the main thread at once.
+        patience_s: after a signal, the process is ended if it makes no progress for this long.
+        gone: another process of the run that has ended; None while all are running.
+        accompanied: whether the other processes of the run are monitored, so that `gone` will be set.
+        decided: this process ends for a reason of its own; the end of others is ignored.
         children: processes of the run that this one has started.
     """
 
@@ -77,14 +77,14 @@ class Listener:
         self._announced = False
         self._interrupts = 0
         self._moved = time.monotonic()
-        self._leave_at: float | None = None  # because another process is gone
+        self._leave_at: float | None = None  # set when another process has ended
         self._factor = 1.0
         self._process: int | None = None
         self._wake: socket.socket | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are heard; afterwards handlers are as before. Within another one it does nothing."""
+        """Handle signals inside the context and restore the handlers on exit. Nested contexts do nothing."""
         if self._process == os.getpid() or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -94,8 +94,8 @@ class Listener:
         reader, self._wake = socket.socketpair()
         reader.setblocking(False)
         self._wake.setblocking(False)
-        heard = [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        before = {one: signal.signal(one, self._handle) for one in heard}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self._handle) for number in heard}
         fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         watch = threading.Thread(target=self._watch, args=(reader, frozenset(heard)), daemon=True, name="signals")
         watch.start()
@@ -103,16 +103,16 @@ class Listener:
             yield
         finally:
             signal.set_wakeup_fd(fd)
-            for one, handler in before.items():
-                signal.signal(one, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             self._process = None
-            self._wake.shutdown(socket.SHUT_RDWR)  # to close it would not do: forked processes have it too
+            self._wake.shutdown(socket.SHUT_RDWR)  # closing is not enough: forked processes hold it open too
             watch.join()
             self._wake.close()
             reader.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that was forked a moment ago
+        if os.getpid() != self._process:  # a newly forked process
             return
         self.received = self.received or number
         if not self.noting and not self._raised:
@@ -122,12 +122,12 @@ class Listener:
     # ------------------------------------------------------------------------------------------------ the other thread
 
     def moved(self) -> None:
-        """Say that the work goes on; the patience begins anew."""
+        """Report progress: restart the time of `patience_s`."""
         self._moved = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self, factor: float) -> Iterator[None]:
-        """Inside, nothing need move for so many times longer: a checkpoint is written."""
+        """Multiply `patience_s` by `factor` inside the context, while a checkpoint is written."""
         self.moved()
         self._factor = factor
         try:
@@ -137,7 +137,7 @@ class Listener:
             self.moved()
 
     def lose(self, gone: Gone) -> None:
-        """Another process has left: this one follows."""
+        """Another process has ended: end this one too."""
         if self.gone is None and not self.decided:
             self.gone = gone
             self._leave_at = time.monotonic() + FAREWELL_S
@@ -145,12 +145,12 @@ class Listener:
             self._nudge()
 
     def decide(self) -> None:
-        """See `decided`."""
+        """Set `decided`."""
         self.decided = True
         self.gone = self._leave_at = None
 
     def verdict(self, seconds: float) -> Gone | None:
-        """What became of the other processes, where there are any, waiting so long for the news."""
+        """`gone`, after waiting up to `seconds` for it if the other processes are monitored."""
         if self.accompanied:
             self._found.wait(seconds)
         return self.gone
@@ -186,7 +186,7 @@ class Listener:
             self._interrupts += 1
             if self._interrupts > 1:
                 leave(INTERRUPTED_BY_USER, wait_s=0)
-        # Not by `received`: the handler, in the other thread, may have set it already.
+        # `received` does not tell whether this was announced: the handler in the main thread may have set it first.
         if not self._announced or number == signal.SIGINT:
             self._announced = True
             self.moved()
@@ -197,9 +197,9 @@ class Listener:
     def _give_up(self) -> None:
         waited = self._factor * self.patience_s
         self._say(
-            f"{signal.Signals(self.received).name}: nothing moved for {waited:g} s (stop_seconds), so process "
-            f"{launch.rank()} leaves as it is: it was waiting for {whereabouts()}; the same command goes on from what "
-            "was saved before"
+            f"{signal.Signals(self.received).name}: no progress for {waited:g} s (stop_seconds), so process "
+            f"{launch.rank()} ends without saving; it was waiting for {whereabouts()}. The same command continues from "
+            "the last save"
         )
         if self.received == getattr(signal, "SIGUSR1", None) and (answer := launch.requeue()):
             self._say(answer)
@@ -207,8 +207,7 @@ class Listener:
 
     @staticmethod
     def _say(text: str) -> None:
-        # Not through logging, whose locks may be held by the code that is stuck. The terminal may be gone, and nobody
-        # may read the pipe that stands in its place.
+        # Not through logging: the stuck code may hold its locks. The terminal may be closed, or stderr a full pipe.
         with contextlib.suppress(OSError, ValueError):
             if select.select([], [2], [], 0)[1]:
                 os.write(2, f"{text}\n".encode())
@@ -227,7 +226,7 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    """What a forked process is told would be heard by this one, too: one Ctrl-C of a terminal would count twice."""
+    """Detach a forked process from the parent's wakeup socket; otherwise the parent would count one Ctrl-C twice."""
     signal.set_wakeup_fd(-1)
     _after_fork()
 
@@ -237,7 +236,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def told(error: Interrupted) -> int:
-    """Say why the command ends, put a job of SLURM back into the queue after SIGUSR1; the status to exit with."""
+    """Print why the command ends, requeue a SLURM job after SIGUSR1, and return the exit status."""
     if launch.rank() == 0:
         sys.stderr.write(f"{error}\n")
     if error.signal_number == getattr(signal, "SIGUSR1", None) and (answer := launch.requeue()):
@@ -246,7 +245,7 @@ def told(error: Interrupted) -> int:
 
 
 def judged(error: BaseException) -> tuple[BaseException, int]:
-    """What an error comes from, and the exit status; 1 = nothing is known about it."""
+    """The known cause of an error, or the error itself, and the exit status; 1 = unknown error."""
     if isinstance(error, Interrupted):
         return error, status_of(error.signal_number)
     known = {CollapseError: 3, LostProcess: LOST, ConfigError: 2, DataError: 2, SaveError: 2}
@@ -263,14 +262,14 @@ def status_of(number: int) -> int:
 
 
 def look_after(processes: Sequence[subprocess.Popen]) -> None:
-    """Notice, in a thread, that a process of the run which this one has started (1, 2, ...) is gone."""
+    """Monitor, in a thread, the processes of the run that this one has started (ranks 1, 2, ...)."""
     listener.children = list(processes)
     listener.accompanied = True
 
     def watch() -> None:
         running = True
         while running:
-            codes = [one.poll() for one in processes]
+            codes = [process.poll() for process in processes]
             for rank, code in enumerate(codes, start=1):
                 if code:
                     status = LOST if code < 0 else code
@@ -283,25 +282,25 @@ def look_after(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def lost_line(rank: int) -> str:
-    """What to say when a process was killed."""
-    return f"process {rank} was killed (out of memory?); the same command goes on"
+    """Message for a process that was killed."""
+    return f"process {rank} was killed (out of memory?); the same command continues the run"
 
 
 def left_line(rank: int, status: int) -> str:
-    """What to say when a process has ended by itself."""
-    return f"process {rank} has left with exit status {status}, and the others cannot go on without it"
+    """Message for a process that exited with an error."""
+    return f"process {rank} ended with exit status {status}, and the others cannot continue without it"
 
 
 def leave(status: int, *, wait_s: float = 5.0) -> NoReturn:
-    """End this process, and those that it has started, which have so long to end by themselves."""
+    """End this process and its children, which get `wait_s` to end by themselves."""
     end = time.monotonic() + wait_s
     for child in listener.children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, end - time.monotonic()))
         child.kill()
-    with contextlib.suppress(RuntimeError):  # the main thread starts or ends one at this moment
+    with contextlib.suppress(RuntimeError):  # the main thread starts or ends one at the same time
         end_loaders()
-    os._exit(status)  # and no more: the main thread may hold any lock
+    os._exit(status)  # without cleaning up: the main thread may hold any lock
 
 
 def end_loaders() -> None:
@@ -312,7 +311,7 @@ def end_loaders() -> None:
 
 
 def whereabouts() -> str:
-    """What the main thread is waiting for, in a few words."""
+    """What the main thread is waiting for, for messages."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     frames: list[tuple[str, str, int]] = []
     while frame is not None:
@@ -322,7 +321,7 @@ def whereabouts() -> str:
         if any(part in file for file, _, _ in frames):
             return words
     file, name, line = next(
-        (one for one in frames if "/data2vec_train/" in one[0]), frames[0] if frames else ("?",) * 3
+        (entry for entry in frames if "/data2vec_train/" in entry[0]), frames[0] if frames else ("?",) * 3
     )
     return f"{name} ({'/'.join(file.split('/')[-2:])}, line {line})"
 

@@ -351,13 +351,13 @@ def at_fork_of_a_command() -> None:
 
 
 SIGNALLED = {
-    "SIGTERM while the main thread is stuck in C": (while_stuck(signal.SIGTERM), 75, "nothing moved for 1 s"),
+    "SIGTERM while the main thread is stuck in C": (while_stuck(signal.SIGTERM), 75, "for 1 s (stop_seconds)"),
     "SIGUSR1 while the main thread is stuck in C": (while_stuck(signal.SIGUSR1), 75, "stuck (attacks/test_proc"),
     "SIGHUP while the main thread is stuck in C": (while_stuck(signal.SIGHUP), 75, "SIGHUP"),
     "Ctrl-C twice while stuck, with patience": (while_stuck(signal.SIGINT, signal.SIGINT, patience=600), 130, ""),
     "SIGTERM, then Ctrl-C twice": (while_stuck(signal.SIGTERM, signal.SIGINT, signal.SIGINT, patience=600), 130, ""),
     "SIGTERM in code that passes over every Exception": (swallowing(Exception), 75, "Interrupted"),
-    "SIGTERM in code that passes over everything": (swallowing(BaseException), 75, "nothing moved"),
+    "SIGTERM in code that passes over everything": (swallowing(BaseException), 75, "(stop_seconds)"),
     "SIGTERM in a step is noted": (noted, 0, "stopping after this step"),
     "more signals while the first is cleaned up after": (cleaning_up, 75, "clean"),
     "the terminal is gone": (without_stderr, 75, ""),
@@ -442,7 +442,11 @@ OTHERS = {
     "another process is gone while this one is stuck": (gone_while_stuck, 76, "process 3 was killed"),
     "another process leaves after this one has decided to": (gone_after_the_decision, 0, ""),
     "a process of the run is killed": (child_ends("import os; os.kill(os.getpid(), 9)"), 76, "process 1 was killed"),
-    "a process of the run refuses the data": (child_ends("raise SystemExit(2)"), 2, "process 1 has left with exit"),
+    "a process of the run refuses the data": (
+        child_ends("raise SystemExit(2)"),
+        2,
+        "process 1 ended with exit status 2",
+    ),
     "a process of the run collapses": (child_ends("raise SystemExit(3)"), 3, "exit status 3"),
     "all processes of the run end well": (children_finish, 0, ""),
     "a stopped process of the run is left behind": (stopped_child, 130, "child"),

@@ -60,15 +60,15 @@ def added(number: object, token: object = "<mask>", **more) -> dict:
 REFUSED = {
     "an expression of nested repetitions": (
         lambda: changed(pre_tokenizer=pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")),
-        "cannot|can be used|does not get through",
+        "cannot|can be used|few short texts",
     ),
     "an expression of four repetitions in a row": (
         lambda: changed(pre_tokenizer=pre_tokenizers.Split(Regex(r"a+a+a+a+b"), "isolated")),
-        "can be used|does not get through",
+        "can be used|few short texts",
     ),
     "an expression that backtracks in a normalizer": (
         lambda: changed(normalizer=normalizers.Replace(Regex(r"(x+x+)+y"), "z")),
-        "can be used|does not get through",
+        "can be used|few short texts",
     ),
     "a replacement that makes a thousand letters of one": (
         lambda: changed(normalizer=normalizers.Replace("a", "b" * 1000)),
@@ -107,7 +107,7 @@ REFUSED = {
     "an empty file": (lambda: "", "not a tokenizer"),
     "half a file": (lambda: words().to_str()[:100], "not a tokenizer"),
     "a NUL in the middle": (lambda: words().to_str()[:50] + "\x00" + words().to_str()[50:], "not a tokenizer"),
-    "a million brackets": (lambda: "[" * 10**6, "too deep to read"),
+    "a million brackets": (lambda: "[" * 10**6, "nested"),
     "a file in UTF-16": (lambda: words().to_str().encode("utf-16"), "not a tokenizer"),
 }
 
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_needs_all_memory_is_refused_by_its_trial(tmp_path, mon
     monkeypatch.setattr(vocabulary, "PROBE_SECONDS", 3.0)
     grow = normalizers.Sequence([normalizers.Replace("a", "aaaaaaaaaa")] * 8)
     (tmp_path / "tokenizer.json").write_text(changed(normalizer=grow))
-    with pytest.raises(ConfigError, match="can be used|does not get through a few short texts in 3 s"):
+    with pytest.raises(ConfigError, match="can be used|more than 3 s"):
         Ours.load(str(tmp_path))
 
 

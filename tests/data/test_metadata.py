@@ -50,7 +50,7 @@ def test_common_voice(tmp_path, caplog):
     (tmp_path / "train.tsv").write_text("client_id\tpath\tsentence\tup_votes\nx\ta.mp3\tA\t2\ny\tb.mp3\tB\t3\n")
     clips = ["clips/a.mp3", "clips/b.mp3", "clips/c.mp3"]
     assert texts(tmp_path, clips, "train.tsv") == {"clips/a.mp3": "A", "clips/b.mp3": "B"}
-    assert "says nothing about 1 of 3 files" in caplog.text
+    assert "1 of 3 files" in caplog.text
     with pytest.raises(DataError, match=r"no metadata\.csv, .*it has train\.tsv"):
         texts(tmp_path, clips)
 
@@ -65,19 +65,22 @@ def test_absolute_paths_and_paths_of_windows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("file_name,text\n0.wav,A, B\n1.wav,C\n", r"line 2: 3 cells, the first line names 2 columns"),
+        ("file_name,text\n0.wav,A, B\n1.wav,C\n", r"line 2: 3 cells, .* 2 columns"),
         ('file_name,text\n0.wav,"A\n1.wav,B\n', r"line 3: not a table .*a quote is not closed"),
-        ("file_name,text\n0.wav,A\n0.wav,B\n1.wav,C\n", r"line 3: 0\.wav is described twice, and not alike"),
+        ("file_name,text\n0.wav,A\n0.wav,B\n1.wav,C\n", r"line 3: 0\.wav is described twice"),
         ("name,text\n0.wav,A\n", r"its first line is 'name,text'; expected the names of the columns"),
         ("0.wav,A\n1.wav,B\n", r"its first line is '0\.wav,A'"),
         ("LJ001|words|words\n", r"its first line is 'LJ001"),
         ("file_name,text,text\n0.wav,A,B\n", r"two columns called 'text'"),
         ("file_name,text\n,A\n", r"line 2: no file name"),
-        ("file_name,text\n9.wav,A\n", r"names 1 of 1 files that are not there; the first is 9\.wav"),
+        ("file_name,text\n9.wav,A\n", r"1 of 1 files .* 9\.wav"),
         ("", r"its first line is ''"),
         ("file_name,text\n", r"is empty"),
         ("file_name\n0.wav\n", r"has no column text; it has"),
-        ("file_name,sentence,transcription\n0.wav,A,B\n", r"no column text, and sentence and transcription; say which"),
+        (
+            "file_name,sentence,transcription\n0.wav,A,B\n",
+            r"no column text.* sentence and transcription.*head.text_column",
+        ),
     ],
 )
 def test_what_a_table_would_lose_is_named(tmp_path, content, said):

@@ -92,7 +92,9 @@ def test_metadata_that_names_other_files(program_of, weights, rows, tmp_path, ca
     (folder / "metadata.csv").write_text("file_name,text\n0.wav,A B\n99.wav,B A\n")
     given = ["modality=audio", "head=ctc", f"init_from={weights('audio')}", "data=folder", f"data.path={folder}"]
     assert program_of("finetune", *given, f"hydra.run.dir={tmp_path}/run") == 2
-    assert "names 1 of 2 files that are not there; the first is 99.wav" in one_error(capsys)
+    error = one_error(capsys)
+    assert "1 of 2 files" in error
+    assert "99.wav" in error
 
 
 def test_no_transcripts_at_all(command, rows, capsys):
@@ -689,7 +691,7 @@ def test_the_second_of_two_commands_for_one_output_is_told(verb, program_of, wei
     given = {"export": [given[0], "format=safetensors", f"out={out}"], "predict": given[:4], "embed": given}[verb]
     with sole_writer(out):
         assert program_of(verb, *given) == 2
-        said = rf"{out}: another process is at work there \(process {os.getpid()} on"
+        said = rf"{out}: another process .*\(process {os.getpid()} on"
         assert re.search(said, one_error(capsys))
     assert not out.exists()
 
@@ -701,7 +703,9 @@ def test_the_second_of_two_probes_is_told(program_of, weights, records, tmp_path
     handle = take_lock(tmp_path / "run" / "lock", "it")
     held = outputs._held.pop(handle)  # as if another process had it
     assert program_of("probe", *given, f"hydra.run.dir={tmp_path}/run") == 2
-    assert f"{tmp_path}/run: another process is at work there (process {os.getpid()} on" in one_error(capsys)
+    error = one_error(capsys)
+    assert f"{tmp_path}/run: another process" in error
+    assert f"(process {os.getpid()} on" in error
     outputs._held[handle] = held
     release(handle)
     assert not (tmp_path / "run" / "probe.json").exists()
@@ -725,7 +729,7 @@ def test_two_identical_commands_at_once_make_one_whole_output(verb, weights, com
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     loser = next(error for process, error in zip(both, errors, strict=True) if process.returncode == 2)
-    assert "another process is at work there" in loser or "exists already" in loser  # when it was late
+    assert "another process" in loser or "exists already" in loser  # when it was late
     assert "Traceback" not in loser
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))}
     assert left == {out.name}

@@ -1,5 +1,5 @@
-"""Where samples lie: folders, arrays and manifests in `files.py`, Hugging Face datasets in `hf.py`.
+"""Sources of samples: folders, arrays and manifests in `files.py`, Hugging Face datasets in `hf.py`.
 
-Open `files.py` for what a source is; tables beside the files are read by `metadata.py`.
-A new source: a subclass of `Source` there, and a file in `configs/data`.
+Open `files.py` first: it defines `Source`. `metadata.py` reads tables beside the files.
+To add a source, write a subclass of `Source` and a file in `configs/data`.
 """

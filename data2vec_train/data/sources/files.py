@@ -1,8 +1,8 @@
-"""Where raw samples come from: the two kinds of sources, arrays and folders; see `sources_hf` for datasets and shards.
+"""Sources of raw samples: the base classes, arrays, folders and manifests; `hf` has datasets and shards.
 
-A source gives *encoded* records (bytes, a file to read, an array, a text); decoding them is the modality's business,
-and a record that cannot be decoded is the caller's to quarantine. Sources with random access are `Source`; those too
-large to be copied to a local disk are `StreamingSource`.
+A source gives *encoded* records (bytes, a file to read, an array, a text). The modality decodes them, and the caller
+quarantines those that cannot be decoded. A `Source` has random access; a `StreamingSource` is read in one pass, for
+data too large for the local disk.
 """
 
 import logging
@@ -35,7 +35,7 @@ from data2vec_train.paths import SAMPLES
 log = logging.getLogger(__name__)
 
 EMBEDDED_DIGITS = SAMPLES / "mnist_5k.npz"
-# What numpy lets through on broken archives. MemoryError: a header may promise any size.
+# Exceptions of numpy on broken archives; MemoryError, because a header may claim any size.
 BROKEN_ARCHIVE = (
     OSError,
     ValueError,
@@ -54,14 +54,14 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test",
 
 @dataclass(frozen=True)
 class RawSample:
-    """One record as it was found.
+    """One record, not decoded.
 
     Attributes:
-        key: Stable and human-readable: a relative path, or "file.parquet:123". What quarantine.jsonl shows.
-        value: Encoded content, a file to read, an array that is already decoded, or a text. Empty bytes if the record
-            has no content; a `BadSample`, for whoever decodes it to raise, if it is known why.
+        key: Stable, human-readable name: a relative path, or "file.parquet:123". quarantine.jsonl shows it.
+        value: Encoded content, a file to read, a decoded array, or a text. Empty bytes if the record has no content; a
+            `BadSample`, which decoding raises, if the reason is known.
         label: Index into `class_names`, None if unlabelled.
-        fields: Other columns of the record that were asked for, as they were found.
+        fields: Values of the requested other columns, not decoded.
     """
 
     key: str
@@ -74,12 +74,12 @@ class Source(ABC):
     """Records with random access.
 
     Attributes:
-        class_names: What label 0, 1, ... mean; None if there are no labels.
-        lengths: How long each record is, (len,) int64 in the units of the model's input (samples, tokens); None when
-            all are alike, as images after cropping.
-        rejected: (key, reason) of records that were found unusable before anything was drawn; they have no index.
-        left_out: (key, reason) of records that are sound but do not suit the settings; they have no index either.
-        grouped: (len,) uint64, a hash of the group that each record was put into; None = every record is its own.
+        class_names: Meaning of labels 0, 1, ...; None if there are no labels.
+        lengths: Length of each record, (len,) int64 in units of the model's input (samples, tokens); None if all have
+            the same length, as images after cropping.
+        rejected: (key, reason) of records that were found broken when the source was opened; they have no index.
+        left_out: (key, reason) of intact records that the settings exclude; they have no index either.
+        grouped: (len,) uint64, a hash of the group of each record; None = every record is a group of its own.
     """
 
     class_names: list[str] | None
@@ -106,7 +106,7 @@ class Source(ABC):
 
     @property
     def num_documents(self) -> int:
-        """What broken samples are a share of: the records, or the documents whose blocks they are."""
+        """Number of records, or of documents if records are their blocks: the total for the share of broken samples."""
         return len(self)
 
     def column(self, name: str) -> list[Any]:
@@ -118,31 +118,31 @@ class Source(ABC):
         raise KeyError(name)
 
     def name_of(self, index: int) -> str:
-        """What tells record `index` from the others, relative to the folder of the data."""
+        """Unique name of record `index`, relative to the data folder."""
         try:
             return self[index].key
         except BadSample:
             return f"#{index}"
 
     def names(self) -> Iterator[str]:
-        """`name_of` all records; sources override it where reading them all would take long."""
+        """`name_of` all records; override it where reading all records is slow."""
         return map(self.name_of, range(len(self)))
 
     def hashes(self) -> np.ndarray:
-        """(len,) uint64: of the name of each record, the same wherever the data lie."""
+        """(len,) uint64: hash of the name of each record, independent of the location of the data."""
         return hashes_of(self.names())
 
     def versions(self) -> np.ndarray:
-        """(len,) uint64: what changes when a record or one of its columns does, such as the size of its file.
+        """(len,) uint64: a value that changes with the record or its columns, such as the size of its file.
 
-        Zeros where nothing is known without reading every record.
+        Zeros where it would need reading every record.
         """
         return np.zeros(len(self), dtype=np.uint64)
 
     def origins(self) -> np.ndarray:
-        """(len,) uint64: what each record comes from, a recording, a document or a group, as the hash of its name.
+        """(len,) uint64: hash of the recording, document or group that each record comes from.
 
-        Records of one origin are held out together, and the hash alone decides whether they are (see `data.split`).
+        Records of one origin are held out together; the hash alone decides whether (see `data.split`).
         """
         return self.hashes() if self.grouped is None else self.grouped
 
@@ -151,7 +151,7 @@ class StreamingSource(ABC):
     """Records in one pass, with neither a length nor random access.
 
     Attributes:
-        class_names: What label 0, 1, ... mean; None if there are no labels, or their names are unknown before reading.
+        class_names: Meaning of labels 0, 1, ...; None without labels, or if names are unknown before reading.
     """
 
     class_names: list[str] | None
@@ -160,28 +160,28 @@ class StreamingSource(ABC):
     def stream(
         self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
     ) -> Iterator[RawSample]:
-        """Records of one worker of one rank, shuffled by (seed, epoch); over all workers and ranks each comes once."""
+        """Records of one worker of one rank, shuffled by (seed, epoch); exactly one worker reads each record."""
 
     def first(self) -> Iterator[RawSample]:
-        """Records from the beginning, to look at."""
+        """The first records, to inspect them."""
         yield from self.stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
 
     def shards(self) -> list[tuple[str, int]]:
-        """Name and size of each file that is read; nothing where they are unknown."""
+        """Name and size of each file; empty if unknown."""
         return []
 
     def name_of(self, index: int) -> str:
-        """The name of a shard."""
+        """Name of shard `index`."""
         return self.shards()[index][0]
 
 
 class ArraySource(Source):
     """Arrays in an .npz file: `x` (n, ...) and `y` (n,), labels 0, 1, ...; the value of a record is a row of `x`.
 
-    The test split is the last `held_out` samples of each class in file order, so it depends on nothing but the file.
-    In the embedded digits neighbours in the file are often by the same hand (a digit's nearest neighbour lies within 5
-    places 10 % of the time, 2 % by chance): a contiguous tail shares fewer writers with the training part than every
-    k-th digit would.
+    The test split is the last `held_out` samples of each class in file order, so it depends only on the file. In the
+    embedded digits, neighbours in the file often have the same writer (a digit's nearest neighbour lies within 5
+    places 10 % of the time, 2 % by chance). So the end of the file shares fewer writers with the training part than
+    every k-th digit would.
 
     Args:
         path: The file; None means the 5,000 embedded MNIST digits, `x` uint8 (28, 28).
@@ -223,11 +223,11 @@ class ArraySource(Source):
         return self._labels[self._rows]
 
     def hashes(self) -> np.ndarray:
-        """Of the number of each row in the file."""
+        """Hashes of the row numbers in the file."""
         return hashes_of_numbers(len(self._x))[self._rows]
 
     def versions(self) -> np.ndarray:
-        """Of the content of each row."""
+        """Checksums of the rows."""
         return np.fromiter((zlib.crc32(np.ascontiguousarray(self._x[row])) for row in self._rows), dtype=np.uint64)
 
 
@@ -258,18 +258,18 @@ class FolderSource(Source):
 
     Args:
         path: The folder, or a list of them.
-        extensions: Accepted endings, with or without the dot, upper or lower case alike.
+        extensions: Accepted endings, with or without the dot, in any case.
         class_from_folder: True: the first-level sub-folders are the classes. False: no labels. "auto": classes if every
             file lies in a sub-folder and there are at least 2 and fewer than half as many sub-folders as files.
-        metadata: A file that describes the others, see `data.metadata`; "auto": the one that lies in the folder, if
-            fields are asked for. Files that it does not name are left out.
-        label_column: The column of `metadata` with the classes; they then do not come from folders.
-        fields: Columns of `metadata` that come along with each file.
+        metadata: A file that describes the others, see `sources.metadata`; "auto": the one in the folder. It is read
+            only if `fields` or `label_column` need it; files that it does not name are then left out.
+        label_column: The column of `metadata` with the classes, instead of the folders.
+        fields: Columns of `metadata` to return with each file.
 
     Raises:
-        ConfigError: `path` is a file, or `class_from_folder` asks for classes that the folders do not give, or there is
-            no such column.
-        DataError: a folder is missing or unreadable, or holds no accepted file; or `metadata` names other files.
+        ConfigError: `path` is a file, the folders give no classes although `class_from_folder` is true, or there is no
+            such column.
+        DataError: a folder is missing or unreadable, or holds no accepted file; or `metadata` names missing files.
     """
 
     def __init__(
@@ -300,15 +300,15 @@ class FolderSource(Source):
         files = [file for below in found for file in below]
 
         self._root_ends = np.cumsum([len(below) for below in found])
-        # One array: a million small Python objects would be copied into every forked worker, one memory page at a time,
-        # as the workers touch their reference counts.
+        # One array: with a million Python objects, reference counting would copy their memory pages into every forked
+        # worker.
         self._files = np.array([os.fsencode(file) for file in files])
         if label_column is None:
             self.class_names, self._labels = _folder_classes(files, where, class_from_folder)
         elif self._fields is None:
             raise ConfigError(f"label_column={label_column} needs metadata, the file that has this column")
         else:
-            self.class_names, self._labels = classes_of(one[label_column] for one in self._fields)
+            self.class_names, self._labels = classes_of(row[label_column] for row in self._fields)
         log.info(
             "%s: %d files, %d ignored because of their extension, %s",
             where,
@@ -318,7 +318,7 @@ class FolderSource(Source):
         )
 
     def _describe(self, found: list[list[str]], metadata: str, wanted: list[str]) -> list[list[str]]:
-        """The files that metadata describes, and their columns in `_fields`."""
+        """Return the files that metadata describes; store their columns in `_fields`."""
         kept, self._fields = [], []
         for root, files in zip(self._roots, found, strict=True):
             paths = find_metadata(root) if metadata == "auto" else [Path(metadata).expanduser()]
@@ -343,7 +343,7 @@ class FolderSource(Source):
                 if row is None
             )
             if len(pairs) < len(files):
-                log.warning("%s says nothing about %d of %d files", paths[0], len(files) - len(pairs), len(files))
+                log.warning("%s does not name %d of %d files", paths[0], len(files) - len(pairs), len(files))
             kept.append([file for file, _ in pairs])
             self._fields += [{column: row.get(meant[column]) for column in wanted} for _, row in pairs]
         return kept
@@ -367,21 +367,21 @@ class FolderSource(Source):
         return self._labels
 
     def name_of(self, index: int) -> str:
-        """The path relative to its folder, with "/"; folders may be renamed and listed in any order."""
+        """The path relative to its folder, with "/", so that renaming or reordering folders changes no name."""
         return os.fsdecode(self._files[index]).replace(os.sep, "/")
 
     def versions(self) -> np.ndarray:
-        """Of the size of each file and of what the metadata say about it."""
+        """Hash of the size of each file and of its metadata."""
         sizes = file_sizes([self._path(index) for index in range(len(self))])
         if self._fields is None:
             return sizes
-        return mixed(sizes, hashes_of(repr(sorted(one.items())) for one in self._fields))
+        return mixed(sizes, hashes_of(repr(sorted(row.items())) for row in self._fields))
 
     def column(self, name: str) -> list[Any]:
-        """See `Source.column`."""
+        """Values of a column of `metadata`, for all files."""
         if not self._fields or name not in self._fields[0]:
             raise KeyError(name)
-        return [one[name] for one in self._fields]
+        return [row[name] for row in self._fields]
 
 
 class ManifestSource(Source):
@@ -389,12 +389,12 @@ class ManifestSource(Source):
 
     Args:
         path: The .tsv file.
-        fields: Only `text` is there: the transcripts in the .wrd or .ltr file beside the manifest.
+        fields: Only `text` exists: the transcripts in the .wrd or .ltr file beside the manifest.
 
     Raises:
-        ConfigError: another field is asked for.
-        DataError: the manifest is missing, is not one, is empty, or its root directory does not exist; or it has no
-            transcripts, or another number of them.
+        ConfigError: another field is requested.
+        DataError: the manifest is missing, malformed or empty, or its root directory does not exist; or the transcripts
+            are missing, or their number differs.
     """
 
     class_names = None
@@ -438,22 +438,22 @@ class ManifestSource(Source):
         return
 
     def name_of(self, index: int) -> str:
-        """The path relative to the root directory, as the manifest has it."""
+        """The path relative to the root directory, as in the manifest."""
         return os.fsdecode(self._files[index])
 
     def versions(self) -> np.ndarray:
-        """Of the number of frames that the manifest says, and of the transcript."""
+        """Hash of the number of frames in the manifest and of the transcript."""
         return self._frames if self._texts is None else mixed(self._frames, hashes_of(self._texts))
 
     def column(self, name: str) -> list[Any]:
-        """See `Source.column`."""
+        """The transcripts; other columns do not exist."""
         if name != "text" or self._texts is None:
             raise KeyError(name)
         return list(self._texts)
 
 
 def _transcripts_beside(manifest: Path, count: int) -> list[str]:
-    """Words of each recording: a line of the .wrd file each, or letters apart, "A N D |", of the .ltr file."""
+    """Transcript of each recording: a line of the .wrd file, or of the .ltr file, which has letters: "A N D |"."""
     for suffix in (".wrd", ".ltr"):
         path = manifest.with_suffix(suffix)
         if path.is_file():
@@ -476,7 +476,7 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
         ]
         relative = os.path.relpath(folder, root)
         for name in names:
-            # A dangling link stays in: a broken sample to report, not a file to overlook.
+            # Dangling links are kept, so that they are reported as broken samples.
             if name.startswith("."):
                 continue
             if name.lower().endswith(accepted):
@@ -490,14 +490,14 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
 
 
 def _leads_back(root: str, folder: str, name: str) -> bool:
-    """Whether a sub-folder is a symbolic link to a folder that the way to it leads through, which would never end."""
+    """Whether a sub-folder is a symbolic link to one of the folders above it; following it would never end."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
-    # All of the way, not the last folder's parents alone: two folders may hold links to each other.
-    target, way = Path(path).resolve(), Path(folder)
-    passed = [way, *(parent for parent in way.parents if parent.is_relative_to(root))]
-    return any(one.resolve().is_relative_to(target) for one in passed)
+    # Compare the resolved path of every folder above, since two folders may hold links to each other.
+    target, above = Path(path).resolve(), Path(folder)
+    passed = [above, *(parent for parent in above.parents if parent.is_relative_to(root))]
+    return any(visited.resolve().is_relative_to(target) for visited in passed)
 
 
 def _folder_classes(
@@ -539,7 +539,7 @@ def _folder_classes(
 
 
 def file_sizes(paths: Sequence[Path]) -> np.ndarray:
-    """(n,) uint64: bytes of each file, 0 of those that cannot be seen. By threads: a network disk takes its time."""
+    """(n,) uint64: bytes of each file, 0 if it cannot be accessed. Uses threads, since network disks are slow."""
 
     def size(path: Path) -> int:
         try:
@@ -548,13 +548,13 @@ def file_sizes(paths: Sequence[Path]) -> np.ndarray:
             return 0
 
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        # In portions: an executor hands out all its work at once.
-        portions = (pool.map(size, paths[start : start + 1024]) for start in range(0, len(paths), 1024))
-        return np.fromiter((one for portion in portions for one in portion), dtype=np.uint64)
+        # In chunks: `map` submits all its work at once.
+        chunks = (pool.map(size, paths[start : start + 1024]) for start in range(0, len(paths), 1024))
+        return np.fromiter((size_bytes for chunk in chunks for size_bytes in chunk), dtype=np.uint64)
 
 
 def _usable_folder(path: Path) -> Path:
-    """`path` if it is a folder, else the error that says what to give instead."""
+    """`path` if it is a folder; otherwise raise an error that says what to give instead."""
     try:
         if path.is_dir():
             return path
@@ -568,10 +568,10 @@ def _usable_folder(path: Path) -> Path:
 
 
 class UnreadableShard(DataError):
-    """A DataError that stays one line on its way out of a loader's worker.
+    """A DataError that keeps its one-line message when a loader process raises it.
 
-    torch makes the error anew in the main process, from a text that holds the worker's whole stack trace; its last
-    line is the message.
+    torch raises the error again in the main process with the stack trace of the loader process as its text; the last
+    line of it is the message.
     """
 
     def __init__(self, text: str) -> None:
@@ -579,14 +579,14 @@ class UnreadableShard(DataError):
 
 
 def missing(path: Path) -> str:
-    """One line about a path that does not exist, with the part of it that does."""
+    """Message for a path that does not exist; it names the nearest existing folder."""
     path = path.absolute()
     parent = next(folder for folder in path.parents if folder.exists())
     return f"{path} does not exist; the nearest existing folder is {parent}"
 
 
 def _nothing_found(where: str, ignored: Counter[str], accepted: tuple[str, ...]) -> str:
-    """One line about folders without a single usable file."""
+    """Message for folders without an accepted file."""
     if not ignored:
         return f"{where}: no files at all (hidden ones are skipped); expected files ending in {', '.join(accepted)}"
     seen = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in ignored.most_common(5))
@@ -595,5 +595,5 @@ def _nothing_found(where: str, ignored: Counter[str], accepted: tuple[str, ...])
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters; its type if it says nothing."""
+    """Message of an error in one line of at most 300 characters; its type if the message is empty."""
     return textwrap.shorten(str(error), 300, placeholder="...") or type(error).__name__

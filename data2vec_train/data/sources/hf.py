@@ -1,6 +1,6 @@
 """Hugging Face datasets, parquet files and WebDataset tars, with random access or as a stream. Never runs remote code.
 
-`load` finds the data set and one split of it, `_pick_columns` finds the samples and labels in it.
+`load` opens one split of a data set, `_pick_columns` finds its samples and labels.
 """
 
 import glob
@@ -46,14 +46,14 @@ BUILDERS = {
 }
 
 Kind = Literal["image", "audio", "text"]
-# What a WebDataset tar calls the member that holds the sample.
+# Endings of the member of a WebDataset record that holds the sample.
 MEMBERS: dict[str, tuple[str, ...]] = {
     "image": ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"),
     "audio": ("wav", "flac", "mp3", "ogg", "opus"),
     "text": ("txt", "text", "transcript"),
 }
-# What the column with the samples is usually called, likeliest first; other columns of its type are no less likely to
-# hold something else.
+# Usual names of the column with the samples, most likely first. The type alone does not tell: other columns of the
+# same type may hold something else.
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values", "photo", "picture", "rgb"),
     "audio": ("audio", "wav", "flac", "mp3", "speech", "recording", "sound"),
@@ -61,10 +61,10 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
 }
 NOT_SAMPLES = re.compile(r"mask|seg|label|annot|depth|target|truth|(^|_)(map|gt)s?$", re.IGNORECASE)
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id")
-LOOKED_AT = 256  # members of a tar that are looked at to find out what its samples are called
+LOOKED_AT = 256  # members of a tar that are read to find the names of its samples
 
-STREAM_BATCH = 16  # records fetched at once while streaming; larger only costs memory
-# A streamed image folder has one shard per file: beyond this many, shards are read in groups.
+STREAM_BATCH = 16  # records fetched at once while streaming; more take memory without gain
+# A streamed image folder has one shard per file: more shards than this are read in groups.
 MAX_SHARD_GROUPS = 4096
 
 
@@ -72,26 +72,26 @@ class HFSource(Source):
     """Records of a Hugging Face dataset, with random access through its local arrow cache.
 
     `path` is one of: a hub id; a folder written by `save_to_disk`; an image or audio folder; a file, a glob or a folder
-    of .parquet, WebDataset .tar, .arrow, .csv or .json files (a file or a glob *is* the asked split); a builder's name
-    ("parquet", "imagefolder", ...) with `data_files`, as in `datasets.load_dataset`.
+    of .parquet, WebDataset .tar, .arrow, .csv or .json files (a file or a glob *is* the requested split); a builder's
+    name ("parquet", "imagefolder", ...) with `data_files`, as in `datasets.load_dataset`.
 
     Args:
         path: See above.
         name: Configuration of a hub dataset that has several.
         split: "train", "test", ..., also slices ("train[:10%]"); None: the only one.
-        column: Where the samples are; None: the column of that kind, by its usual name where there are several (in
-            tars: the member with a known extension), see `_sample_column`.
-        label_column: Where the labels are; None: a ClassLabel or integer column with one of `LABEL_NAMES`, else the
+        column: Column of the samples; None: the column of that kind, by its usual name if there are several (in tars:
+            the member with a known extension), see `_sample_column`.
+        label_column: Column of the labels; None: a ClassLabel or integer column with one of `LABEL_NAMES`, else the
             only ClassLabel column; False: no labels.
         data_files: Files of a builder or a hub dataset: a pattern, a list, or a mapping from split to either.
         revision: Commit, tag or branch of a hub dataset.
-        cache_dir: Where the arrow cache is written; None: the library's own place.
-        kind: What is looked for when `column` is None, and how that column is read.
-        fields: Other columns that come along with each record; images among them stay encoded.
+        cache_dir: Folder of the arrow cache; None: the default of `datasets`.
+        kind: Kind of column to find if `column` is None, and how that column is read.
+        fields: Other columns to return with each record; images among them stay encoded.
 
     Raises:
-        ConfigError: no such split or column, or settings that do not fit.
-        DataError: nothing there, unreachable, or unreadable.
+        ConfigError: no such split or column, or conflicting settings.
+        DataError: the data set is missing, unreachable or unreadable.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class HFSource(Source):
         filled = [name for name in columns if dataset.data.column(name).null_count < len(dataset)]
         if not filled:
             raise DataError(
-                f"{path}: no row has anything under {', '.join(columns)}; say where the {kind}s are with column"
+                f"{path}: no row has a value in {', '.join(columns)}; name the column of the {kind}s with data.column"
             )
         columns = filled
         self.class_names, self._labels = _column_classes(dataset, path, label)
@@ -153,41 +153,40 @@ class HFSource(Source):
         return self._labels
 
     def name_of(self, index: int) -> str:
-        """What the record is called in quarantine.jsonl."""
+        """Name of the table and row; reads no record."""
         return f"{self._name}:{index}"
 
     def hashes(self) -> np.ndarray:
-        """Of tar members and files their names; of texts themselves; of other rows, the file and the place in it."""
+        """Hashes: of the name for tar members and files, of the text itself, of file and row for other records."""
         return _row_hashes(self._dataset, self._columns, self._kind, self._path, self._files)
 
     def versions(self) -> np.ndarray:
-        """Of the number of bytes, characters or entries in each row's sample, and of what its fields say."""
+        """Hash of the number of bytes, characters or entries of each sample, and of the values of its fields."""
         found = np.zeros(len(self), dtype=np.uint64)
         for name in self._columns:
             found = mixed(found, _lengths(self._dataset, name))
         for name in self._fields:
             is_file = _is_bytes(self._dataset.features[name]) or hasattr(self._dataset.features[name], "decode")
-            said = _lengths(self._dataset, name) if is_file else hashes_of(map(repr, _chunks(self._dataset, name)))
-            found = mixed(found, said)
+            values = _lengths(self._dataset, name) if is_file else hashes_of(map(repr, _chunks(self._dataset, name)))
+            found = mixed(found, values)
         return found
 
     def column(self, name: str) -> list[Any]:
-        """See `Source.column`."""
+        """Values of a column, for all records; classes by name."""
         feature = self._dataset.features[name]
-        return [_with_names(feature, one) for one in self._dataset.select_columns(name)[:][name]]
+        return [_with_names(feature, value) for value in self._dataset.select_columns(name)[:][name]]
 
 
 class HFStreamingSource(StreamingSource):
-    """The same datasets as `HFSource`, read once per epoch, from wherever they are, without a local copy.
+    """The data sets of `HFSource`, streamed once per epoch without a local copy.
 
-    Labels that are not a ClassLabel are handed through as they are, and `class_names` is None. Whole shards are dealt
-    to the workers of all ranks; shards that do not divide evenly are shared row by row, so that every worker gets about
-    the same share.
+    Labels that are not a ClassLabel are returned unchanged, and `class_names` is None. The workers of all ranks get
+    whole shards; the shards left over are shared row by row, so that every worker gets about the same number of rows.
 
-    Args: as in `HFSource`, where `split` has no slices, and
-        shuffle_buffer: Encoded records each worker keeps in memory to draw from; 1 shuffles the order of shards only.
+    Args: as in `HFSource`, but `split` without slices, and
+        shuffle_buffer: Encoded records that each worker keeps in memory for shuffling; 1 shuffles only the shards.
 
-    Raises: as `HFSource` does, also while streaming.
+    Raises: as `HFSource`, also while streaming.
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class HFStreamingSource(StreamingSource):
             DataError: a shard cannot be read.
         """
         consumers = world_size * max(1, num_workers)
-        consumer = worker * world_size + rank  # neighbours are on different ranks: leftovers spread over ranks
+        consumer = worker * world_size + rank  # neighbours are on different ranks: left-over shards spread over ranks
         groups = min(self._dataset.num_shards, MAX_SHARD_GROUPS)
         order = np.random.default_rng([seed, epoch]).permutation(groups)
         records = (
@@ -246,17 +245,17 @@ class HFStreamingSource(StreamingSource):
         yield from _shuffled(records, self._shuffle_buffer, np.random.default_rng([seed, epoch, consumer]))
 
     def first(self) -> Iterator[RawSample]:
-        """See `StreamingSource.first`."""
+        """The records of the first shards, not shuffled."""
         yield from self._read(0, min(self._dataset.num_shards, MAX_SHARD_GROUPS), 0, 1)
 
     def shards(self) -> list[tuple[str, int]]:
-        """See `StreamingSource.shards`; of files elsewhere only the names are known."""
+        """Name and size of each file; size 0 for remote files."""
         return [(Path(file).name, Path(file).stat().st_size if Path(file).is_file() else 0) for file in self._files]
 
     def _read(self, group: int, groups: int, part: int, parts: int) -> Iterator[RawSample]:
         """Rows `part`, `part` + `parts`, ... of a group of shards."""
-        # `iter(batch_size)` and not `__iter__`: the latter divides the shards among DataLoader workers by itself, and
-        # this group, being one shard, would go to worker 0 whole.
+        # `iter(batch_size)`, not `__iter__`: the latter divides the shards among DataLoader workers by itself, and all
+        # of this group, which is one shard, would go to worker 0.
         batches = self._dataset.shard(num_shards=groups, index=group).iter(batch_size=STREAM_BATCH)
         row, tars = 0, set()
         while True:
@@ -281,8 +280,8 @@ class HFStreamingSource(StreamingSource):
 def shards_of(order: np.ndarray, *, consumer: int, consumers: int) -> Iterator[tuple[int, int, int]]:
     """The shards that one of `consumers` reads: (shard, part, parts), rows `part` mod `parts` of each.
 
-    Every consumer gets the same number of whole shards. The m shards left over are shared, each by the consumers that
-    are equal mod m, so that nobody reads more than one shard in vain, however many consumers there are.
+    Every consumer gets the same number of whole shards. Each of the m shards left over is shared by the consumers whose
+    numbers are equal mod m, so a consumer skips rows of at most one shard, for any number of consumers.
     """
     whole = len(order) // consumers * consumers
     for shard in order[:whole][consumer::consumers]:
@@ -294,7 +293,7 @@ def shards_of(order: np.ndarray, *, consumer: int, consumers: int) -> Iterator[t
 
 
 def _shuffled(records: Iterable[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
-    """The same records in an order drawn from `rng`, with `size` of them in memory."""
+    """The records shuffled with `rng` through a buffer of `size` records."""
     buffer: list[RawSample] = []
     for record in records:
         if len(buffer) < size:
@@ -314,21 +313,21 @@ def _shuffled(records: Iterable[RawSample], size: int, rng: np.random.Generator)
 def load(
     path: str, split: str | None, kind: Kind, column: str | None, options: dict[str, object], *, streaming: bool
 ) -> "tuple[datasets.Dataset | datasets.IterableDataset, list[str]]":
-    """One split of the dataset at `path`, columns untouched, and the files that it is read from, as far as known.
+    """One split of the dataset at `path`, with all its columns, and the files it is read from, as far as known.
 
-    `options` are those of `load_dataset_builder`.
+    `options` are arguments of `load_dataset_builder`.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it reports what it raises as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it also raises
     try:
         local = Path(path).expanduser()
         if any((local / file).is_file() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(str(local))
             splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
             dataset = splits[_one_split(splits, path, split)]
-            files = [one["filename"] for one in dataset.cache_files]
+            files = [file["filename"] for file in dataset.cache_files]
             shards = min(64, len(dataset) or 1)
             return (dataset.to_iterable_dataset(num_shards=shards), files) if streaming else (dataset, [])
 
@@ -336,7 +335,7 @@ def load(
         if streaming:
             splits = builder.as_streaming_dataset()
             name = _one_split(splits, path, split)
-            # csv and json say nothing about their columns before they are read
+            # the columns of csv and json are unknown before reading
             dataset = splits[name] if splits[name].features else splits[name]._resolve_features()
             return dataset, list((builder.config.data_files or {}).get(name, ()))
         if builder.name == "webdataset":
@@ -349,7 +348,7 @@ def load(
             return builder.as_dataset(split=split), []
         name = _one_split(builder.info.splits, path, split)
         return builder.as_dataset(split=name), list((builder.config.data_files or {}).get(name, ()))
-    except (ConfigError, DataError):  # which the next line would catch as well
+    except (ConfigError, DataError):  # the next clause would catch them
         raise
     except _load_errors() as error:
         raise DataError(_cannot_read(path, error)) from error
@@ -372,21 +371,19 @@ def _builder(
     elif _format_of(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise DataError(missing(local))
     elif path in BUILDERS.values() and options["data_files"] is None:
-        # The library would take whatever lies in the working directory.
-        raise ConfigError(
-            f"path={path} names a file format: say which files with data_files, or give their folder as path"
-        )
+        # The library would read any files in the working directory.
+        raise ConfigError(f"path={path} is a file format: name the files with data_files, or give their folder as path")
     builder = datasets.load_dataset_builder(path, **options)
     if builder.name == "webdataset":
-        # Left to itself the library takes the columns from the first five members: a tar that mixes jpg and png is
-        # an error, or loses the images of the other kind without a word.
+        # By default the library infers the columns from the first five members: a tar that mixes jpg and png is then an
+        # error, or silently loses the images of the other format.
         names = [column] if column is not None else _members(builder.config.data_files or {}, path, kind)
         builder = datasets.load_dataset_builder(path, features=_tar_features(kind, names), **options)
     return builder
 
 
 def _one_split(splits: Iterable[str], path: str, split: str | None) -> str:
-    """The name of the asked split, or of the only one."""
+    """The name of the requested split, or of the only one."""
     names = [str(name) for name in splits]
     if split in names:
         return split
@@ -397,24 +394,24 @@ def _one_split(splits: Iterable[str], path: str, split: str | None) -> str:
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
-    """What `datasets` raises when it cannot load or read something."""
+    """Exceptions of `datasets` when it cannot load or read something."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The base of the hub's own error is its HTTP library's, which changed twice: requests, httpx, httpx2.
+    # The hub's error derives from that of its HTTP library, which changed twice: requests, httpx, httpx2.
     network = HfHubHTTPError.__bases__
     # RuntimeError: the data set is a script, which is never run. ValueError covers pyarrow's.
     return (OSError, ValueError, KeyError, TypeError, RuntimeError, tarfile.TarError, DatasetsError, *network)
 
 
 def _cannot_read(path: str, error: BaseException) -> str:
-    """One line about a data set that failed to load, from the innermost cause."""
+    """Message for a data set that failed to load, from the innermost cause."""
     if isinstance(error, ConnectionError):
         return f"cannot read {path}: {reason(error)}; check the name and the network, or give a local folder as path"
     while error.__cause__ is not None:
         error = error.__cause__
     text = reason(error)
-    # What the library says of nothing at all: of a table without rows, and of files without records.
+    # Messages of the library for a table without rows, and for files without records.
     if "BatchSize must be greater than 0" in text or "corresponds to no data" in text:
         text = "it has no rows"
     if "torchcodec" in text:  # for a folder of recordings, which data=folder reads without it
@@ -423,7 +420,7 @@ def _cannot_read(path: str, error: BaseException) -> str:
 
 
 def _check_tar(file: str) -> None:
-    """Refuse a local tar with a damaged header: beyond it nothing would be read, without a word.
+    """Refuse a local tar with a damaged header: the members after it would be lost silently.
 
     Raises:
         DataError: there is one.
@@ -433,11 +430,11 @@ def _check_tar(file: str) -> None:
     try:
         with tarfile.open(file, "r:") as archive:
             while archive.next() is not None:
-                archive.members.clear()  # which would grow with the archive
+                archive.members.clear()  # the list would grow with the archive
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise UnreadableShard(
-                    f"cannot read {file}: a damaged header at byte {archive.offset}; all beyond is lost"
+                    f"cannot read {file}: a damaged header at byte {archive.offset}; all data after it is lost"
                 )
     except (OSError, tarfile.TarError) as error:
         raise UnreadableShard(_cannot_read(file, error)) from error
@@ -449,23 +446,23 @@ def _format_of(path: str) -> str | None:
 
 
 def _record_name(path: str, data_files: object, split: str | None) -> str:
-    """What keys start with: the file if there is a single one, else the data set and the split."""
+    """Prefix of keys: the file if there is a single one, else the data set and the split."""
     name = Path(data_files if isinstance(data_files, str) else path).name
     return name if _format_of(name) or split is None else f"{name}/{split}"
 
 
 def _members(data_files: Mapping[str, Sequence[str]], path: str, kind: Kind) -> list[str]:
-    """What the samples of WebDataset tars are called, from the beginning of those that lie on this machine.
+    """Names of the members with the samples of WebDataset tars, found in the first members of local tars.
 
-    A member belongs to the record that its name says up to the first dot; the rest says what it is.
+    The part of a member's name before the first dot names the record, the rest the member.
 
     Raises:
-        ConfigError: it is not clear which members are the samples.
+        ConfigError: several members may be the samples.
     """
     local = [file for files in data_files.values() for file in files if Path(file).is_file()]
     records: dict[str, list[str]] = {}
     for file in local[:4]:
-        # What is wrong with it is said where it is read.
+        # A broken tar is reported when it is read.
         with suppress(OSError, EOFError, zlib.error, tarfile.TarError), tarfile.open(file, "r:*") as archive:
             for member in itertools.islice(archive, LOOKED_AT):
                 folder, slash, name = member.name.rpartition("/")
@@ -494,10 +491,10 @@ def _ending(name: str) -> str:
 
 
 def _tar_features(kind: Kind, names: Sequence[str]) -> "datasets.Features":
-    """The members of a WebDataset sample that are read; `datasets` leaves out all others."""
+    """The members of a WebDataset record to read; `datasets` ignores all others."""
     import datasets
 
-    # Plain bytes: of a picture the library would take the file of that name in the working directory.
+    # Plain bytes: for an image feature the library would open the file of that name in the working directory.
     member = datasets.Value("string" if kind == "text" else "binary")
     return datasets.Features(
         dict.fromkeys(names, member)
@@ -525,7 +522,7 @@ def _encoded_feature(kind: Kind) -> object:
 def _pick_columns(
     features: "datasets.Features", path: str, kind: Kind, column: str | None, label_column: str | Literal[False] | None
 ) -> tuple[list[str], str | None]:
-    """Where the samples are, the first that is not empty counts; and where the labels are, None without."""
+    """Columns of the samples, of which the first that is not empty is used; and the column of the labels or None."""
     listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in features.items())
     for wanted, option in ((column, "column"), (label_column, "label_column")):
         if wanted not in (None, False) and wanted not in features:
@@ -544,10 +541,12 @@ def _pick_columns(
 
 
 def _sample_column(features: "datasets.Features", path: str, kind: Kind) -> str | None:
-    """The column with the samples: of those whose type is surest the one with a usual name, or the only one.
+    """The column with the samples. Columns of the exact type come first, then bytes, then arrays.
+
+    Within each group, the one with a usual name is chosen, or the only one.
 
     Raises:
-        ConfigError: there are several, none with a usual name; or the only one is called as masks and the like are.
+        ConfigError: there are several, none with a usual name; or all have names of masks or labels.
     """
     named = {name.lower(): name for name in reversed(features)}
     of_type = [name for name, feature in features.items() if _is_kind(feature, kind)]
@@ -566,14 +565,14 @@ def _sample_column(features: "datasets.Features", path: str, kind: Kind) -> str 
     unlikely = of_type + bytes_ + arrays
     if unlikely:
         raise ConfigError(
-            f"{path}: the {kind}s could only be {', '.join(unlikely)}, named as masks and labels are; if it is them, "
-            f"write data.column={unlikely[0]}"
+            f"{path}: the only possible {kind} columns are named like masks or labels: {', '.join(unlikely)}; to use "
+            f"one, write data.column={unlikely[0]}"
         )
     return None
 
 
 def _label_column(features: "datasets.Features", path: str) -> str | None:
-    """The column with the labels; None without, and where it is not clear which one it is."""
+    """The column with the labels; None if there is none, or if several may be."""
     classes = [name for name, feature in features.items() if _is_class_label(feature)]
     usual = [name for name in LABEL_NAMES if name in classes or (name in features and _is_integer(features[name]))]
     if not usual and len(classes) > 1:
@@ -583,7 +582,7 @@ def _label_column(features: "datasets.Features", path: str) -> str | None:
 
 
 def _taken(kind: Kind, columns: Sequence[str], label: str | None) -> str:
-    """What is read, for the log."""
+    """Description of the columns, for the log."""
     names = "/".join(columns[:4]) + ("/..." if len(columns) > 4 else "")
     return f"{kind}s from {names}, {f'labels from {label}' if label else 'no labels'}"
 
@@ -597,7 +596,7 @@ def _is_kind(feature: object, kind: Kind) -> bool:
 
 
 def _is_bytes(feature: object) -> bool:
-    """Whether a column may hold files, as plain parquet does not say of what kind they are."""
+    """Whether a column may hold encoded files: plain parquet stores them as bytes, without their kind."""
     return (isinstance(feature, dict) and "bytes" in feature) or getattr(feature, "dtype", "").endswith("binary")
 
 
@@ -608,11 +607,11 @@ def _is_class_label(feature: object) -> bool:
 
 
 def _with_names(feature: object, value: Any) -> Any:
-    """A class, or a list of them, by name."""
+    """A class number, or a list of them, replaced by class names; other values unchanged."""
     if _is_class_label(feature):
         return None if value is None or value < 0 else feature.names[value]
     inner = getattr(feature, "feature", None)
-    return [_with_names(inner, one) for one in value] if _is_class_label(inner) and value is not None else value
+    return [_with_names(inner, item) for item in value] if _is_class_label(inner) and value is not None else value
 
 
 def _is_integer(feature: object) -> bool:
@@ -620,7 +619,7 @@ def _is_integer(feature: object) -> bool:
 
 
 def _array_type(feature: object) -> str | None:
-    """The type of the numbers in a column of arrays or of lists in lists; None for other columns."""
+    """The type of the numbers in a column of arrays or of (nested) lists; None for other columns."""
     import datasets
 
     arrays = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
@@ -647,12 +646,12 @@ def _is_picture(feature: object) -> bool:
 
 
 def _array_types(features: "datasets.Features", columns: Sequence[str]) -> dict[str, str]:
-    """See `_array_type`, of the columns that have one."""
+    """`_array_type` of the columns that have one."""
     return {column: kind for column in columns if (kind := _array_type(features[column])) is not None}
 
 
 def _describe(feature: object) -> str:
-    """A column's type in one word."""
+    """Name of a column's type."""
     if isinstance(feature, dict):
         return "struct of " + ", ".join(feature)
     kind = type(feature).__name__
@@ -660,18 +659,18 @@ def _describe(feature: object) -> str:
 
 
 def _undecoded(dataset, path: str, columns: list[str], kind: Kind, more: Sequence[str] = ()):
-    """The data set with nothing but its samples, not decoded, their place in a tar, and some other columns.
+    """The data set reduced to its samples (not decoded), their names in a tar, and the columns `more`.
 
     Raises:
-        DataError: a column cannot hold what it should.
+        DataError: a column cannot be read as samples of `kind`.
     """
     extra = [name for name in (*more, "__key__", "__url__") if name in dataset.features]
     dataset = dataset.select_columns(list(dict.fromkeys([*columns, *extra])))
     encoded = dict.fromkeys(columns if kind != "text" else (), kind)
-    pictures = [one for one in more if _is_kind(dataset.features[one], "image") and one not in columns]
+    pictures = [name for name in more if _is_kind(dataset.features[name], "image") and name not in columns]
     for column, its_kind in (encoded | dict.fromkeys(pictures, "image")).items():
         if its_kind == "image" and _array_type(dataset.features[column]) is not None:
-            continue  # cast, numbers would be taken modulo 256, or for 16 bits where they are 8
+            continue  # a cast would take numbers modulo 256, or take 8 bits for 16
         try:
             dataset = dataset.cast_column(column, _encoded_feature(its_kind))
         except _load_errors() as error:
@@ -691,7 +690,7 @@ def _column_classes(
             f"{path}: label_column={column!r} is {_describe(feature)}; expected integers, names or a ClassLabel"
         )
     values = dataset.select_columns(column)[:][column]
-    # Without a ClassLabel any numbers will do, 1 to 10 for instance: what counts is their rank.
+    # Without a ClassLabel the numbers may be arbitrary, such as 1 to 10: the label is their rank.
     classes = sorted({value for value in values if value is not None})
     if not classes:
         return None, None
@@ -703,20 +702,20 @@ def _column_classes(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What tells its records apart, from the columns that are short; nothing here reads a sample
+# Identity of its records, from short columns, without reading the samples
 
 
 def _row_hashes(
     dataset: "datasets.Dataset", columns: Sequence[str], kind: Kind, path: str, files: Sequence[str]
 ) -> np.ndarray:
-    """(n,) uint64, see `HFSource.hashes`."""
+    """(n,) uint64: hash of each record, as `HFSource.hashes` describes."""
     if "__url__" in dataset.features and "__key__" in dataset.features:
         pairs = zip(dataset["__url__"], dataset["__key__"], strict=True)
         return hashes_of(f"{Path(url or '').name}:{key}" for url, key in pairs)
     if kind == "text":
         texts = zip(*(_chunks(dataset, name) for name in columns), strict=True)
-        found = (next((one for one in row if one is not None), "") for row in texts)
-        return hashes_of(one if isinstance(one, str) else repr(one) for one in found)  # lists of words
+        found = (next((value for value in row if value is not None), "") for row in texts)
+        return hashes_of(value if isinstance(value, str) else repr(value) for value in found)  # lists of words
     names = _file_names(dataset, columns[0], path)
     if names is not None:
         return hashes_of(names)
@@ -725,13 +724,13 @@ def _row_hashes(
 
 
 def _chunks(dataset: "datasets.Dataset", name: str) -> Iterator[Any]:
-    """The values of a column, a few thousand in memory at a time."""
+    """The values of a column, read in batches."""
     for batch in dataset.select_columns(name).with_format(None).iter(batch_size=4096):
         yield from batch[name]
 
 
 def _file_names(dataset: "datasets.Dataset", column: str, path: str) -> list[str] | None:
-    """The file that each row was, relative to `path`; None unless all rows have one, mostly different ones."""
+    """The file that each row was made from, relative to `path`; None unless all rows have one, mostly different."""
     feature = dataset.features[column]
     if not hasattr(feature, "decode"):
         return None
@@ -746,7 +745,7 @@ def _file_names(dataset: "datasets.Dataset", column: str, path: str) -> list[str
 
 
 def _places_in_files(dataset: "datasets.Dataset", files: Sequence[str]) -> np.ndarray | None:
-    """(n,) uint64: a hash of file and row, so that another file moves none; None where rows cannot be told so."""
+    """(n,) uint64: hash of file and row, so that adding a file changes none; None if the files of rows are unknown."""
     from pyarrow import ArrowException, parquet
 
     if not files or not all(file.endswith(".parquet") and Path(file).is_file() for file in files):
@@ -763,7 +762,7 @@ def _places_in_files(dataset: "datasets.Dataset", files: Sequence[str]) -> np.nd
 
 
 def _storage(dataset: "datasets.Dataset", column: str, field: str | None) -> Any:
-    """A column as arrow has it, or the `field` of its struct, in the order of rows; None where there is none."""
+    """The arrow array of a column, or of the `field` of its struct, in row order; None if there is no paths column."""
     import pyarrow
 
     values = dataset.with_format("arrow").data.column(column)
@@ -782,7 +781,7 @@ def _storage(dataset: "datasets.Dataset", column: str, field: str | None) -> Any
 
 
 def _lengths(dataset: "datasets.Dataset", column: str) -> np.ndarray:
-    """(n,) uint64: bytes or entries in each row of a column; of files beside the table, their sizes; else zeros."""
+    """(n,) uint64: bytes or entries in each row of a column; size of the file where only a path is stored; else 0."""
     import pyarrow
     import pyarrow.compute
 
@@ -815,9 +814,9 @@ def _raw_sample(
     array_types: Mapping[str, str],
     fields: Mapping[str, object] | None = None,
 ) -> RawSample:
-    """A row of a data set as a `RawSample`; its key is the file or the tar member where there is one.
+    """A row of a data set as a `RawSample`; its key is the file or the tar member, if there is one.
 
-    Its value is a `BadSample` where it leads to a file that cannot be fetched, or that nobody `asked` for.
+    The value is a `BadSample` if its URL cannot be read, or does not start with one of `asked`.
     """
     if record.get("__url__") and record.get("__key__"):
         key = f"{Path(record['__url__']).name}:{record['__key__']}"
@@ -839,9 +838,9 @@ def _raw_sample(
 
 
 def _asked_places(path: str, data_files: object) -> tuple[str, ...]:
-    """What the addresses begin with to which records may lead: the hub for a data set of the hub, and named hosts.
+    """Allowed prefixes of URLs in records: the hub for a hub data set, and the hosts named in the settings.
 
-    Data is not trusted with the network: a local table could make this machine call any other.
+    Otherwise a local table could make this machine send requests to any host.
     """
     import datasets
 
@@ -856,9 +855,9 @@ def _asked_places(path: str, data_files: object) -> tuple[str, ...]:
 
 def _read_remote(url: str, asked: tuple[str, ...]) -> bytes | BadSample:
     """Content of a file on the hub or inside an archive."""
-    place = url.rpartition("::")[2]  # of zip://file::place
+    place = url.rpartition("::")[2]  # the last part of zip://file::place
     if "://" in place and not place.startswith((*asked, "file://")):
-        return BadSample("leads to another place on the network than the data set's, where nothing is fetched from")
+        return BadSample("a URL outside the data set's hosts, which is not fetched")
     from datasets.utils.file_utils import xopen
 
     try:

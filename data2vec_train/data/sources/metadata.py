@@ -1,7 +1,7 @@
-"""Files that say something about other files: transcripts, class names, anything with a column of file names.
+"""Metadata files: tables with a column of file names, and transcripts.
 
-Four kinds are read: metadata.csv, metadata.tsv and metadata.jsonl of Hugging Face's folders and their likes, such as
-Common Voice's tables; LibriSpeech's *.trans.txt; and the .wrd or .ltr file beside a manifest of fairseq.
+Supported: metadata.csv, metadata.tsv and metadata.jsonl as in Hugging Face's folders, similar tables such as Common
+Voice's, and LibriSpeech's *.trans.txt. The .wrd and .ltr files of fairseq are read in `files.py`.
 """
 
 import codecs
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 TRANSCRIPTS = ".trans.txt"  # LibriSpeech: "<name without extension> <words>" on each line
-FILE_COLUMNS = ("file_name", "path", "file", "audio", "audio_path", "filename", "image")  # the first one there counts
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")  # what transcripts are called
+FILE_COLUMNS = ("file_name", "path", "file", "audio", "audio_path", "filename", "image")  # the first match is used
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")  # names of columns with transcripts
 DELIMITERS = (",", "\t", ";", "|")
 
 
@@ -37,14 +37,14 @@ def find_metadata(root: Path) -> list[Path]:
     """
     found = [root / name for name in METADATA_NAMES if (root / name).is_file()]
     if len(found) > 1:
-        names = " and ".join(one.name for one in found)
+        names = " and ".join(path.name for path in found)
         raise ConfigError(f"{root} has {names}; say which one describes the files: data.metadata={found[0]}")
-    return found or sorted(one for one in root.rglob(f"*{TRANSCRIPTS}") if one.is_file())
+    return found or sorted(path for path in root.rglob(f"*{TRANSCRIPTS}") if path.is_file())
 
 
 def other_tables(root: Path) -> list[str]:
-    """Names of tables at `root` that may be meant, such as train.tsv."""
-    return sorted(one.name for one in root.iterdir() if one.suffix in (".csv", ".tsv", ".jsonl") and one.is_file())
+    """Names of other tables at `root`, such as train.tsv, to suggest in an error."""
+    return sorted(path.name for path in root.iterdir() if path.suffix in (".csv", ".tsv", ".jsonl") and path.is_file())
 
 
 def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
@@ -55,7 +55,7 @@ def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
         root: folder of the data.
 
     Raises:
-        DataError: the file cannot be read, has no column of file names, or says two things about one file.
+        DataError: the file cannot be read, has no column of file names, or describes a file twice, differently.
     """
     try:
         with open_file(path) as file:
@@ -72,7 +72,7 @@ def read_metadata(path: Path, root: Path) -> dict[str, dict[str, Any]]:
         whole = os.path.relpath(name, root) if os.path.isabs(name) else os.path.join(place, name)
         key = os.path.normpath(whole).replace(os.sep, "/")
         if rows.setdefault(key, row) != row:
-            raise DataError(f"{path}, line {number}: {name} is described twice, and not alike")
+            raise DataError(f"{path}, line {number}: {name} is described twice, differently")
     if not rows:
         raise DataError(f"{path} is empty; expected a line for every file")
     return rows
@@ -102,25 +102,25 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-    """Rows of a table whose first line names its columns; that line says what stands between them."""
+    """Rows of a table whose first line names its columns; the delimiter is inferred from that line."""
     first = next(iter(text.lstrip("\r\n").replace("\r", "\n").split("\n", 1)))
     usual = "\t" if path.suffix == ".tsv" else ","
-    between = next((one for one in (usual, *DELIMITERS) if _file_column(_cells(first, one))), None)
+    between = next((delimiter for delimiter in (usual, *DELIMITERS) if _file_column(_cells(first, delimiter))), None)
     if between is None:
         raise DataError(
             f"{path}: its first line is {first[:100]!r}; expected the names of the columns, one of them "
-            f"{', '.join(FILE_COLUMNS[:4])}, with a comma, a tab or ; between them"
+            f"{', '.join(FILE_COLUMNS[:4])}, separated by a comma, a tab or ;"
         )
     names = _cells(first, between)
-    double = next((one for one in names if names.count(one) > 1), None)
+    double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise DataError(f"{path} has two columns called {double or 'nothing'!r}")
     column = _file_column(names)
     for number, cells in _lines(path, text, between)[1:]:
         if len(cells) > len(names) and any(cells[len(names) :]):
             raise DataError(
-                f"{path}, line {number}: {len(cells)} cells, the first line names {len(names)} columns; a text that "
-                f"holds {between!r} has to stand in double quotes"
+                f"{path}, line {number}: {len(cells)} cells, but the first line names {len(names)} columns; put a text "
+                f"with {between!r} in double quotes"
             )
         row = dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=False))
         yield number, row.pop(column), row
@@ -135,7 +135,7 @@ def _lines(path: Path, text: str, between: str) -> list[tuple[int, list[str]]]:
         if between != "\t":
             raise DataError(f"{path}, line {reader.line_num}: not a table ({error}); a quote is not closed?") from error
         found = None
-    # Common Voice's tables have tabs and no quoting: a quote is a letter, and must not swallow the lines that follow.
+    # Common Voice's tables have tabs and no quoting: a quote is a plain character, and must not join lines to one cell.
     if found is None or (between == "\t" and any("\n" in cell for _, cells in found for cell in cells)):
         lines = (line.rstrip("\r").split("\t") for line in text.split("\n"))
         found = [(number, cells) for number, cells in enumerate(lines, start=1) if any(cells)]
@@ -152,20 +152,20 @@ def _cells(line: str, between: str) -> list[str]:
 
 def _file_column(names: Sequence[str]) -> str | None:
     """The column with the names of files."""
-    return next((one for one in FILE_COLUMNS if one in names), None)
+    return next((column for column in FILE_COLUMNS if column in names), None)
 
 
 def text_column(wanted: str, known: Iterable[str], where: str) -> str:
-    """The column that is meant: where there is no `text`, the one that usually holds transcripts.
+    """`wanted`; but if it is `text` and there is no such column, the column in `TEXT_COLUMNS`.
 
     Raises:
-        ConfigError: there are several of these.
+        ConfigError: there are several.
     """
-    usual = [one for one in TEXT_COLUMNS if one in known]
+    usual = [column for column in TEXT_COLUMNS if column in known]
     if wanted != "text" or not usual or usual[0] == "text":
         return wanted
     if len(usual) > 1:
-        raise ConfigError(f"{where} has no column text, and {' and '.join(usual)}; say which with head.text_column")
+        raise ConfigError(f"{where} has no column text, but {' and '.join(usual)}; choose one with head.text_column")
     log.info("%s: the column %s is read as text", where, usual[0])
     return usual[0]
 
@@ -173,14 +173,14 @@ def text_column(wanted: str, known: Iterable[str], where: str) -> str:
 def join_metadata(
     files: Sequence[str], described: Mapping[str, dict[str, Any]], where: str
 ) -> list[dict[str, Any] | None]:
-    """The columns of each file, None where nothing is said about it.
+    """The columns of each file, None if the metadata does not name it.
 
-    Names may all be relative to one folder below the data, as to Common Voice's clips, and may lack the extension.
+    Names may be relative to a sub-folder, such as Common Voice's clips, and may lack the extension.
 
     Args:
         files: relative paths.
-        described: what `read_metadata` gave.
-        where: for messages.
+        described: result of `read_metadata`.
+        where: the metadata file, for messages.
 
     Raises:
         DataError: names without a file.
@@ -192,8 +192,8 @@ def join_metadata(
         absent = [name for name in described if name not in known]
     if absent:
         raise DataError(
-            f"{where} names {len(absent)} of {len(described)} files that are not there; the first is {absent[0]}. "
-            f"Names are relative to the file that holds them; the data has {files[0]}, for example"
+            f"{len(absent)} of {len(described)} files named in {where} do not exist; the first is {absent[0]}. "
+            f"Names must be relative to the folder of that file; the data has {files[0]}, for example"
         )
     return [described.get(file, described.get(os.path.splitext(file)[0])) for file in files]
 
@@ -201,7 +201,7 @@ def join_metadata(
 def _below_a_folder(
     files: Sequence[str], described: Mapping[str, dict[str, Any]], known: set[str]
 ) -> dict[str, dict[str, Any]] | None:
-    """The same with paths to a folder in which all the files are."""
+    """`described` with the sub-folder added that contains all the files; None if there is none."""
     for folder in sorted({os.path.dirname(file) for file in files} - {""}):
         if all(f"{folder}/{name}" in known for name in described):
             return {f"{folder}/{name}": row for name, row in described.items()}
@@ -211,7 +211,7 @@ def _below_a_folder(
 def _written_elsewhere(
     files: Sequence[str], described: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]] | None:
-    """The same with the paths of files that Windows or macOS, whose letters with accents are two, write otherwise."""
+    """`described` with the paths of `files`, if they differ only by backslashes (Windows) or Unicode form (macOS)."""
     common = {unicodedata.normalize("NFC", file): file for file in files}
     names = {name: unicodedata.normalize("NFC", name.replace("\\", "/")) for name in described}
     if not set(names.values()) <= common.keys():
@@ -230,6 +230,6 @@ def classes_of(values: Iterable[Any]) -> tuple[list[str], np.ndarray]:
     if odd is not None:
         raise DataError(f"a class is called {odd!r}; expected a text or a number")
     present = {value for value in values if value is not None}
-    names = sorted(present, key=lambda one: (not isinstance(one, (int, float)), one))
+    names = sorted(present, key=lambda name: (not isinstance(name, (int, float)), name))
     rank = {value: place for place, value in enumerate(names)}
     return [str(name) for name in names], np.array([rank.get(value, -1) for value in values], dtype=np.int64)
