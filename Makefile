@@ -29,7 +29,7 @@ demo-text: $(READY)  ## The same with the embedded texts
 	$(RUN) -m data2vec_train modality=text
 
 test: $(READY)  ## Run the fast tests, two files at a time
-	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## Run all tests, the ones that train for minutes too
 	$(RUN) -m pytest

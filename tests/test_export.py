@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -151,15 +149,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
         (("checkpoint=README.md", "out=x"), "README.md is no whole checkpoint of torch.save"),
     ],
 )
-def test_commands_that_cannot_work_get_one_line(settings, message, tmp_path):
-    from data2vec_train.paths import config_directory
-
-    found = subprocess.run(
-        [sys.executable, "-m", "data2vec_train.export", *settings],
-        capture_output=True,
-        text=True,
-        cwd=config_directory().parent,
-    )
+def test_commands_that_cannot_work_get_one_line(settings, message, run_program):
+    found = run_program(*settings, verb="export")
     assert found.returncode == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr

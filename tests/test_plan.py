@@ -379,23 +379,13 @@ def test_a_plan_needs_neither_the_data_nor_the_devices_of_the_run():
         assert find_faults(given, config_name="plan", multirun=False, on_this_machine=True) == []
 
 
-def test_the_command_prints_writes_and_refuses_with_status_2(tmp_path):
-    def run(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "data2vec_train.plan", *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    done = run("modality=text", "hydra.run.dir=made")
+def test_the_command_prints_writes_and_refuses_with_status_2(run_program, tmp_path):
+    done = run_program("modality=text", "hydra.run.dir=made", verb="plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "made" / "plan.json").read_text())
     assert f"{facts['largest_batch']} samples" in done.stdout
-    done = run("modality=text", "hardware.memory_gib=0.7", "hydra.run.dir=other")
+    small = "hardware.memory_gib=0.7"
+    done = run_program("modality=text", small, "hydra.run.dir=other", verb="plan", cwd=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: this run needs")

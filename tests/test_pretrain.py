@@ -47,7 +47,7 @@ def _images(folder, count=24, size=(40, 30)):
 def test_a_run_leaves_everything_it_promises(run_program, tmp_path):
     run_dir = tmp_path / "run"
     result = run_program("modality=vision", "trainer.max_steps=6", "trainer.log_every_n_steps=3", *TINY,
-                         f"hydra.run.dir={run_dir}")  # fmt: skip
+                         f"hydra.run.dir={run_dir}", new=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"report: {run_dir / 'report.html'}" in result.stdout
 

@@ -13,45 +13,12 @@ from data2vec_train.config.check.overrides import find_faults
 from data2vec_train.paths import recipes_parent
 from data2vec_train.system.plugins import load_plugins
 from data2vec_train.weights.preprocessing import ImageProcessor
-
-ROOT = Path(__file__).parents[1]
-FOLDERS = ("data2vec_train", "configs", "recipes", "tests")
-DOCUMENTS = {
-    str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
-    for file in [ROOT / "README.md", *sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
-}
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-OURS = re.compile(
-    r"(?:^|\s)(?:(?:python|torchrun\s[^`]*?) -m data2vec_train(?:\.(?P<module>\w+))?"
-    r"|data2vec-train(?: (?P<verb>[a-z]+))?)(?![\w.=])(?P<arguments>.*)"
-)
-SLURM = re.compile(r"^sbatch recipes/cluster/pretrain.sbatch (.*)")
+from tests.documents import COMMANDS, DOCUMENTS, FENCE, ROOT, code
 
 
-def code(text):
-    """Each line of a block and each piece of code within a sentence, continued lines joined."""
-    for _, block in FENCE.findall(text):
-        yield from block.replace("\\\n", " ").splitlines()
-    for piece in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
-        yield " ".join(piece.split())
-
-
-def _commands():
-    """(document, task, arguments) of each command of ours, and of the job that SLURM starts."""
-    for name, text in DOCUMENTS.items():
-        for line in code(text):
-            line = line.partition("    #")[0]
-            if found := OURS.search(line):
-                yield name, found["module"] or found["verb"] or "train", found["arguments"].strip()
-            elif found := SLURM.search(line):
-                yield name, "train", f"{found[1]} strategy=ddp strategy.devices=8 strategy.num_nodes=2"
-
-
-COMMANDS = sorted({found for found in _commands() if found[2] and not found[2].startswith("--")})
-
-
-@pytest.mark.parametrize(("document", "task", "arguments"), COMMANDS)
-def test_a_command_is_accepted(document, task, arguments, monkeypatch, tmp_path):
+# Each once, in whichever document it stands first
+@pytest.mark.parametrize(("task", "arguments"), list(dict.fromkeys(command[1:] for command in COMMANDS)))
+def test_a_command_is_accepted(task, arguments, monkeypatch, tmp_path):
     # PATH, DIR, N and so on stand for what the reader has, and runs/NAME for what an earlier command has made.
     words = [re.sub(r"=N$", "=0", word) for word in shlex.split(arguments)]
     monkeypatch.chdir(tmp_path)
@@ -71,7 +38,8 @@ def test_a_command_is_accepted(document, task, arguments, monkeypatch, tmp_path)
     if "visoin" in arguments:
         assert len(faults) == 2
         # Other tests of the same process may have added choices.
-        assert all(f"  {fault.partition(' Choices')[0]}" in DOCUMENTS[document] for fault in faults)
+        text = DOCUMENTS["data2vec_train/config/README.md"]
+        assert all(f"  {fault.partition(' Choices')[0]}" in text for fault in faults)
     else:
         assert faults == []
 

@@ -83,7 +83,7 @@ def test_a_profiled_run_is_the_run_and_its_table_has_all_the_time(run_program, t
     for name, more in (("plain", []), ("profiled", ["debug=profile"])):
         begun = time.perf_counter()
         result = run_program("trainer.max_steps=4", "trainer.log_every_n_steps=1", "report=false", *TINY, *more,
-                             f"hydra.run.dir={tmp_path / name}")  # fmt: skip
+                             f"hydra.run.dir={tmp_path / name}", new=True)  # fmt: skip
         whole = time.perf_counter() - begun
         assert result.returncode == 0, result.stderr
         with (tmp_path / name / "metrics.csv").open() as file:

@@ -134,7 +134,7 @@ def _read_segment(segment: Segment, sample_rate_hz: int) -> tuple[np.ndarray, in
                 file.seek(start)
             waveform = file.read(wanted, dtype="float32", always_2d=True)
         except RuntimeError as error:  # soundfile.LibsndfileError is one
-            raise BadSample(f"broken audio file: {_first_line(error)}") from error
+            raise BadSample(f"broken audio file: {_what(error)}") from error
     # Some encoders write a length that is off by one or two codec frames.
     if len(waveform) < wanted - max(0.1 * rate, 0.02 * wanted):
         raise BadSample(f"truncated: {len(waveform)} frames of {wanted} that its header promises")
@@ -155,7 +155,7 @@ def _opened(value: bytes | Path, sample_rate_hz: int) -> Iterator[Any]:
             encoded = io.BytesIO(value) if file is None else file.fileno()
             sound = stack.enter_context(soundfile.SoundFile(encoded, closefd=False))
         except (RuntimeError, TypeError, ValueError) as error:  # TypeError: raw formats, which have no header
-            raise BadSample(f"not an audio file: {_first_line(error)}") from error
+            raise BadSample(f"not an audio file: {_what(error)}") from error
         _check_header(sound, sample_rate_hz)
         yield sound
 
@@ -169,11 +169,11 @@ def _check_header(sound: Any, sample_rate_hz: int) -> None:
     if sound.frames < 1:
         raise BadSample("no samples")
     for promised, there in PROMISED.findall(sound.extra_info):
-        if int(there) < int(promised) < MAX_HEADER_BYTES and _is_truncated(int(there), int(promised), sound):
+        if int(there) < int(promised) < MAX_HEADER_BYTES and _lacks(int(there), int(promised), sound):
             raise BadSample(f"truncated: {there} bytes of sound of {promised} that its header promises")
 
 
-def _is_truncated(there: int, promised: int, sound: Any) -> bool:
+def _lacks(there: int, promised: int, sound: Any) -> bool:
     """Whether more bytes are missing than rounding explains."""
     return there < promised - max(0.1 * sound.samplerate * there / sound.frames, 0.02 * promised)
 
@@ -210,7 +210,7 @@ def _resampler(source_hz: int, target_hz: int) -> Any:
     return Resample(source_hz, target_hz)  # keeps its filter: computing it takes longer than applying it
 
 
-def _first_line(error: BaseException) -> str:
+def _what(error: BaseException) -> str:
     """Message of an error, first line; libsndfile's without the name of the opened object."""
     text = getattr(error, "error_string", None) or str(error)
     return (text.removeprefix("Error : ").strip().splitlines() or [type(error).__name__])[0]
@@ -481,7 +481,7 @@ def _check_end(sound: Any) -> None:
         sound.seek(sound.frames - back)
         there = len(sound.read(1))
     except RuntimeError as error:
-        raise BadSample(f"truncated or broken: no end after {sound.frames} frames ({_first_line(error)})") from error
+        raise BadSample(f"truncated or broken: no end after {sound.frames} frames ({_what(error)})") from error
     if not there:
         raise BadSample(f"truncated: no end after the {sound.frames} frames that its header promises")
 

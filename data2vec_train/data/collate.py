@@ -78,15 +78,15 @@ class Collator:
             labels = torch.tensor([sample.label for sample in good])
         return Batch(
             inputs=inputs,
-            attention_mask=_attention_mask(lengths),
+            attention_mask=_real(lengths),
             ids=torch.tensor([sample.id for sample in good]),
             labels=labels,
             rejected=rejected,
             place=samples[-1].place,
-            **self._masks(good, lengths),
+            **self._hide(good, lengths),
         )
 
-    def _masks(self, good: list[Sample], lengths: Tensor) -> dict[str, Masks | Tensor | None]:
+    def _hide(self, good: list[Sample], lengths: Tensor) -> dict[str, Masks | Tensor | None]:
         """Masks and, for token ids, the corrupted ids that the student sees."""
         if self.masker is None:
             return {}
@@ -109,7 +109,7 @@ class Collator:
         num_tokens = torch.tensor([len(row) for row in rows[:: self.masks_per_sample]])
         masked = _stack_rows([torch.from_numpy(row) for row in rows], int(num_tokens.max()), False)
         masked = masked.unflatten(0, (len(good), self.masks_per_sample))  # (B, M, T)
-        return fields | {"masks": Masks.from_masked(masked, _attention_mask(num_tokens))}
+        return fields | {"masks": Masks.from_masked(masked, _real(num_tokens))}
 
     def draw(self, samples: list[Sample]) -> list[np.ndarray]:
         """B * M masks (T_i,), sample-major, before they are equalised."""
@@ -137,7 +137,7 @@ def _stack_rows(tensors: list[Tensor], length: int, value: int | bool) -> Tensor
     return stacked
 
 
-def _attention_mask(lengths: Tensor) -> Tensor | None:
+def _real(lengths: Tensor) -> Tensor | None:
     """(B, max length) bool, True where a sample has not ended; None when all are equally long."""
     longest = int(lengths.max())
     return None if bool((lengths == longest).all()) else torch.arange(longest) < lengths[:, None]

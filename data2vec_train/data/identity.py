@@ -152,9 +152,9 @@ def difference(before: dict[str, Any], now: dict[str, Any], source: "Source | St
     """
     changes = []
     if before["classes"] != now["classes"]:
-        changes.append(f"the classes were {_class_list(before['classes'])}, and are {_class_list(now['classes'])}")
+        changes.append(f"the classes were {_listed(before['classes'])}, and are {_listed(now['classes'])}")
     if before["digest"] != now["digest"]:
-        changes.append(_record_changes(before, now, source))
+        changes.append(_counted(before, now, source))
     else:
         old, new = dict(before["content"].tolist()), dict(now["content"].tolist())
         both = old.keys() & new.keys()
@@ -164,13 +164,13 @@ def difference(before: dict[str, Any], now: dict[str, Any], source: "Source | St
     return "; ".join(changes) or None
 
 
-def _class_list(classes: list[str] | None) -> str:
+def _listed(classes: list[str] | None) -> str:
     if classes is None:
         return "none"
     return f"[{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}] ({len(classes)})"
 
 
-def _record_changes(before: dict[str, Any], now: dict[str, Any], source: "Source | StreamingSource") -> str:
+def _counted(before: dict[str, Any], now: dict[str, Any], source: "Source | StreamingSource") -> str:
     counts = f"{before['count']} records then, {now['count']} now"
     if before["records"] is None or now["records"] is None:
         return counts

@@ -178,7 +178,7 @@ def documents(
         if isinstance(value, Path) and is_table(value):
             is_parquet = value.name.lower().endswith(".parquet")
             rows = _table_rows(sample, column) if is_parquet else _json_lines(sample, column, max_document_bytes)
-            yield from _until_given_up(rows)
+            yield from _unless_hopeless(rows)
         else:
             text = _file_text(value, encodings, max_document_bytes)
             if separator is None:
@@ -229,7 +229,7 @@ def _split(pieces: Iterable[str], separator: str) -> Iterator[str]:
     yield "".join([*held, tail])
 
 
-def _until_given_up(rows: Iterable[Document]) -> Iterator[Document]:
+def _unless_hopeless(rows: Iterable[Document]) -> Iterator[Document]:
     """The rows of a file; gives up if the first `HOPELESS_ROWS` are all broken, to keep the quarantine list short."""
     good, number = 0, 0
     for number, row in enumerate(rows, start=1):
@@ -243,7 +243,7 @@ def _until_given_up(rows: Iterable[Document]) -> Iterator[Document]:
 
 def _json_lines(sample: RawSample, column: str, max_bytes: int) -> Iterator[Document]:
     path = sample.value
-    with open_file(path) as plain, OPENERS.get(path.suffix.lower(), _uncompressed)(plain) as file:
+    with open_file(path) as plain, OPENERS.get(path.suffix.lower(), _as_it_is)(plain) as file:
         for number, line in enumerate(_lines(file, max_bytes), start=1):
             if number == 1 and any(line.startswith(mark) for mark, _ in BOMS):
                 raise BadSample("UTF-16 or UTF-32; expected UTF-8, as JSON has it")
@@ -252,7 +252,7 @@ def _json_lines(sample: RawSample, column: str, max_bytes: int) -> Iterator[Docu
             yield f"{sample.key}:{number}", sample.label, _field(line, column, max_bytes)
 
 
-def _uncompressed(file: BinaryIO) -> BinaryIO:
+def _as_it_is(file: BinaryIO) -> BinaryIO:
     return file
 
 

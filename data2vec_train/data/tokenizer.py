@@ -124,7 +124,7 @@ class Tokenizer:
         feed = iter(pieces)
         text, known, num_unsafe = "", 0, 0  # the first `known` tokens of `text` were yielded with the previous part
         while True:
-            text = _extended(text, feed, LONG + OVERLAPS[-1])
+            text = _filled(text, feed, LONG + OVERLAPS[-1])
             if len(text) <= LONG:
                 break
             left = self._tokens(text[:LONG])
@@ -230,7 +230,7 @@ def cut_runs(text: str, longest: int) -> Iterator[str]:
     yield text[first:]
 
 
-def _extended(text: str, feed: Iterator[str], length: int) -> str:
+def _filled(text: str, feed: Iterator[str], length: int) -> str:
     """`text` extended with strings of `feed` until it has `length` characters, or `feed` ends."""
     parts, size = [text], len(text)
     while size < length and (piece := next(feed, None)) is not None:

@@ -172,7 +172,7 @@ class Listener:
                 return
             for number in numbers or ():
                 if number in heard:
-                    self._on_signal(number)
+                    self._told(number)
             now = time.monotonic()
             gone, leave_at = self.gone, self._leave_at
             if gone is not None and leave_at is not None and now > leave_at:
@@ -181,7 +181,7 @@ class Listener:
             if self.received and now > self._moved + self._factor * self.patience_s:
                 self._give_up()
 
-    def _on_signal(self, number: int) -> None:
+    def _told(self, number: int) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

@@ -41,6 +41,7 @@ from data2vec_train.system.outputs import release, sole_writer, take_lock
 from data2vec_train.training.optim import layered_adamw
 from data2vec_train.weights.preprocessing import AudioFeatureExtractor
 from data2vec_train.weights.tokenizers import CTCTokenizer
+from tests.records import ARPA
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -293,25 +294,6 @@ def test_classes_in_order_and_missing_ones():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transcripts
-
-ARPA = r"""\data\
-ngram 1=5
-ngram 2=3
-
-\1-grams:
--1.0	<unk>
--9	<s>	-0.3
--1.0	</s>
--0.5	ABBA	-0.3
--2.0	AB	-0.3
-
-\2-grams:
--0.1	<s> ABBA
--2.0	<s> AB
--0.1	ABBA </s>
-
-\end\
-"""
 
 
 def spelt(tokenizer: CTCTokenizer, text: str, sure: float = 6.0) -> torch.Tensor:

@@ -472,7 +472,7 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
     unreadable: list[OSError] = []
     for folder, subfolders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
         subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and not _is_link_cycle(str(root), folder, name)
+            name for name in subfolders if not name.startswith(".") and not _leads_back(str(root), folder, name)
         ]
         relative = os.path.relpath(folder, root)
         for name in names:
@@ -489,7 +489,7 @@ def _accepted_files(root: Path, accepted: tuple[str, ...], ignored: Counter[str]
         log.warning("%s: %d folders skipped, first: %s", root, len(unreadable), unreadable[0])
 
 
-def _is_link_cycle(root: str, folder: str, name: str) -> bool:
+def _leads_back(root: str, folder: str, name: str) -> bool:
     """Whether a sub-folder is a symbolic link to one of the folders above it; following it would never end."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):

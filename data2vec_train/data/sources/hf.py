@@ -135,7 +135,7 @@ class HFSource(Source):
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
         self._array_types = _array_types(self._dataset.features, columns)
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        log.info("%s: %d records, %s%s", path, len(self), _columns_read(kind, columns, label), classes)
+        log.info("%s: %d records, %s%s", path, len(self), _taken(kind, columns, label), classes)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -223,7 +223,7 @@ class HFStreamingSource(StreamingSource):
         self._shuffle_buffer = shuffle_buffer
         self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
         self._array_types = _array_types(self._dataset.features, self._columns)
-        log.info("%s: streaming %d shards, %s", path, dataset.num_shards, _columns_read(kind, self._columns, label))
+        log.info("%s: streaming %d shards, %s", path, dataset.num_shards, _taken(kind, self._columns, label))
 
     def stream(
         self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
@@ -581,7 +581,7 @@ def _label_column(features: "datasets.Features", path: str) -> str | None:
     return next(iter(usual + classes), None)
 
 
-def _columns_read(kind: Kind, columns: Sequence[str], label: str | None) -> str:
+def _taken(kind: Kind, columns: Sequence[str], label: str | None) -> str:
     """Description of the columns, for the log."""
     names = "/".join(columns[:4]) + ("/..." if len(columns) > 4 else "")
     return f"{kind}s from {names}, {f'labels from {label}' if label else 'no labels'}"

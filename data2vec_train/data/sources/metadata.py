@@ -188,7 +188,7 @@ def join_metadata(
     known = {*files, *(os.path.splitext(file)[0] for file in files)}
     absent = [name for name in described if name not in known]
     if absent:
-        described = _with_sub_folder(files, described, known) or _with_paths_of_files(files, described) or described
+        described = _below_a_folder(files, described, known) or _written_elsewhere(files, described) or described
         absent = [name for name in described if name not in known]
     if absent:
         raise DataError(
@@ -198,7 +198,7 @@ def join_metadata(
     return [described.get(file, described.get(os.path.splitext(file)[0])) for file in files]
 
 
-def _with_sub_folder(
+def _below_a_folder(
     files: Sequence[str], described: Mapping[str, dict[str, Any]], known: set[str]
 ) -> dict[str, dict[str, Any]] | None:
     """`described` with the sub-folder added that contains all the files; None if there is none."""
@@ -208,7 +208,7 @@ def _with_sub_folder(
     return None
 
 
-def _with_paths_of_files(
+def _written_elsewhere(
     files: Sequence[str], described: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]] | None:
     """`described` with the paths of `files`, if they differ only by backslashes (Windows) or Unicode form (macOS)."""
