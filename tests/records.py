@@ -71,8 +71,10 @@ def audio_rows(head: str) -> list[dict]:
         if head in ("utterance", "speaker"):
             letters = "ABCD"[number % 4] * 3
         hertz = {"A": 300, "B": 900, "C": 2000, "D": 3000}
-        sound = np.concatenate([tone(hertz[one], 0.2, rng) for one in letters])
-        segments = [{"start": 0.2 * place, "end": 0.2 * (place + 1), "label": one} for place, one in enumerate(letters)]
+        sound = np.concatenate([tone(hertz[letter], 0.2, rng) for letter in letters])
+        segments = [
+            {"start": 0.2 * place, "end": 0.2 * (place + 1), "label": letter} for place, letter in enumerate(letters)
+        ]
         row = {"audio": {"bytes": wav(sound), "path": None}, "kind": f"class {letters[0]}"}
         rows.append(row | {"text": " ".join(letters), "segments": segments})
     return rows
@@ -82,10 +84,10 @@ def text_rows(head: str) -> list[dict]:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(SAMPLES):
-        words = [str(one) for one in rng.choice(WORDS, 8)]
+        words = [str(word) for word in rng.choice(WORDS, 8)]
         if head.endswith("_lm"):  # what stands where has to follow from what stands elsewhere
             words = [WORDS[(number + place) % len(WORDS)] for place in range(20)]
-        tags = ["B-col" if one in ("red", "green", "blue") else "O" for one in words]
+        tags = ["B-col" if word in ("red", "green", "blue") else "O" for word in words]
         text = " ".join(words)
         answer = words[3]
         start = len(" ".join(words[:3])) + 1
@@ -97,7 +99,7 @@ def text_rows(head: str) -> list[dict]:
             "question": f"after {words[2]} number {number}",
             "context": text,
             "answers": {"text": [answer], "answer_start": [start]},
-            "choices": [f"{one} {number}" for one in rng.choice(WORDS, 3, replace=False)],
+            "choices": [f"{word} {number}" for word in rng.choice(WORDS, 3, replace=False)],
             "label": int(rng.integers(3)),
         }
         rows.append(row)

@@ -263,9 +263,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "fragments"), BROKEN, ids=[" ".join(one[0]) for one in BROKEN])
+@pytest.mark.parametrize(("arguments", "fragments"), BROKEN, ids=[" ".join(case[0]) for case in BROKEN])
 def test_a_broken_command_is_named_in_one_sentence(toy, arguments, fragments):
-    overrides = [one for one in arguments if one != "-m"]
+    overrides = [word for word in arguments if word != "-m"]
     faults = find_faults(overrides, config_name="train", multirun="-m" in arguments)
     for fragment in fragments:
         assert fragment in " ".join(faults)
@@ -576,7 +576,7 @@ def test_spans_cannot_be_dropped():
             "modality=audio",
             "objective=data2vec",
             "objective.mask_mode=drop",
-            *[f"modality.masker.{one}" for one in spans],
+            *[f"modality.masker.{setting}" for setting in spans],
         ],
         config_name="train",
     )

@@ -380,12 +380,12 @@ def test_teacher_sees_the_whole_input_once_per_sample(version):
     shapes = []
     model.teacher.encoder.transformer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     batch = vision_batch(model)
-    one = model(batch)
+    output = model(batch)
     assert shapes == [(4, 1 + 24, 16)]
     masks = Masks.from_masked(batch.masks.masked.roll(1, dims=0))
     other = model.compute_targets(Batch(inputs=batch.inputs, masks=masks), model.student.embed(batch.inputs))
     rows = other.repeat_interleave(model.masks_per_sample, dim=0).flatten(0, 1)
-    torch.testing.assert_close(rows[batch.masks.hidden], one.targets)
+    torch.testing.assert_close(rows[batch.masks.hidden], output.targets)
 
 
 def test_a_bfloat16_student_gets_float32_targets_and_loss():

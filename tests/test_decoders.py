@@ -49,9 +49,9 @@ def test_scattering_returns_every_token_to_its_place(tokens):
 def test_noise_is_fresh_at_each_call_and_has_the_given_std(tokens):
     torch.manual_seed(0)
     visible = torch.zeros(2, 0, dtype=torch.int64)
-    one, other = (scatter_tokens(tokens[:, :0], visible=visible, num_tokens=5000, noise_std=0.01) for _ in range(2))
-    assert (one != other).all()
-    for noise in (one, other):  # 40,000 numbers: the std is known to 0.4 %
+    first, other = (scatter_tokens(tokens[:, :0], visible=visible, num_tokens=5000, noise_std=0.01) for _ in range(2))
+    assert (first != other).all()
+    for noise in (first, other):  # 40,000 numbers: the std is known to 0.4 %
         assert noise.std().item() == pytest.approx(0.01, rel=0.02)
         assert abs(noise.mean().item()) < 4 * 0.01 / 200
 

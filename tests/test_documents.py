@@ -33,6 +33,6 @@ def test_what_is_cited_is_there(document):
     rows = set(re.findall(r"^(?:\| |)(\d+)(?: \||\. \*\*)", text, re.MULTILINE))
     citations = cited(Path(document).name)
     assert len(citations) > 15
-    assert any(one[2] for one in citations)
-    assert [one for one in citations if one[1] and one[1] not in sections] == []
-    assert [one for one in citations if one[2] and one[2] not in rows] == []
+    assert any(citation[2] for citation in citations)
+    assert [citation for citation in citations if citation[1] and citation[1] not in sections] == []
+    assert [citation for citation in citations if citation[2] and citation[2] not in rows] == []

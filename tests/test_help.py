@@ -101,7 +101,7 @@ def test_every_choice_that_help_offers_is_accepted(verb):
     refused = {}
     for choice, options in commands(verb):
         faults = [find_faults(line, config_name=name_of(verb)) for line in options]
-        faults = [[one for one in found if "there is no file or folder" not in one] for found in faults]
+        faults = [[fault for fault in found if "there is no file or folder" not in fault] for found in faults]
         if all(faults):
             refused[choice] = faults
     assert not refused

@@ -94,13 +94,15 @@ def test_a_run_goes_on_from_a_run(modality, before, after, composed, trained):
     same = {name for name in found if name in expected}
     assert all(torch.equal(found[name], expected[name]) for name in same)
     teacher, averaged = model.teacher.encoder.state_dict(), old.teacher.encoder.state_dict()
-    assert all(torch.equal(one, averaged[name]) for name, one in teacher.items() if name in averaged)
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in teacher.items() if name in averaged)
     new = set(found) - same
     assert new <= {"mask_token"}
     assert ("mask token is new" in " ".join(notes)) == bool(new)
     if before == after:
         assert not notes
-        assert all(torch.equal(one, old.decoder.state_dict()[name]) for name, one in model.decoder.state_dict().items())
+        assert all(
+            torch.equal(tensor, old.decoder.state_dict()[name]) for name, tensor in model.decoder.state_dict().items()
+        )
     else:
         assert "the decoder is new" in " ".join(notes)
     runs(model)
@@ -129,8 +131,8 @@ def test_a_run_goes_on_from_a_folder_of_transformers(modality, objective, compos
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     theirs.save_pretrained(tmp_path)
     model, notes, _ = start_from(composed, tmp_path, modality, objective)
-    assert any("the teacher starts as a copy" in one for one in notes)
-    assert any("the decoder is new: the file has none" in one for one in notes)
+    assert any("the teacher starts as a copy" in note for note in notes)
+    assert any("the decoder is new: the file has none" in note for note in notes)
     # The student computes what transformers' model does, token types included.
     inputs = example_for_encoder(model.student)
     model.eval()
@@ -158,8 +160,10 @@ def test_a_fresh_teacher_is_a_copy_of_the_student(modality, composed, trained):
     notes = initialise(model, start, str(path), fresh_teacher=True)
     assert "the teacher starts as a copy of the student" in notes
     student, teacher = old.student.state_dict(), model.teacher.encoder.state_dict()
-    assert all(torch.equal(one, student[name]) for name, one in teacher.items())
-    assert all(torch.equal(one, old.decoder.state_dict()[name]) for name, one in model.decoder.state_dict().items())
+    assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.items())
+    assert all(
+        torch.equal(tensor, old.decoder.state_dict()[name]) for name, tensor in model.decoder.state_dict().items()
+    )
 
 
 def test_the_size_of_images_comes_from_the_file_and_is_said(composed, trained, monkeypatch):
@@ -214,7 +218,7 @@ def run_of_8_khz(composed, path):
     cfg = composed(*settings("audio", "data2vec2", *TINY, "modality.sample_rate_hz=8000", "modality.normalise=false"))
     model = build_objective(cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"objective.{name}": one for name, one in model.state_dict().items()}
+    state = {f"objective.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state, "config": OmegaConf.to_container(cfg, resolve=True)}, path)
     return path
 

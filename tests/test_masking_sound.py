@@ -91,7 +91,7 @@ def test_what_is_hidden_is_as_long_in_time_and_as_high_in_mel(drawn):
     kept, _, case = drawn
     hidden = ~kept
     for name, axis in (("time", 1), ("mel", 2)):
-        shifted = np.pad(hidden, [(0, 0), *((1, 0) if one == axis else (0, 0) for one in (1, 2))])
+        shifted = np.pad(hidden, [(0, 0), *((1, 0) if place == axis else (0, 0) for place in (1, 2))])
         starts = hidden & ~shifted[:, : hidden.shape[1], : hidden.shape[2]]
         mean = case[f"hidden_run_along_{name}_mean"]
         assert_same_ratio(hidden.sum(axis=(1, 2)), starts.sum(axis=(1, 2)), mean)

@@ -181,9 +181,9 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def distance(one: nn.Module, other: nn.Module) -> float:
+def distance(module: nn.Module, other: nn.Module) -> float:
     other = weights(other)
-    return max((value - other[name]).abs().max().item() for name, value in weights(one).items())
+    return max((value - other[name]).abs().max().item() for name, value in weights(module).items())
 
 
 # ------------------------------------------------------------------------------------------------------ accumulation
@@ -216,13 +216,13 @@ def test_four_micro_batches_of_16_equal_a_batch_of_64(version, clip, tmp_path):
     start = objective(version)
     assert len(counts.hidden) == 20
     assert (len(set(counts.hidden)) > 1) == (version == 1)
-    for one, other, initial in (
+    for module, other, initial in (
         (whole.objective.student, parts.objective.student, start.student),
         (whole.objective.decoder, parts.objective.decoder, start.decoder),
         (whole.objective.teacher, parts.objective.teacher, start.teacher),
     ):
-        assert distance(one, initial) > 1e-3
-        assert distance(one, other) < 1e-6
+        assert distance(module, initial) > 1e-3
+        assert distance(module, other) < 1e-6
 
 
 def test_the_logged_loss_is_that_of_the_whole_batch(tmp_path):
@@ -232,8 +232,8 @@ def test_the_logged_loss_is_that_of_the_whole_batch(tmp_path):
     fit(1, tmp_path, steps=3, batch=32, accumulate_grad_batches=2, callbacks=[parts, counts])
     assert counts.hidden[0] != counts.hidden[1]
     assert not parts.metrics[0], "a batch that completes no step has nothing to log"
-    for one, other in ((parts.metrics[1], whole.metrics[0]), (parts.metrics[5], whole.metrics[2])):
-        torch.testing.assert_close(one["train/loss"], other["train/loss"], rtol=1e-6, atol=0)
+    for metrics, other in ((parts.metrics[1], whole.metrics[0]), (parts.metrics[5], whole.metrics[2])):
+        torch.testing.assert_close(metrics["train/loss"], other["train/loss"], rtol=1e-6, atol=0)
 
 
 def test_losses_and_terms_are_weighted_by_counts_and_other_values_are_not():

@@ -50,8 +50,8 @@ def test_a_second_run_into_the_same_folder_appends_under_the_right_columns(tmp_p
     path = tmp_path / "metrics.csv"
     CSVLog(path=path).log_metrics({"rank": 9.0, "knn": 0.5}, step=1)
     CSVLog(path=path).log_metrics(second, step=2)
-    one, two = rows(path)
-    assert (one["step"], one["knn"], one["rank"]) == ("1", "0.5", "9.0")
+    first, two = rows(path)
+    assert (first["step"], first["knn"], first["rank"]) == ("1", "0.5", "9.0")
     assert {name: value for name, value in two.items() if value} == {"step": "2", **dict.fromkeys(second, "0.7")}
     assert len(path.read_text().splitlines()[-1].split(",")) == len(path.read_text().splitlines()[0].split(","))
 
@@ -263,8 +263,8 @@ def test_throughput_and_waiting_are_since_the_last_row(monkeypatch):
     now[0] += 4.0
     run.trainer.datamodule.loader.waited_seconds = 3.5
     run.step(3)  # 32 samples in 4 s
-    (_, one), (_, two) = run.log.rows
-    assert (one["train/samples_per_second"], one["train/data_wait"], one["train/epoch"]) == (8.0, 0.25, 0.25)
+    (_, first), (_, two) = run.log.rows
+    assert (first["train/samples_per_second"], first["train/data_wait"], first["train/epoch"]) == (8.0, 0.25, 0.25)
     assert (two["train/samples_per_second"], two["train/data_wait"], two["train/epoch"]) == (8.0, 0.75, 0.75)
 
 

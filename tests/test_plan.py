@@ -58,8 +58,8 @@ def real_step(objective, batch, autocast):
         gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             result = function()
-        events = [one for one in recorded.profiler.kineto_results.events() if one.name() == "[memory]"]
-        return result, [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
     def forward():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -107,7 +107,9 @@ def test_a_dry_run_holds_what_a_real_step_holds(modality, objective, way, compos
     hidden = 0.25 if modality == "audio" or way == "bf16" else 0.02
     for ours, theirs in ((predicted.forward_peak, forward_peak), (predicted.backward_peak, backward_peak)):
         assert theirs * (1 - hidden) - states <= ours <= theirs * (1.01 if low else 1.002)
-    assert predicted.gradients == sum(one.grad.nbytes for one in real.parameters() if one.grad is not None)
+    assert predicted.gradients == sum(
+        parameter.grad.nbytes for parameter in real.parameters() if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize(("modality", "objective"), PAIRS)
@@ -119,8 +121,8 @@ def test_weights_and_moments_are_those_of_a_real_run(modality, objective, compos
     for parameter in real.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    assert planner.weights + planner.teacher == sum(one.nbytes for one in [*real.parameters(), *real.buffers()])
-    assert planner.moments == sum(one.nbytes for one in tensors_of(optimizer))
+    assert planner.weights + planner.teacher == sum(tensor.nbytes for tensor in [*real.parameters(), *real.buffers()])
+    assert planner.moments == sum(tensor.nbytes for tensor in tensors_of(optimizer))
 
 
 # GFLOP of one sample by hand, performance notes of the project; corrected for grouped convolutions.
@@ -192,7 +194,7 @@ def test_sharding_divides_weights_and_nothing_else(composed):
 def test_need_is_the_parts_and_the_reserve(composed):
     cfg = small(composed, "text", "data2vec")
     memory = planner_of(cfg, HARDWARE).memory(setup_of(cfg))
-    of_step = sum(memory.parts[one] for one in ("activations", "inputs", "working memory"))
+    of_step = sum(memory.parts[part] for part in ("activations", "inputs", "working memory"))
     assert memory.needed == sum(memory.parts.values()) + round(0.1 * of_step) + 2**29
 
 
@@ -271,7 +273,7 @@ def test_time_is_operations_over_rate_and_bytes_over_bandwidth(composed):
     planner = planner_of(cfg, HARDWARE)
     seconds = planner.seconds(setup_of(cfg, accumulate=3), flops_per_sample=10**12, tflops=10, utilisation=0.5)
     compute = 3 * 4 * 1e12 / 5e12
-    trained = sum(one.nbytes for one in planner.objective.parameters() if one.requires_grad)
+    trained = sum(parameter.nbytes for parameter in planner.objective.parameters() if parameter.requires_grad)
     assert seconds == pytest.approx(compute + (3 * trained + 4 * trained + 3 * planner.teacher) / 1e12, rel=1e-5)
 
 
@@ -299,7 +301,7 @@ def test_a_recipe_asks_for_no_data_when_it_is_planned(recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in PRETRAINED]
+    "recipe", [recipe if recipe in FAST else pytest.param(recipe, marks=pytest.mark.slow) for recipe in PRETRAINED]
 )
 def test_a_recipe_is_planned_without_data(recipe, composed):
     given = [f"+recipes={recipe}", "hardware=h200"]

@@ -57,7 +57,7 @@ def test_a_folder_of_recordings_trains_on_the_good_ones_and_lists_the_bad(
     run = tmp_path / "run"
     limits = ["modality.max_seconds=2", "modality.batch_seconds=8", "callbacks.probe.rank_samples=20"]
     where = [f"data.path={recordings}", f"hydra.run.dir={run}", f"objective={objective}"]
-    options_of_objective = [one for one in AUDIO if objective == "data2vec2" or "masks_per_sample" not in one]
+    options_of_objective = [word for word in AUDIO if objective == "data2vec2" or "masks_per_sample" not in word]
     result = run_program(*options_of_objective, "data=folder", *where, *SHORT, *limits)
     assert result.returncode == 0, result.stderr
     assert "1 are shorter than modality.min_seconds=0.2 (such as deep/er/click.wav)" in result.stdout
@@ -100,7 +100,7 @@ def test_a_folder_of_texts_trains_on_the_good_ones_and_lists_the_bad(
     run = tmp_path / "run"
     where = [f"data.path={texts}", f"hydra.run.dir={run}", f"objective={objective}"]
     options = ["modality.block_tokens=32", "modality.tokenizer.train_vocab_size=400", "data.batch_size_per_device=8"]
-    options_of_objective = [one for one in TEXT if objective == "data2vec2" or "masks_per_sample" not in one]
+    options_of_objective = [word for word in TEXT if objective == "data2vec2" or "masks_per_sample" not in word]
     result = run_program(*options_of_objective, "data=folder", *where, *SHORT, *options)
     assert result.returncode == 0, result.stderr
     assert "trained a tokenizer of 400 entries" in result.stdout

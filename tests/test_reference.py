@@ -50,7 +50,7 @@ def test_every_setting_is_in_the_reference():
 
 
 def test_every_choice_among_several_says_what_it_is():
-    for group in (one for one in FOLDER.iterdir() if one.is_dir() and one.name != "hydra"):
+    for group in (folder for folder in FOLDER.iterdir() if folder.is_dir() and folder.name != "hydra"):
         files = list(group.glob("*.yaml"))
         for file in files if len(files) > 1 else ():
             assert read(file).purpose, f"{file}: a line below the command has to say what this choice is"
@@ -82,7 +82,7 @@ def test_comments_belong_to_their_settings(tmp_path, text, expected):
     file = tmp_path / "some.yaml"
     file.write_text(text)
     assert yaml.safe_load(text)
-    found = {one.path: (one.default, one.said) for one in read(file).settings}
+    found = {setting.path: (setting.default, setting.said) for setting in read(file).settings}
     assert found == expected
 
 

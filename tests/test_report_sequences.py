@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 def pictures(html: str) -> list[np.ndarray]:
     """All PNGs of a section, (H, W, 4)."""
     found = re.findall(r"base64,([A-Za-z0-9+/=]+)", html)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGBA")) for one in found]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA")) for picture in found]
 
 
 def test_masks_are_strips_with_hidden_tokens_in_their_place():
@@ -78,13 +78,13 @@ def test_features_of_samples_of_different_length_share_their_colours():
     steps = [np.repeat(np.eye(4)[[0, 1]], 5, axis=0), np.repeat(np.eye(4)[[1, 2, 0]], 5, axis=0)]
     noise = [RNG.normal(size=(10, 4)), RNG.normal(size=(15, 4))]
     section = sequence_features_section(["one", "two"], noise, steps, seconds_per_token=0.02)
-    _, one, _, two = (picture[5, :, :3].astype(int) for picture in pictures(section.html))
+    _, first, _, two = (picture[5, :, :3].astype(int) for picture in pictures(section.html))
     width = STRIP_PX[0]
-    assert np.abs(one[3] - one[-4]).sum() > 50
-    assert np.abs(one[3] - two[-4]).sum() < 3  # the same feature, the same colour
+    assert np.abs(first[3] - first[-4]).sum() > 50
+    assert np.abs(first[3] - two[-4]).sum() < 3  # the same feature, the same colour
     assert "0.20 s" in section.html
     assert "0.30 s" in section.html
-    assert len(one) == width
+    assert len(first) == width
 
 
 def test_tokens_stand_on_the_colour_of_their_features():

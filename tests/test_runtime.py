@@ -98,7 +98,7 @@ def test_float8_is_offered_the_linear_layers_of_the_students_blocks(composed, mo
     converted = []
 
     def convert(module, *, module_filter_fn):
-        converted.extend(one for name, one in module.named_modules() if module_filter_fn(one, name))
+        converted.extend(child for name, child in module.named_modules() if module_filter_fn(child, name))
 
     stand_in = ModuleType("torchao.float8")
     stand_in.convert_to_float8_training = convert
@@ -106,9 +106,9 @@ def test_float8_is_offered_the_linear_layers_of_the_students_blocks(composed, mo
     monkeypatch.setitem(sys.modules, "torchao.float8", stand_in)
     model = model_of(config_of(composed, "vision", "data2vec2"))
     use_float8(model.student)
-    inside = [one for one in model.student.transformer.modules() if isinstance(one, nn.Linear)]
+    inside = [child for child in model.student.transformer.modules() if isinstance(child, nn.Linear)]
     assert len(inside) == 2 * 4  # qkv, out, fc1, fc2
-    assert {id(one) for one in converted} == {id(one) for one in inside}
+    assert {id(linear) for linear in converted} == {id(linear) for linear in inside}
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_steps_with_a_scaled_loss_are_those_without(tmp_path):
     norms = []
     for scale in (1.0, 1024.0):
         module, trace = fit_half(tmp_path, steps=3, scale=scale, gradient_clip_val=0.5)
-        norms.append(torch.stack([one["train/grad_norm"] for one in (trace.metrics[0], trace.metrics[2])]))
+        norms.append(torch.stack([metrics["train/grad_norm"] for metrics in (trace.metrics[0], trace.metrics[2])]))
     exact = Trace()
     test_module.fit(2, tmp_path, steps=3, callbacks=[exact], gradient_clip_val=0.5)
-    expected = torch.stack([one["train/grad_norm"] for one in (exact.metrics[0], exact.metrics[2])])
+    expected = torch.stack([metrics["train/grad_norm"] for metrics in (exact.metrics[0], exact.metrics[2])])
     assert expected.min() > 0.5, "nothing was clipped"
     torch.testing.assert_close(norms[1], norms[0], rtol=2e-3, atol=0)
     torch.testing.assert_close(norms[1], expected, rtol=2e-2, atol=0)
@@ -263,7 +263,7 @@ def outcome(model, batches, *, seed: int = 3) -> list[torch.Tensor]:
         loss = model(batch).loss
         loss.backward()
         found.append(loss.detach())
-    return [*found, *(one.grad.clone() for one in model.parameters() if one.grad is not None)]
+    return [*found, *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
 
 
 @pytest.mark.parametrize(("modality", "objective"), PAIRS)
@@ -282,8 +282,8 @@ def test_compiled_blocks_have_no_break_and_give_the_same_loss_and_gradients(
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] >= 2  # student and teacher
     assert list(model.state_dict()) == names
-    for one, other in zip(plain, compiled, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for tensor, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_of_one_shape_are_compiled_once_for_student_and_teacher(composed, fresh_compiler):
@@ -340,8 +340,8 @@ def test_activation_checkpointing_changes_no_gradient(composed, fresh_compiler, 
         if compiled:
             compile_blocks(model, how=True, device="cpu", lengths_vary=False, backend="eager")
         results.append(outcome(model, [batch_of(cfg, model)]))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    for tensor, other in zip(*results, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("how", "device", "compiles"), [(False, "cuda", 0), ("auto", "cpu", 0), ("auto", "cuda", 1)])

@@ -130,8 +130,8 @@ def test_checkpoints_written_in_the_background_are_those_of_their_step(tmp_path)
     other = Run(tmp_path / "run", every=2, keep_last=9, asynchronous=True).fit()
     for step in (2, 4, 6, 8):
         folders = [run.folder / "checkpoints" / checkpoints.name_of(step) for run in (whole, other)]
-        one, two = (dict(flat(checkpoints.read(checkpoints.check(folder)))) for folder in folders)
-        assert all(torch.equal(one[name], two[name]) for name in one if isinstance(one[name], torch.Tensor))
+        first, two = (dict(flat(checkpoints.read(checkpoints.check(folder)))) for folder in folders)
+        assert all(torch.equal(first[name], two[name]) for name in first if isinstance(first[name], torch.Tensor))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -244,8 +244,8 @@ def test_the_teacher_stands_still_when_only_the_device_knows():
     expected.student.load_state_dict(model.student.state_dict())
     expected.step_teacher(1)
     model.step_teacher(1, skip_step=torch.tensor(False).as_subclass(OnDevice))
-    for one, other in zip(model.teacher.parameters(), expected.teacher.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    for weight, other in zip(model.teacher.parameters(), expected.teacher.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, atol=1e-6, rtol=0)
 
 
 def test_rows_behind_the_checkpoint_are_cut(tmp_path):

@@ -137,7 +137,9 @@ def test_the_pickle_runs_when_python_reads_it(bait, tmp_path):
 def test_a_config_cannot_call(name, bait):
     cfg = OmegaConf.create({"node": bait(CALLS[name])})
     if name != "made by a resolver":  # which is only seen when it is resolved
-        assert any("may not be called" in one or "dotted path" in one or "there is no" in one for one in preflight(cfg))
+        assert any(
+            "may not be called" in fault or "dotted path" in fault or "there is no" in fault for fault in preflight(cfg)
+        )
     with pytest.raises(ConfigError):
         build(cfg.node if OmegaConf.is_config(cfg.node) else cfg)
     assert not bait()
@@ -149,7 +151,7 @@ def test_everything_that_the_configs_and_recipes_name_is_allowed():
         tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         named |= {value for path, value in nodes_of(tree) if path.split(".")[-1] == "_target_"}
     assert len(named) > 40
-    assert {one: fault for one in named if (fault := target_fault(one))} == {}
+    assert {place: fault for place in named if (fault := target_fault(place))} == {}
 
 
 # Each is a stranger's recipe, chosen with +recipes=NAME: it can set hydra's own part as well.
@@ -288,7 +290,7 @@ def dotted(canary):
     """A pickle of protocol 4, whose names may have dots, that reaches os through torch."""
     name, module = "serialization.os.system", "torch"
     argument = f"touch '{canary}'"
-    texts = [b"\x8c" + bytes([len(one)]) + one.encode() for one in (module, name, argument)]
+    texts = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name, argument)]
     return b"\x80\x04" + texts[0] + texts[1] + b"\x93" + texts[2] + b"\x85R."
 
 

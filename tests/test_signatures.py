@@ -24,10 +24,12 @@ def test_a_signature_read_from_a_file_is_the_one_python_sees(target):
     module, _, name = target.rpartition(".")
     real = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
     read = signature(find(target))
-    assert {key: one.required for key, one in read.parameters.items()} == {
-        one.name: one.default is one.empty for one in real if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    assert {key: parameter.required for key, parameter in read.parameters.items()} == {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in real
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
-    assert read.is_open == any(one.kind is one.VAR_KEYWORD for one in real)
+    assert read.is_open == any(parameter.kind is parameter.VAR_KEYWORD for parameter in real)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def test_layers_are_normalised_before_they_are_averaged():
 
 
 def test_norms_apply_in_the_given_order():
-    one, other = builder(["instance", "layer"])([X]), builder(["layer", "instance"])([X])
-    torch.testing.assert_close(one, F.layer_norm(F.instance_norm(X.mT).mT, (3,)))
+    first, other = builder(["instance", "layer"])([X]), builder(["layer", "instance"])([X])
+    torch.testing.assert_close(first, F.layer_norm(F.instance_norm(X.mT).mT, (3,)))
     torch.testing.assert_close(other, F.instance_norm(F.layer_norm(X, (3,)).mT).mT)
 
 

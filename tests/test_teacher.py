@@ -176,8 +176,8 @@ def test_the_teacher_drops_nothing_even_in_training(student):
     assert student.dropout.training
     assert not any(child.training for child in module["teacher"].modules())
     inputs = torch.randn(2, 5, 3)
-    one, other = (run(module["teacher"], student, inputs)[1][0].tokens for _ in range(2))
-    assert torch.equal(one, other)
+    first, other = (run(module["teacher"], student, inputs)[1][0].tokens for _ in range(2))
+    assert torch.equal(first, other)
 
 
 # ------------------------------------------------------------------------------------------------- half precision

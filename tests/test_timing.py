@@ -45,19 +45,19 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_a_part_within_a_part_stops_the_outer_one(clock):
-    one = Timing()
-    one.switch(REST)
-    with one.part(STUDENT):
+    timer = Timing()
+    timer.switch(REST)
+    with timer.part(STUDENT):
         clock[0] += 4
-        with one.part(TEACHER):
+        with timer.part(TEACHER):
             clock[0] += 3
         clock[0] += 1
     clock[0] += 2
-    with contextlib.suppress(KeyError), one.part(WAIT):
+    with contextlib.suppress(KeyError), timer.part(WAIT):
         clock[0] += 8
         raise KeyError
     clock[0] += 1
-    rows = {row["part"]: row for row in one.rows()}
+    rows = {row["part"]: row for row in timer.rows()}
     assert {part: rows[part]["wall_s"] for part in (STUDENT, TEACHER, WAIT, REST)} == {
         STUDENT: 5, TEACHER: 3, WAIT: 8, REST: 3
     }  # fmt: skip
@@ -65,16 +65,16 @@ def test_a_part_within_a_part_stops_the_outer_one(clock):
 
 
 def test_a_forward_pass_is_training_or_a_probe_by_where_it_is(clock):
-    one = Timing()
-    one.switch(REST)
+    timer = Timing()
+    timer.switch(REST)
     for outer in (PROBES, REST):
-        with one.part(outer), one.part(STUDENT):
+        with timer.part(outer), timer.part(STUDENT):
             clock[0] += 1
-            with one.part(ENCODE):  # a pass of the encoder alone
+            with timer.part(ENCODE):  # a pass of the encoder alone
                 clock[0] += 1
-    with one.part(PROBES), one.part(ENCODE):
+    with timer.part(PROBES), timer.part(ENCODE):
         clock[0] += 4
-    assert (one.seconds[STUDENT][0], one.seconds[ENCODE][0]) == (2, 6)
+    assert (timer.seconds[STUDENT][0], timer.seconds[ENCODE][0]) == (2, 6)
 
 
 @pytest.mark.slow

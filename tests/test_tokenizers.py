@@ -212,7 +212,7 @@ def test_a_document_that_the_tokenizer_has_no_token_for_is_a_broken_record(tmp_p
     assert [blocks[row].key for row in range(len(blocks))] == ["t0@0", "t2@0", "t4@0", "t5@0"]
     assert all(blocks[row].value[0] == blocks.tokenizer.bos_id for row in range(len(blocks)))
     found = list(prepared(Stream(texts), tokenizer_path=str(path)).stream(epoch=0))
-    assert [one.key for one in found if isinstance(one.value, BadSample)] == ["t1", "t3"]
+    assert [record.key for record in found if isinstance(record.value, BadSample)] == ["t1", "t3"]
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -225,11 +225,11 @@ def test_long_documents_give_the_same_blocks_in_a_file_and_in_a_stream(cross, sm
     assert len(stream) == len(blocks) > 500
     for row, other in enumerate(stream):
         assert np.array_equal(blocks[row].value, other.value)
-    assert len({one.key for one in stream}) == len(stream)
+    assert len({block.key for block in stream}) == len(stream)
     (whole,) = blocks.tokenizer.encode_batch([texts.texts[1]])
     if not cross:
         inside = [blocks[row] for row in range(len(blocks)) if blocks[row].key.startswith("t1@")]
-        assert np.array_equal(np.concatenate([one.value[1:] for one in inside]), whole)
+        assert np.array_equal(np.concatenate([block.value[1:] for block in inside]), whole)
 
 
 HOW = {"encodings": ["utf-8-sig", "cp1252"], "column": "text", "separator": None, "max_document_bytes": 2**30}

@@ -96,13 +96,13 @@ def run(lines, folder):
 
 def literals(annotation, module):
     """The values that `Literal[...]` and `bool` allow, as a command line has them."""
-    for one in signatures._alternatives(annotation, module):
-        if one.name == "Literal":
-            yield from (str(value.value).lower() for value in one.arguments)
-        elif one.name == "bool":
+    for part in signatures._alternatives(annotation, module):
+        if part.name == "Literal":
+            yield from (str(value.value).lower() for value in part.arguments)
+        elif part.name == "bool":
             yield from ("true", "false")
-        elif one.name in signatures._LISTS and one.arguments:
-            yield from (f"[{value}]" for value in literals(one.arguments[0], one.module))
+        elif part.name in signatures._LISTS and part.arguments:
+            yield from (f"[{value}]" for value in literals(part.arguments[0], part.module))
 
 
 def choices_of(node, path=""):
@@ -115,7 +115,7 @@ def choices_of(node, path=""):
         passed_on = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(value))
         if name in known and known[name].annotation is not None:
             place = passed_on[1] if passed_on else f"{path}{name}"
-            yield from (f"{place}={one}" for one in literals(known[name].annotation, known[name].module))
+            yield from (f"{place}={value}" for value in literals(known[name].annotation, known[name].module))
         yield from choices_of(value, f"{path}{name}.")
 
 
@@ -130,9 +130,9 @@ def test_precisions_accelerators_and_progress_run_or_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_all_choices_of_pretraining_run_or_are_refused(tmp_path):
-    lines = [one for group in GROUPS for one in options(group)]
+    lines = [line for group in GROUPS for line in options(group)]
     lines += [value for setting in SLOWLY for value in values_of(setting)]
-    lines += [f"{sound}{one}" for sound in (SOUND, TEXT) for one in options("objective")]
+    lines += [f"{sound}{line}" for sound in (SOUND, TEXT) for line in options("objective")]
     run(able(lines), tmp_path)
 
 

@@ -61,9 +61,9 @@ def shard(path: Path, first: int, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------- other data
 
 
-def swap(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
+def swap(path: Path, other: Path) -> None:
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
     other.write_bytes(first)
 
 
@@ -359,8 +359,8 @@ def test_a_folder_with_another_name_has_the_same_split(tmp_path):
     assert table(tmp_path / "t").hashes().tolist() == table(tmp_path / "other").hashes().tolist()
     both = [str(make(tmp_path / name, 6, 6 * place)) for place, name in enumerate(["x", "y"])]
     (tmp_path / "y").rename(tmp_path / "w")
-    one = set(folder(tmp_path / "x").hashes().tolist()) | set(folder(tmp_path / "w").hashes().tolist())
-    assert set(folder(None, path=[both[0], str(tmp_path / "w")]).hashes().tolist()) == one
+    hashes = set(folder(tmp_path / "x").hashes().tolist()) | set(folder(tmp_path / "w").hashes().tolist())
+    assert set(folder(None, path=[both[0], str(tmp_path / "w")]).hashes().tolist()) == hashes
 
 
 # ---------------------------------------------------------------------------------------------------- groups
@@ -454,7 +454,7 @@ def run_dir(path: Path, *, summary=None, metrics=False, config=None, checkpoint=
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
-    files = {one.relative_to(path): one for one in path.rglob("*") if one.is_file() and one.name != "lock"}
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file() and file.name != "lock"}
     return {str(name): file.read_bytes() for name, file in files.items()}
 
 

@@ -257,7 +257,7 @@ def test_an_animated_png_is_noted_and_two_pictures_of_a_camera_are_not():
 
 
 def test_opaque_pictures_for_a_model_with_opacity_are_noted():
-    said = remarks_on([png(BANDS[..., :3])] * 3, lambda one: decode_image(one, channels=4, max_pixels=10**6))
+    said = remarks_on([png(BANDS[..., :3])] * 3, lambda content: decode_image(content, channels=4, max_pixels=10**6))
     assert said == ["channel 3 of 0 to 3 has the same value everywhere"]
 
 
@@ -278,7 +278,7 @@ def test_any_number_of_channels_is_augmented_alike(channels):
     same = np.repeat(GREY[..., None], channels, axis=2)
     made = transform.train(decode_image(same, channels=channels, max_pixels=10**6))
     assert made.shape == (channels, 8, 8)
-    assert all(torch.equal(made[0], one) for one in made)
+    assert all(torch.equal(made[0], picture) for picture in made)
 
 
 # --------------------------------------------------------------------------------------------------- columns and tars
@@ -373,7 +373,7 @@ def test_the_member_with_the_samples_is_found(attack, stream, opened, tmp_path):
     names = {f"v1.0/x.y/{n}.{end}": content for n in range(3) for end, content in members.items()}
     source = opened(archive(tmp_path / "a.tar", names), stream=stream)
     records = list(source.first()) if stream else [source[n] for n in range(3)]
-    assert [one.value for one in records] == [wanted] * 3
+    assert [record.value for record in records] == [wanted] * 3
 
 
 def test_a_second_image_late_in_a_tar_is_a_broken_record(opened, tmp_path):
@@ -406,8 +406,8 @@ def model_of(image_px=32, kind=ours.Data2VecVisionModel, **more):
     given |= {"use_shared_relative_position_bias": True, "num_labels": 3} | more
     model = kind(ours.Data2VecVisionConfig(**size, **given)).eval()
     with torch.no_grad():
-        for one in model.parameters():
-            one.add_(torch.randn_like(one) * 0.05)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
@@ -440,15 +440,15 @@ def test_a_resized_model_keeps_its_type_and_where_it_came_from(tmp_path):
     model.source = tmp_path
     resized = with_image_size(model, 64)
     assert (resized.dtype, resized.source, resized.training) == (torch.bfloat16, tmp_path, False)
-    assert all(one.isfinite().all() for one in resized.parameters())
+    assert all(parameter.isfinite().all() for parameter in resized.parameters())
 
 
 def test_a_model_that_was_resized_does_not_change_the_one_it_came_from():
     model = model_of()
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with_image_size(model, [64, 32])
     assert model.config.image_size == 32
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_a_processor_crops_is_the_size_of_its_images(composed, tmp_path, monkeypatch):
@@ -499,5 +499,5 @@ def test_settings_that_cannot_work_are_named(composed, setting, said):
     from data2vec_train.config.check.rules import RULES
 
     cfg = composed("modality=vision", "data=folder", "data.path=nowhere", setting)
-    found = [one for rule in RULES if (one := rule(cfg))]
-    assert any(re.search(said, one) for one in found), found
+    found = [fault for rule in RULES if (fault := rule(cfg))]
+    assert any(re.search(said, fault) for fault in found), found

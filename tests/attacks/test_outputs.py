@@ -77,7 +77,7 @@ def one_line(capsys) -> str:
 def arguments(tmp_path_factory) -> list[str]:
     """Of a run that takes a second."""
     given = tiny.make_data(tmp_path_factory.mktemp("data"))["vision"]
-    given = [one for one in given if not one.startswith("trainer.max_steps")]
+    given = [word for word in given if not word.startswith("trainer.max_steps")]
     quick = [f"trainer.max_steps={STEPS}", "data.num_workers=0", "callbacks.monitor.progress=none"]
     return [*given, *quick, "callbacks.checkpoint.every_n_steps=2", "strategy.accelerator=cpu"]
 
@@ -110,9 +110,9 @@ def tiny_flat(tree: object, name: str = "") -> list[tuple[str, object]]:
     return [(name, tree)]
 
 
-def same(one: Path, other: Path) -> list[str]:
+def same(run: Path, other: Path) -> list[str]:
     """Names of tensors of the model and its optimizer that differ."""
-    ours_, theirs = state_of(one), state_of(other)
+    ours_, theirs = state_of(run), state_of(other)
     return [
         name for name in ours_ if isinstance(ours_[name], torch.Tensor) and not torch.equal(ours_[name], theirs[name])
     ]
@@ -290,7 +290,7 @@ def test_a_disk_that_is_full_when_a_run_writes(file, arguments, tmp_path, monkey
     "file", ["hydra.yaml", "report.html", ".command.yaml", "preprocessor_config.json", "profile.csv"]
 )
 def test_a_disk_that_is_full_when_a_whole_run_writes(file, arguments, tmp_path, monkeypatch, capsys):
-    given = [*(one for one in arguments if not one.startswith("report=")), "callbacks.timing=true"]
+    given = [*(word for word in arguments if not word.startswith("report=")), "callbacks.timing=true"]
     refused(file, errno.ENOSPC, given, tmp_path, monkeypatch, capsys)
 
 
@@ -326,8 +326,8 @@ def embed(weights, tmp_path) -> Callable[..., int]:
     def start(*more: str) -> int:
         given = [f"checkpoint={weights}/model", "data=folder", f"data.path={weights}/images", "data.num_workers=0"]
         given += [f"out={tmp_path}/out.parquet", "rows_per_part=2"]
-        names = {one.partition("=")[0] for one in more}
-        return program(*(one for one in given if one.partition("=")[0] not in names), *more, command="embed")
+        names = {word.partition("=")[0] for word in more}
+        return program(*(word for word in given if word.partition("=")[0] not in names), *more, command="embed")
 
     return start
 
@@ -383,7 +383,7 @@ def test_a_really_full_file_system_in_a_cache_of_texts(tmp_path, capsys):
         for number in range(4):
             (texts / f"{number}.txt").write_text("".join(rng.choice("abcdefg hijk") for _ in range(50_000)))
         given = tiny.make_data(tmp_path / "data")["text"]
-        given = [one for one in given if not one.startswith(("cache_dir", "data.path"))]
+        given = [word for word in given if not word.startswith(("cache_dir", "data.path"))]
         assert program(*given, f"data.path={texts}", f"cache_dir={disk}", f"hydra.run.dir={tmp_path}/run") == 2
         assert "No space left on device" in one_line(capsys)
         assert not [name for name in os.listdir(disk / "tokens") if "unfinished" in name]  # its room is given back
@@ -734,8 +734,8 @@ def wandb(monkeypatch) -> types.ModuleType:
     module.init, module.finish = init, finish
     sdk, lib, run = (types.ModuleType(name) for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run"))
     lib.RunDisabled, run.Run, module.sdk, sdk.lib = type("RunDisabled", (), {}), FakeRun, sdk, lib
-    for one in (module, sdk, lib, run):
-        monkeypatch.setitem(sys.modules, one.__name__, one)
+    for stub in (module, sdk, lib, run):
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
     from lightning.pytorch.loggers import wandb as theirs
 
     monkeypatch.setattr(theirs, "_WANDB_AVAILABLE", True)
@@ -749,9 +749,9 @@ def test_members_of_a_sweep_have_runs_of_their_own_in_wandb(wandb, arguments, tm
     assert len(wandb.runs) == 2
     assert [code for _, code in wandb.ended] == [0, 0]
     names = [(tmp_path / member / "wandb_id").read_text() for member in ("0", "1")]
-    assert [one.given["id"] for one in wandb.runs] == names
+    assert [wandb_run.given["id"] for wandb_run in wandb.runs] == names
     assert len(set(names)) == 2
-    assert all(one.rows for one in wandb.runs)
+    assert all(wandb_run.rows for wandb_run in wandb.runs)
     assert os.environ.get("WANDB_MODE") != "dryrun"
 
 
@@ -781,9 +781,9 @@ def test_a_member_in_tensorboard_closes_its_file(arguments, tmp_path):
     events = [path for path in tmp_path.glob("*/tensorboard/**/events*")]
     assert sorted(path.relative_to(tmp_path).parts[0] for path in events) == ["0", "1"]
     opened = {
-        os.readlink(f"/proc/self/fd/{one}")
-        for one in os.listdir("/proc/self/fd")
-        if os.path.exists(f"/proc/self/fd/{one}")
+        os.readlink(f"/proc/self/fd/{descriptor}")
+        for descriptor in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{descriptor}")
     }
     assert not opened & set(map(str, events))
 

@@ -38,8 +38,8 @@ def ending(attack, tmp_path: Path, *, limit: float = 25.0) -> tuple[int | None, 
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        for one in stopping.SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
+        for number in stopping.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         status = 0
         try:
             with listener.listening():
@@ -110,7 +110,7 @@ LOADER = {
     "a decoder runs out of memory": (raises(MemoryError("no")), 1, "MemoryError"),
     "a sample cannot be pickled": (lambda: (lambda: 0), 1, "pickle"),
     "a sample holds a lock": (threading.Lock, 1, "pickle"),
-    "a sample is a generator": (lambda: (one for one in ()), 1, "pickle"),
+    "a sample is a generator": (lambda: (nothing for nothing in ()), 1, "pickle"),
     "Ctrl-C reaches the loader process": (kills(signal.SIGINT), 0, ""),
     "the job's SIGTERM reaches the loader process": (kills(signal.SIGTERM), 0, ""),
     "the terminal of the loader process is closed": (kills(signal.SIGHUP), 0, ""),
@@ -292,8 +292,8 @@ def nobody_reads(streams: tuple[int, ...]):
             while True:
                 os.write(end, b"x" * 4096)
         os.set_blocking(end, True)
-        for one in streams:
-            os.dup2(end, one)
+        for stream in streams:
+            os.dup2(end, stream)
         told(signal.SIGTERM)
         os.write(1, b"x" * 100_000) if 1 in streams else stuck()
 
@@ -391,11 +391,11 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
 
 
 def test_listening_within_listening_leaves_all_as_it_was():
-    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
     threads = threading.active_count()
     with listener.listening(), listener.listening():
         assert threading.active_count() == threads + 1
-    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
     assert threading.active_count() == threads
 
 

@@ -136,7 +136,7 @@ def test_codes_without_a_word_for_them_are_empty():
 def test_a_vocabulary_of_single_korean_letters_spells_whole_syllables():
     task = ctc(vocabulary="keep")
     letters = sorted(set(unicodedata.normalize("NFD", "한국어")))
-    task._use(CTCTokenizer({one: number for number, one in enumerate(["<pad>", "<unk>", "|", *letters])}))
+    task._use(CTCTokenizer({letter: number for number, letter in enumerate(["<pad>", "<unk>", "|", *letters])}))
     ids, why = task.spelt(task.text_of("한국어"))
     assert not why
     assert task.score([task.tokenizer.decode(ids)], ["한국어"]) == {"wer": 0.0, "cer": 0.0}
@@ -299,7 +299,9 @@ def reader(tmp_path_factory):
     config = ours.Data2VecAudioConfig(**SIZE, **front, num_conv_pos_embedding_groups=4)
     model = ours.Data2VecAudioForCTC(config)
     with torch.no_grad():
-        next(one for name, one in model.named_parameters() if name.endswith("lm_head.weight")).normal_(std=3.0)
+        next(parameter for name, parameter in model.named_parameters() if name.endswith("lm_head.weight")).normal_(
+            std=3.0
+        )
     model.save_pretrained(folder)
     AudioFeatureExtractor(sampling_rate=RATE).save_pretrained(folder)
     CTCTokenizer().save_pretrained(folder)
@@ -310,7 +312,7 @@ def predicted(reader: Path, folder: Path, *more: str) -> list[dict]:
     out = folder / f"said{len(list(folder.glob('said*')))}.jsonl"
     given = [f"checkpoint={reader}", "data=folder", f"data.path={folder / 'data'}", f"out={out}"]
     given += [f"cache_dir={folder}/cache"]
-    given += [] if any(one.startswith("data.num_workers") for one in more) else ["data.num_workers=0"]
+    given += [] if any(word.startswith("data.num_workers") for word in more) else ["data.num_workers=0"]
     assert run("predict", *given, "window_seconds=2", "stride_seconds=0.4", *more) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -334,7 +336,7 @@ def test_a_long_file_that_is_cut_off_gives_no_shorter_transcript_in_silence(read
     soundfile.write(file, sound(9.0), RATE, format=ending)
     (tmp_path / "data" / f"a.{ending}").write_bytes(file.getvalue()[: len(file.getvalue()) * 2 // 3])
     soundfile.write(tmp_path / "data" / "b.wav", sound(1.0), RATE)
-    line = next(one for one in predicted(reader, tmp_path) if one["key"].startswith("a."))
+    line = next(row for row in predicted(reader, tmp_path) if row["key"].startswith("a."))
     assert "error" in line or ending == "ogg"  # of which a truncated file is a shorter one, see `decode_audio`
 
 

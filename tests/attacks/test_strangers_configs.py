@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
 
 def snapshot(folder):
     """Every path below a folder, and what is in the files."""
-    return {one: one.read_bytes() if one.is_file() else None for one in folder.rglob("*")}
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def command(monkeypatch, *words, name="train"):

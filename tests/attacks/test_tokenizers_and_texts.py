@@ -185,7 +185,7 @@ def test_a_module_named_tokenizers_in_the_working_directory_is_not_run_by_the_tr
 def test_the_trial_writes_nothing_beside_the_tokenizer(tmp_path):
     write_kind("unigram", tmp_path)
     Ours.load(str(tmp_path))
-    assert [one.name for one in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_file_name_with_an_option_in_it_is_only_a_name(tmp_path, monkeypatch):
@@ -358,7 +358,7 @@ def test_a_stream_with_a_document_longer_than_a_part_trains_its_tokenizer(small_
         cache_dir=None,
         **HOW,
     )
-    assert all(len(one.value) == 16 for one in blocks.stream(epoch=0))
+    assert all(len(block.value) == 16 for block in blocks.stream(epoch=0))
 
 
 def test_decoders_of_every_kind_give_texts_back(tmp_path):

@@ -158,7 +158,7 @@ def shards(path: Path, places) -> Path:
 def test_two_files_and_a_right_index_are_the_model(tmp_path):
     expected = load_pretrained(folder_of(tmp_path / "m")).state_dict()
     found = load_pretrained(shards(tmp_path / "m", lambda places: places)).state_dict()
-    assert all(torch.equal(found[name], one) for name, one in expected.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_index(places, tmp_path):
 @pytest.mark.parametrize(
     "spoil",
     [
-        pytest.param(lambda one: one.to(torch.int8), id="8-bit whole numbers without their scale"),
-        pytest.param(lambda one: one.to(torch.uint8), id="bytes"),
-        pytest.param(lambda one: one.to(torch.complex64), id="complex numbers"),
-        pytest.param(lambda one: one.to_sparse(), id="a sparse tensor"),
-        pytest.param(lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), id="a quantised tensor"),
-        pytest.param(lambda one: one * float("inf"), id="infinities"),
+        pytest.param(lambda tensor: tensor.to(torch.int8), id="8-bit whole numbers without their scale"),
+        pytest.param(lambda tensor: tensor.to(torch.uint8), id="bytes"),
+        pytest.param(lambda tensor: tensor.to(torch.complex64), id="complex numbers"),
+        pytest.param(lambda tensor: tensor.to_sparse(), id="a sparse tensor"),
+        pytest.param(lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), id="a quantised tensor"),
+        pytest.param(lambda tensor: tensor * float("inf"), id="infinities"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -279,12 +279,12 @@ def test_features_of_half_precision_weights_with_a_processor_file_are_those_of_f
     (path / "processor_config.json").write_text(json.dumps(how))
     waves = [torch.randn(600).numpy(), torch.randn(431).numpy()]
     expected = embed_inputs(path, waves)
-    tensors = {name: one.half() for name, one in load_file(path / "model.safetensors").items()}
+    tensors = {name: tensor.half() for name, tensor in load_file(path / "model.safetensors").items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     found = embed_inputs(path, waves)
-    for one, other in zip(expected, found, strict=True):
+    for vectors, other in zip(expected, found, strict=True):
         assert other[0].dtype.name == "float32"
-        assert abs(one[0] - other[0]).max() < 0.02
+        assert abs(vectors[0] - other[0]).max() < 0.02
 
 
 # ------------------------------------------------------------------------------------------------------------- collapse

@@ -113,9 +113,9 @@ def test_encoders_are_those_of_transformers(several):
     for case in compared:
         assert [arm["name"] for arm in case["arms"]] == ["transformers eager", "transformers sdpa", "ours"]
         for arm in case["arms"]:
-            kinds = [one["what"].split()[0] for one in arm["agreements"]]
+            kinds = [agreement["what"].split()[0] for agreement in arm["agreements"]]
             assert kinds == ["outputs"] + ["gradients"] * ("training" in case["name"])
-            assert all(one["largest"] <= one["allowed"] for one in arm["agreements"])
+            assert all(agreement["largest"] <= agreement["allowed"] for agreement in arm["agreements"])
     assert "encoder: ours against transformers sdpa" in several[1]["geometric_means"]
 
 

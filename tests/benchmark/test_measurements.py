@@ -59,24 +59,24 @@ def test_ratios_are_taken_round_by_round():
     [([0.9, 0.8, 0.5], True), ([1.2, 1.1, 1.5], True), ([0.8, 0.9, 1.1], False), ([0.8, 0.9, 1.0], False)],
 )
 def test_a_range_that_includes_1_is_not_resolved(ours, is_resolved):
-    one = case([1.0, 1.0, 1.0], ours)
-    ratio = one.ratio(one.arm("ours"))
+    measured = case([1.0, 1.0, 1.0], ours)
+    ratio = measured.ratio(measured.arm("ours"))
     assert ratio.is_resolved == is_resolved
     assert ("not resolved" in str(ratio)) != is_resolved
-    assert one.as_json()["arms"][1]["ratio"]["is_resolved"] == is_resolved
+    assert measured.as_json()["arms"][1]["ratio"]["is_resolved"] == is_resolved
 
 
 def test_different_results_have_no_ratio_anywhere():
-    one = case([2.0, 2.0], [1.0, 1.0], agreement=OTHER)
+    measured = case([2.0, 2.0], [1.0, 1.0], agreement=OTHER)
     said = "no ratio: outputs differ by 0.3 (last_hidden_state), allowed 0.0001"
-    assert said in "\n".join(case_lines(one, peak=1.0))
-    assert one.as_json()["arms"][1]["ratio"] == {"refusal": said}
-    assert overall([one, case([2.0], [1.0])]) == {}
+    assert said in "\n".join(case_lines(measured, peak=1.0))
+    assert measured.as_json()["arms"][1]["ratio"] == {"refusal": said}
+    assert overall([measured, case([2.0], [1.0])]) == {}
 
 
 def test_a_reference_that_differs_from_itself_has_no_ratios():
-    one = case([2.0, 2.0], [1.0, 1.0], itself=OTHER)
-    assert "no ratio" in str(one.ratio(one.arm("ours")))
+    measured = case([2.0, 2.0], [1.0, 1.0], itself=OTHER)
+    assert "no ratio" in str(measured.ratio(measured.arm("ours")))
 
 
 def test_the_mean_over_cases_is_geometric():
@@ -87,9 +87,9 @@ def test_the_mean_over_cases_is_geometric():
 
 
 def test_a_busy_machine_has_ratios_by_cpu_time_too():
-    one = case([2.0, 2.0], [1.0, 3.0])
-    one.arm("ours").cpu_seconds = [1.0, 1.0]
-    heads, _, ours = case_lines(one, peak=1.0)[1:]
+    measured = case([2.0, 2.0], [1.0, 3.0])
+    measured.arm("ours").cpu_seconds = [1.0, 1.0]
+    heads, _, ours = case_lines(measured, peak=1.0)[1:]
     assert heads.endswith("times as fast as theirs         by CPU time")
     assert ours.endswith("1.33 [0.67..2.00] not resolved  2.00 [2.00..2.00]")
 
@@ -167,13 +167,13 @@ def test_a_backend_that_refuses_is_a_line_and_one_that_is_wrong_has_no_ratio(mon
     found = measure_attention(
         bench(), shapes=[[2, 2, 9, 4]], key_mask=[True], bias=["relative", "linear"], backward=[False, True], names=None
     )
-    for one in found:
-        lines = case_lines(one, peak=1e9)
+    for measured in found:
+        lines = case_lines(measured, peak=1e9)
         assert any("picky" in line and "choose attention=sdpa" in line for line in lines)
-        assert one.ratio(one.arm("picky")) is None
-        assert "outputs differ" in one.ratio(one.arm("wrong")).refusal
-        assert one.ratio(one.arm("sdpa")).refusal is None
-        assert one.arm("sdpa").flops == 2 * 2 * 2 * 9 * 9 * 4 * 2 * (3 if "backward" in one.name else 1)
+        assert measured.ratio(measured.arm("picky")) is None
+        assert "outputs differ" in measured.ratio(measured.arm("wrong")).refusal
+        assert measured.ratio(measured.arm("sdpa")).refusal is None
+        assert measured.arm("sdpa").flops == 2 * 2 * 2 * 9 * 9 * 4 * 2 * (3 if "backward" in measured.name else 1)
 
 
 def test_an_encoder_with_other_weights_gets_no_ratio(tmp_path):
@@ -192,7 +192,7 @@ def test_an_encoder_with_other_weights_gets_no_ratio(tmp_path):
         return compare(bench(peers=["transformers"]), case, make, batch_size=2, backend="sdpa")
 
     compared = [compared_with("a"), compared_with("b")]
-    same, different = (one.ratio(one.arm(OURS)) for one in compared)
+    same, different = (measured.ratio(measured.arm(OURS)) for measured in compared)
     assert same.refusal is None
     assert "outputs differ" in different.refusal
     assert compared[0].arm(OURS).items == {"samples": 2, "tokens": 10}
@@ -214,23 +214,23 @@ def test_speech_and_text_encoders_agree_in_outputs_and_gradients(modality):
         vocab_size=50,
         backend="eager",
     )
-    [one] = found
-    for arm in one.arms:
+    [measured] = found
+    for arm in measured.arms:
         assert [agreement.holds for agreement in arm.agreements] == [True, True]
-    assert one.ratio(one.arm(OURS)).refusal is None
+    assert measured.ratio(measured.arm(OURS)).refusal is None
 
 
 def test_without_transformers_our_encoder_is_measured_alone(tmp_path):
     size = {"dim": 16, "depth": 1, "num_heads": 2, "ffn_dim": 32}
     write_weights("text", tmp_path, size=size, image_px=0, patch_px=0, max_tokens=12, vocab_size=50)
     make = partial(EncoderRun, "text", str(tmp_path), (2, 12), 50, "inference", Arithmetic("cpu", "32-true"))
-    one = compare(bench(), Case("encoder", "text", SDPA), make, batch_size=2, backend="eager")
-    assert [arm.name for arm in one.arms] == [OURS]
-    assert one.reference is None
-    assert one.ratio(one.arms[0]) is None
+    measured = compare(bench(), Case("encoder", "text", SDPA), make, batch_size=2, backend="eager")
+    assert [arm.name for arm in measured.arms] == [OURS]
+    assert measured.reference is None
+    assert measured.ratio(measured.arms[0]) is None
     # 24 tokens: 4 projections of 16 x 16 and 2 of 16 x 32, each 2 operations a weight, 2 products of attention, and
     # the pooler on the first tokens
-    assert one.arms[0].flops == 2 * 24 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 2 * 12 * 12 * 16 + 2 * 2 * 16 * 16
+    assert measured.arms[0].flops == 2 * 24 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 2 * 12 * 12 * 16 + 2 * 2 * 16 * 16
 
 
 def test_an_unknown_precision_is_one_line():
@@ -267,7 +267,7 @@ def test_a_step_is_compared_with_an_original_that_computes_the_same(original, sa
     ratio = whole.ratio(whole.arm(OURS))
     if said is None:
         assert ratio.refusal is None
-        assert [one.what for one in whole.arm(OURS).agreements] == ["losses", "gradients"]
+        assert [agreement.what for agreement in whole.arm(OURS).agreements] == ["losses", "gradients"]
         assert whole.arm(OURS).flops == whole.arm(ORIGINAL).flops > 0
     else:
         assert said in "\n".join(case_lines(whole, peak=1e9))
@@ -309,16 +309,16 @@ def test_on_a_gpu_memory_is_that_of_the_arm_that_is_timed(monkeypatch):
 
 
 def test_shares_of_a_stated_rate_have_a_column():
-    one = case([2.0, 2.0], [1.0, 1.0])
-    one.arm("ours").flops = 10**12
-    heads, _, ours = case_lines(one, peak=2e12, stated_peak=4e12)[1:]
+    measured = case([2.0, 2.0], [1.0, 1.0])
+    measured.arm("ours").flops = 10**12
+    heads, _, ours = case_lines(measured, peak=2e12, stated_peak=4e12)[1:]
     assert "of 4 TFLOP/s" in heads
     assert [word for word in ours.split() if "%" in word] == ["50%", "25%"]
-    assert "TFLOP" not in case_lines(one, peak=2e12)[1]
+    assert "TFLOP" not in case_lines(measured, peak=2e12)[1]
 
 
 def test_a_picture_of_refusals_shows_times(tmp_path):
-    one = case([2.0, 2.0], [1.0, 1.0], agreement=OTHER)
-    one.arms.append(Arm("picky", refused="it needs a GPU"))
-    draw([one, case([2.0, 2.0], [1.0, 1.0])], tmp_path / "a.png", title="a machine")
+    measured = case([2.0, 2.0], [1.0, 1.0], agreement=OTHER)
+    measured.arms.append(Arm("picky", refused="it needs a GPU"))
+    draw([measured, case([2.0, 2.0], [1.0, 1.0])], tmp_path / "a.png", title="a machine")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"

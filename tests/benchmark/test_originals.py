@@ -76,21 +76,21 @@ def test_loss_and_gradients_equal_the_originals(original, ours) -> None:
     loss, found = with_gradients(our_step(*ours))
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert set(found) == set(expected)
-    largest = max(one.abs().max().item() for one in expected.values())
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
     compared = 0
-    for name, one in expected.items():
-        size = one.abs().max().item()
+    for name, gradient in expected.items():
+        size = gradient.abs().max().item()
         if size > 1e-7 * largest:  # the gradient of a key's bias is zero; what is there is rounding
             compared += 1
-            assert (found[name] - one).abs().max().item() <= 1e-4 * size, name
+            assert (found[name] - gradient).abs().max().item() <= 1e-4 * size, name
     assert compared > 0.8 * len(expected)
 
 
 def test_teacher_after_an_update_equals_the_originals(original, ours) -> None:
     theirs, arm = original(), our_step(*ours)
-    before = {name: one.clone() for name, one in arm.teacher().items()}
-    for one in (theirs, arm):
-        one.average()
+    before = {name: tensor.clone() for name, tensor in arm.teacher().items()}
+    for side in (theirs, arm):
+        side.average()
     expected, found = theirs.teacher(), arm.teacher()
     # Fixed positions are a weight of theirs that never changes; our speech teacher has a mask vector without a use.
     assert set(expected) - set(found) <= {"student.positions"}
@@ -110,13 +110,13 @@ def test_an_original_equals_itself(original) -> None:
 def test_the_originals_update_moves_student_and_teacher(original) -> None:
     arm = original()
     weights = {name: p.detach().clone() for name, p in arm.model.named_parameters() if p.requires_grad}
-    teacher = {name: one.detach().clone() for name, one in arm.teacher().items()}
+    teacher = {name: tensor.detach().clone() for name, tensor in arm.teacher().items()}
     with_gradients(arm)
     arm.update()
     assert not arm.gradients()
     now = dict(arm.model.named_parameters())
-    assert all(not torch.equal(now[name], one) for name, one in weights.items() if one.std() > 0)
-    assert any(not torch.equal(one, teacher[name]) for name, one in arm.teacher().items())
+    assert all(not torch.equal(now[name], tensor) for name, tensor in weights.items() if tensor.std() > 0)
+    assert any(not torch.equal(tensor, teacher[name]) for name, tensor in arm.teacher().items())
 
 
 def test_our_step_moves_student_and_teacher(ours) -> None:
@@ -127,18 +127,18 @@ def test_our_step_moves_student_and_teacher(ours) -> None:
     assert math.isfinite(loss)
     assert set(gradients) == {name for name, p in model.named_parameters() if p.requires_grad}
     student = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    teacher = {name: one.detach().clone() for name, one in arm.teacher().items()}
+    teacher = {name: tensor.detach().clone() for name, tensor in arm.teacher().items()}
     arm.update()
     assert not arm.gradients()
     now = dict(model.named_parameters())
-    assert all(not torch.equal(now[name], one) for name, one in student.items() if one.std() > 0)
-    assert any(not torch.equal(one, teacher[name]) for name, one in arm.teacher().items())
+    assert all(not torch.equal(now[name], tensor) for name, tensor in student.items() if tensor.std() > 0)
+    assert any(not torch.equal(tensor, teacher[name]) for name, tensor in arm.teacher().items())
 
 
 def test_an_original_that_is_absent_is_one_sentence(pair, ours, monkeypatch) -> None:
     for name in ("fairseq", "fairseq.examples", "modeling_cyclical"):
         monkeypatch.setitem(originals.sys.modules, name, None)
-    for name in [one for one in originals.sys.modules if one.startswith("examples.data2vec")]:
+    for name in [module for module in originals.sys.modules if module.startswith("examples.data2vec")]:
         monkeypatch.delitem(originals.sys.modules, name)
     model, batch, update = ours
     with pytest.raises(ConfigError, match=r"does not import here .* rest of the benchmark goes on"):

@@ -167,7 +167,7 @@ SPECIAL: dict[str, tuple[Content, str]] = {
 
 
 def special(extension: str) -> dict[str, tuple[Content, str]]:
-    found = {f"{name}{extension}": one for name, one in SPECIAL.items()}
+    found = {f"{name}{extension}": content for name, content in SPECIAL.items()}
     return found | {f"endless{extension}": (link(f"endless{extension}"), SPECIAL["endless"][1])}
 
 
@@ -407,8 +407,8 @@ def quarantined(root: Path, modality: str, workers: int) -> tuple[dict[str, str]
         data.on_before_batch_transfer(batch, 0)
     list(data.evaluation_batches(data.held_out_set))
     listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
-    assert len({one["key"] for one in listed}) == len(listed)  # each once
-    return {one["key"]: one["reason"] for one in listed}, batches
+    assert len({entry["key"] for entry in listed}) == len(listed)  # each once
+    return {entry["key"]: entry["reason"] for entry in listed}, batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,11 +440,11 @@ def test_nothing_but_the_bad_files_is_quarantined_and_the_others_train(root, mod
 def test_replacements_are_the_same_for_any_number_of_workers(root, modality):
     (alone, first), (together, second) = quarantined(root, modality, 0), quarantined(root, modality, 2)
     assert alone == together
-    for one, other in zip(first, second, strict=True):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert torch.equal(one.inputs, other.inputs)
-        assert torch.equal(one.masks.masked, other.masks.masked)
-        assert one.rejected == other.rejected
+    for batch, other in zip(first, second, strict=True):
+        assert batch.ids.tolist() == other.ids.tolist()
+        assert torch.equal(batch.inputs, other.inputs)
+        assert torch.equal(batch.masks.masked, other.masks.masked)
+        assert batch.rejected == other.rejected
 
 
 def test_broken_texts_are_a_share_of_the_documents_and_not_of_their_blocks(tmp_path):
@@ -504,7 +504,7 @@ def test_a_run_from_the_command_line_survives_all_kinds_and_lists_them(root, com
     assert (commands / f"{modality}.status").read_text() == "0", errors
     assert "Traceback" not in errors + (commands / f"{modality}.out").read_text()
     listed = [json.loads(line) for line in (commands / modality / "quarantine.jsonl").read_text().splitlines()]
-    assert {one["key"]: one["reason"] for one in listed} == quarantined(root, modality, 0)[0]
+    assert {entry["key"]: entry["reason"] for entry in listed} == quarantined(root, modality, 0)[0]
 
 
 def test_a_stream_with_a_broken_shard_ends_the_command_with_one_line(commands):

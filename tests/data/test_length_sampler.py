@@ -21,8 +21,8 @@ def sampler(batching: LengthBatching = CROP, lengths: np.ndarray = LENGTHS, **op
     return LengthBatchSampler(lengths=lengths, batching=batching, **{"batch_size": None, "seed": 0} | options)
 
 
-def one_cycle(one: LengthBatchSampler) -> list:
-    return list(itertools.islice(one, one._before(1)))
+def one_cycle(batches: LengthBatchSampler) -> list:
+    return list(itertools.islice(batches, batches._before(1)))
 
 
 def wasted(keys: list, lengths: np.ndarray, batching: LengthBatching) -> float:
@@ -48,17 +48,17 @@ def test_no_batch_exceeds_the_budget_or_wastes_more_than_allowed(batching):
 
 
 def test_every_sample_comes_equally_often():
-    one = sampler()
+    batches = sampler()
     cycles = 40
-    seen = Counter(key.index for keys in itertools.islice(one, one._before(cycles)) for key in keys)
+    seen = Counter(key.index for keys in itertools.islice(batches, batches._before(cycles)) for key in keys)
     assert len(seen) == len(LENGTHS)
-    assert min(seen.values()) >= cycles - 1 - max(one.sizes) / min(map(len, one.members))
+    assert min(seen.values()) >= cycles - 1 - max(batches.sizes) / min(map(len, batches.members))
     assert max(seen.values()) <= cycles + 1
 
 
 def test_each_epoch_of_a_bin_has_each_sample_once():
-    one = sampler()
-    seen = Counter((key.epoch, key.index) for keys in itertools.islice(one, one._before(7)) for key in keys)
+    batches = sampler()
+    seen = Counter((key.epoch, key.index) for keys in itertools.islice(batches, batches._before(7)) for key in keys)
     assert set(seen.values()) == {1}
 
 
@@ -85,8 +85,8 @@ def test_the_order_of_a_bin_is_drawn_once_per_epoch_and_not_for_every_batch(monk
 
 
 def test_order_and_company_change_from_epoch_to_epoch():
-    one = sampler()
-    first, second = one_cycle(one), list(itertools.islice(one, one._before(1), one._before(2)))
+    batches = sampler()
+    first, second = one_cycle(batches), list(itertools.islice(batches, batches._before(1), batches._before(2)))
     assert {key.index for keys in first for key in keys} & {key.index for keys in second for key in keys}
     groups = [{frozenset(key.index for key in keys) for keys in part if len(keys) > 1} for part in (first, second)]
     assert len(groups[0] & groups[1]) < 0.3 * len(groups[0])  # bins of one batch keep their company

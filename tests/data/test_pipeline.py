@@ -193,11 +193,11 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
         torch.manual_seed(num_workers)
         data = data_module(tmp_path, Numbers(11, broken), broken=broken, num_workers=num_workers)
         results.append(first(data.train_dataloader(), 7))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one.inputs, other.inputs)
-        assert torch.equal(one.masks.masked, other.masks.masked)
-        assert torch.equal(one.ids, other.ids)
-        assert one.rejected == other.rejected
+    for batch, other in zip(*results, strict=True):
+        assert torch.equal(batch.inputs, other.inputs)
+        assert torch.equal(batch.masks.masked, other.masks.masked)
+        assert torch.equal(batch.ids, other.ids)
+        assert batch.rejected == other.rejected
 
 
 def test_augmentation_is_new_in_every_epoch_and_leaves_the_global_generator_alone():
@@ -412,8 +412,8 @@ def test_rows_are_not_searched_again_for_every_class(monkeypatch):
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_of_the_run(tmp_path):
-    one, other = (data_module(tmp_path, Numbers(50, labelled=True), seed=seed) for seed in (0, 1))
-    assert one.test_set.indices.tolist() == other.test_set.indices.tolist()
+    first_data, other = (data_module(tmp_path, Numbers(50, labelled=True), seed=seed) for seed in (0, 1))
+    assert first_data.test_set.indices.tolist() == other.test_set.indices.tolist()
 
 
 def test_probes_see_at_most_so_many_samples_of_all_classes(tmp_path):
@@ -522,13 +522,13 @@ def test_a_stream_never_ends_and_has_every_sample_in_each_epoch():
     for epoch in range(4):
         assert sorted(numbers[5 * epoch : 5 * epoch + 5]) == list(range(5))
         assert {s.epoch for s in samples[5 * epoch : 5 * epoch + 5]} == {epoch}
-    one = {(s.epoch, s.id): s.inputs for s in samples}
-    assert len(one) == 23
+    inputs_of = {(s.epoch, s.id): s.inputs for s in samples}
+    assert len(inputs_of) == 23
     # The same sample of the same epoch is augmented alike, whoever reads it.
     for rank in range(2):
         for s in itertools.islice(stream_set(5, rank=rank, world_size=2), 8):
-            if (s.epoch, s.id) in one:
-                assert torch.equal(s.inputs, one[s.epoch, s.id])
+            if (s.epoch, s.id) in inputs_of:
+                assert torch.equal(s.inputs, inputs_of[s.epoch, s.id])
 
 
 def test_broken_samples_of_a_stream_are_reported_with_the_next_good_one():
@@ -659,7 +659,7 @@ def test_normalising_on_the_device_changes_no_input_and_only_bytes_travel(tmp_pa
         for batch in first(data.train_dataloader(), 4):
             assert (batch.inputs.dtype == torch.uint8) == on_device
             batches.append(data.on_after_batch_transfer(batch, 0).inputs)
-    assert all(torch.equal(one, other) for one, other in zip(batches[:4], batches[4:], strict=True))
+    assert all(torch.equal(batch, other) for batch, other in zip(batches[:4], batches[4:], strict=True))
 
 
 def test_what_cannot_travel_as_bytes_is_refused(tmp_path):

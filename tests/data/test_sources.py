@@ -440,7 +440,7 @@ def test_of_the_members_of_a_tar_the_likely_one_is_taken(tmp_path, hf, streaming
     path = tar(tmp_path / "a.tar", contents)
     assert [hf(path)[n].value for n in range(3)] == [b"image0", b"image1", b"image2"]
     records = streaming(path).stream(epoch=0, seed=0, worker=0, num_workers=1, rank=0, world_size=1)
-    assert sorted(one.value for one in records) == [b"image0", b"image1", b"image2"]
+    assert sorted(record.value for record in records) == [b"image0", b"image1", b"image2"]
 
 
 @pytest.mark.parametrize("members", [["jpg", "png"], ["left.png", "right.png"], ["001.jpg", "002.jpg"], ["seg.png"]])
@@ -485,7 +485,7 @@ def test_columns_of_arrays_keep_their_numbers(tmp_path, hf, streaming, kind):
     for name, stored, channels in (("grey", pixels[..., 0], 1), ("four", pixels, 4)):
         array = datasets.Array2D if channels == 1 else datasets.Array3D
         features = None if kind == "lists" else datasets.Features({"image": array(stored.shape[1:], dtype)})
-        table = datasets.Dataset.from_dict({"image": [one.tolist() for one in stored]}, features=features)
+        table = datasets.Dataset.from_dict({"image": [image.tolist() for image in stored]}, features=features)
         table.to_parquet(tmp_path / f"{name}.parquet")
         source = hf(tmp_path / f"{name}.parquet", column="image")
         records = list(streaming(tmp_path / f"{name}.parquet", column="image").stream(

@@ -307,7 +307,7 @@ def test_processes_that_start_together_tokenize_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as processes:
         made = list(processes.map(lambda _: prepared(Texts(WORDS * 40), tmp_path), range(4)))
     assert len(tokenized) == 1, "each would take all cores, and as much of the disk"
-    assert len({tuple(one[0].value) for one in made}) == 1
+    assert len({tuple(blocks[0].value) for blocks in made}) == 1
 
 
 def test_blocks_can_be_sent_to_a_worker(tmp_path):

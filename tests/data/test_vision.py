@@ -348,7 +348,7 @@ def test_what_is_unusual_about_images_is_said():
     said = remarks_on(narrow, decode)
     assert "0 to 1 of 0 to 255" in said[0]
     fourth = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
-    assert remarks_on([fourth, fourth], lambda one: decode(one, 4)) == [
+    assert remarks_on([fourth, fourth], lambda content: decode(content, 4)) == [
         "channel 3 of 0 to 3 has the same value everywhere"
     ]
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 9, 255))
@@ -360,7 +360,7 @@ def test_what_is_unusual_about_images_is_said():
 def test_files_that_pil_does_not_open_are_looked_at_too(tmp_path, monkeypatch):
     pytest.importorskip("tifffile")
     (tmp_path / "a.tif").write_bytes(tiff(BANDS.astype(np.uint16), extra=(0,) * 3))  # of 16 bits, six bands
-    assert "values are 0 to 1 of 0 to 255" in remarks_on([tmp_path / "a.tif"], lambda one: decode(one, 6))[0]
+    assert "values are 0 to 1 of 0 to 255" in remarks_on([tmp_path / "a.tif"], lambda content: decode(content, 6))[0]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     assert remarks_on([encode(Image.fromarray(PIXELS))], decode) == []
 

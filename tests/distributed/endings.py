@@ -53,7 +53,7 @@ def state_of(process: int) -> tuple[str, int] | None:
 def children(process: int) -> list[int]:
     """Living processes that this one has started."""
     every = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-    return [one for one in every if (state_of(one) or ("", 0))[1] == process]
+    return [child for child in every if (state_of(child) or ("", 0))[1] == process]
 
 
 def in_steps(processes: tiny.Processes, step: int = 3) -> None:
@@ -68,12 +68,12 @@ def outcome(processes: tiny.Processes, seconds: float, loaders: list[int] | None
     started = time.monotonic()
     ended = processes.wait(seconds)
     end = time.monotonic() + 8  # loader processes of a process that was forked here notice its end every 5 s
-    while (left := [one for one in loaders or [] if state_of(one)]) and time.monotonic() < end:
+    while (left := [loader for loader in loaders or [] if state_of(loader)]) and time.monotonic() < end:
         time.sleep(0.05)
     saved = processes.run and checkpoints.newest(processes.run / "checkpoints")
     return {
         "ended": ended,
-        "statuses": [processes.statuses.get(one) for one in processes.ids],
+        "statuses": [processes.statuses.get(child) for child in processes.ids],
         "seconds": time.monotonic() - started,
         "saved": None if not saved else checkpoints.step_of(saved),
         "left": len(left),

@@ -28,11 +28,11 @@ def install(folder: Path, **environment: str) -> dict[str, str]:
 
 def sbatch(*arguments: str) -> int:
     """Says the job's number and leaves; what is behind it goes on."""
-    at = next(place for place, one in enumerate(arguments) if not one.startswith("--"))
+    at = next(place for place, word in enumerate(arguments) if not word.startswith("--"))
     options, file, rest = arguments[:at], arguments[at], arguments[at + 1 :]
     script = Path(file)
     written = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script.read_text(), flags=re.MULTILINE))
-    options = written | dict(one.removeprefix("--").split("=") for one in options)
+    options = written | dict(option.removeprefix("--").split("=") for option in options)
     last = re.match(r"0-(\d+)", options.get("array", ""))
     spooled = Path(os.environ["FAKE_SLURM"], "script.sh")  # as SLURM runs a copy
     shutil.copy(script, spooled)

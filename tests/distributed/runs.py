@@ -102,7 +102,7 @@ def main() -> None:
         arguments = [*commands[modality], f"objective={'data2vec' if version == '1' else 'data2vec2'}"]
         if version == "1":  # neither masks per sample nor convolutions
             arguments = [
-                one for one in arguments if not one.startswith(("objective.masks_per_sample", "objective.decoder"))
+                word for word in arguments if not word.startswith(("objective.masks_per_sample", "objective.decoder"))
             ]
         arguments += [f"trainer.max_steps={STEPS}", "data.num_workers=0", "callbacks.checkpoint.every_n_steps=10"]
         arguments += ["modality.encoder.dropout=0.1", "modality.encoder.attention_dropout=0.1"]
@@ -110,7 +110,7 @@ def main() -> None:
             arguments += ["modality.encoder.layer_drop=0.3"]
         if (modality, version) == ("text", "2"):
             # Four samples would hide a power of two of tokens, and weights that are exact hide what is done with them.
-            arguments = [one for one in arguments if not one.startswith("data.batch_size")]
+            arguments = [word for word in arguments if not word.startswith("data.batch_size")]
             arguments += ["data.batch_size_per_device=3", "trainer.gradient_clip_val=0.3"]
         arguments += {"report": ["report=true"], "bf16": ["precision.trainer=bf16-mixed"]}.get(special, [])
         whole = special == "whole"

@@ -36,8 +36,8 @@ def start(data, tmp_path):
         return started[-1]
 
     yield _start
-    for one in started:
-        one.kill()
+    for processes in started:
+        processes.kill()
 
 
 # ------------------------------------------------------------------------------------------ what loader processes need
@@ -70,8 +70,8 @@ STATUS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGI
 
 def stop_children(processes: tiny.Processes) -> list[int]:
     found = endings.children(processes.ids[0])
-    for one in found:
-        os.kill(one, signal.SIGSTOP)
+    for child in found:
+        os.kill(child, signal.SIGSTOP)
     return found
 
 
@@ -170,8 +170,8 @@ def test_what_loader_processes_get_knows_nothing_of_the_run(tmp_path):
     module = data_of(2, tmp_path, batch=4, num_workers=0)
     subset = module.training_subset(8)
     loader = module.train_dataloader().loader
-    for one in (subset, loader.dataset, loader.collate_fn):
-        assert b"DataModule" not in pickle.dumps(one)
+    for part in (subset, loader.dataset, loader.collate_fn):
+        assert b"DataModule" not in pickle.dumps(part)
 
 
 @pytest.mark.slow

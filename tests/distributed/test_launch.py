@@ -65,15 +65,15 @@ def test_a_job_of_slurm_is_queued_again_and_goes_on(tmp_path):
     processes = srun(arguments_of(tmp_path, 5000), tmp_path, PATH=path)
     run = tmp_path / "runs" / "vision" / "slurm-4711"
     while tiny.step_of(run) < 3:
-        assert [one.poll() for one in processes] == [None, None]
+        assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.1)
-    for one in processes:
-        one.send_signal(signal.SIGUSR1)
-    assert [one.wait(60) for one in processes] == [75, 75]
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    assert [process.wait(60) for process in processes] == [75, 75]
     assert (tmp_path / "called").read_text() == "requeue 4711\n"
     stopped = tiny.step_of(run)
     again = srun(["resume=changed", *arguments_of(tmp_path, stopped + 3)], tmp_path, PATH=path)
-    assert [one.wait(120) for one in again] == [0, 0]
+    assert [process.wait(120) for process in again] == [0, 0]
     assert the_run(tmp_path) == run
     assert tiny.step_of(run) == stopped + 3
     assert f"after step {stopped}" in (tmp_path / "0.txt").read_text()
@@ -89,7 +89,9 @@ def faults(*overrides: str, multirun: bool = False) -> str:
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
-    for name in [one for one in os.environ if one.startswith(("SLURM_", "TORCHELASTIC_", "DATA2VEC_LAUNCH"))]:
+    for name in [
+        variable for variable in os.environ if variable.startswith(("SLURM_", "TORCHELASTIC_", "DATA2VEC_LAUNCH"))
+    ]:
         monkeypatch.delenv(name)
 
 

@@ -36,7 +36,9 @@ def test_broken_samples_of_all_processes_are_listed_once(tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_collapse_ends_all_processes_with_a_report(strategy, tmp_path):
     run = tmp_path / "run"
-    own = [one for one in arguments_of(tmp_path, 6) if not one.startswith(("strategy=", "callbacks.monitor", "report"))]
+    own = [
+        word for word in arguments_of(tmp_path, 6) if not word.startswith(("strategy=", "callbacks.monitor", "report"))
+    ]
     limits = ["callbacks.monitor.min_target_std=100", "callbacks.monitor.grace_steps=3", f"strategy={strategy}"]
     result = torchrun("data2vec_train", [*own, *limits, f"hydra.run.dir={run}"], tmp_path)
     assert "collapse at step 3" in result.stderr

@@ -50,10 +50,10 @@ def test_two_hosts_share_a_run(hosts, tmp_path):
         env = environment(GLOO_SOCKET_IFNAME=host[-14:])
         started.append(subprocess.Popen(command, cwd=tmp_path, env=env))
     try:
-        assert [one.wait(150) for one in started] == [0, 0]
+        assert [process.wait(150) for process in started] == [0, 0]
     finally:
-        for one in started:
-            one.kill()
+        for process in started:
+            process.kill()
     assert tiny.step_of(run) == 3
     assert (run / "summary.json").is_file()
     assert [file.name for file in run.glob("*.log")] == ["train.log"]

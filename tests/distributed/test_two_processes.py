@@ -74,7 +74,7 @@ def test_sharding_finds_the_tensors_of_an_encoder():
     """torch 2.11 looks into tuples and not into dataclasses, and frees the weights behind what it does not find."""
     prefix, tokens, layer = torch.ones(3).unbind()
     leaves = tree_leaves(EncoderOutput(prefix=prefix, tokens=tokens, layers=[layer]))
-    assert [id(one) for one in leaves] == [id(prefix), id(tokens), id(layer)]
+    assert [id(leaf) for leaf in leaves] == [id(prefix), id(tokens), id(layer)]
 
 
 @pytest.mark.parametrize("case", FAST)

@@ -100,8 +100,8 @@ def test_a_bias_is_the_same_number_by_number(which):
     bias = biases()[which]
     whole = bias.dense()
     for row, head, query, key in itertools.product(range(2), range(3), range(5), range(5)):
-        one = bias.at(*map(torch.tensor, (row, head, query, key)))
-        assert one == whole[row if len(whole) > 1 else 0, head, query, key]
+        number = bias.at(*map(torch.tensor, (row, head, query, key)))
+        assert number == whole[row if len(whole) > 1 else 0, head, query, key]
 
 
 # -------------------------------------------------------------------------------------------------- in the encoders

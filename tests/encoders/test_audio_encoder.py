@@ -177,8 +177,8 @@ def test_a_convolution_as_matrix_products_is_that_convolution(kernel, stride, sa
         out = layer(x)
         out.square().sum().backward()
         results.append([out, x.grad, *(parameter.grad for parameter in layer.parameters())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for tensor, other in zip(*results, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-12, atol=1e-12)
 
 
 def test_a_front_end_that_was_built_as_convolutions_becomes_matrix_products():

@@ -159,8 +159,8 @@ def test_a_view_among_others_equals_its_mask_alone(family, backend, mode):
     encoder, inputs, masks = build(family, attention=backend), images(3), random_masks(3, 4)
     together = with_masks(encoder, inputs, masks, mode).tokens.unflatten(0, (3, 4))
     for view in range(4):
-        one = Masks.from_masked(masks.masked[:, view : view + 1])
-        alone = with_masks(encoder, inputs, one, mode).tokens
+        mask = Masks.from_masked(masks.masked[:, view : view + 1])
+        alone = with_masks(encoder, inputs, mask, mode).tokens
         torch.testing.assert_close(together[:, view], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -186,16 +186,16 @@ def test_padded_tokens_cannot_change_real_ones(family, backend, mode):
     real[0, 9:] = False
     tokens, _ = encoder.embed(images())
     changed = torch.where(real[..., None], tokens, tokens + 5)
-    one, other = (
+    first, other = (
         encoder.contextualize(x, real, masks=masks, mode=mode).tokens.unflatten(0, (2, 2)) for x in (tokens, changed)
     )
     kept = real[:, None].expand(2, 2, 12)
     if mode == "drop":
         kept = kept.flatten(0, 1).gather(1, masks.visible).unflatten(0, (2, 2))
     assert not kept.all()
-    torch.testing.assert_close(one[kept], other[kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first[kept], other[kept], rtol=1e-5, atol=1e-5)
     unmasked = encoder.contextualize(tokens, None, masks=masks, mode=mode).tokens.unflatten(0, (2, 2))
-    assert (unmasked[kept] - one[kept]).abs().max() > 1e-3
+    assert (unmasked[kept] - first[kept]).abs().max() > 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------- target layers
@@ -239,9 +239,9 @@ def gradients(encoder: VisionEncoder, inputs: torch.Tensor, masks: Masks, mode: 
     return output, {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(one: dict, other: dict) -> None:
-    assert set(one) == set(other)
-    for name, gradient in one.items():
+def assert_same_gradients(found: dict, other: dict) -> None:
+    assert set(found) == set(other)
+    for name, gradient in found.items():
         torch.testing.assert_close(gradient, other[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 

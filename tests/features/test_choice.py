@@ -42,10 +42,10 @@ def test_the_issue_of_20_records_is_called_chance():
 
 
 def test_many_records_and_a_large_difference_need_no_note():
-    one = {"layer": 2, "accuracy": 0.5, "standard_error": standard_error(0.5, 5000), "records": 5000}
-    one["chosen_on_the_same_records"] = False
-    assert "chance" not in comparison("linear", one, one | {"accuracy": 0.6})
-    assert "chance" in comparison("linear", one, one | {"accuracy": 0.51})
+    chosen = {"layer": 2, "accuracy": 0.5, "standard_error": standard_error(0.5, 5000), "records": 5000}
+    chosen["chosen_on_the_same_records"] = False
+    assert "chance" not in comparison("linear", chosen, chosen | {"accuracy": 0.6})
+    assert "chance" in comparison("linear", chosen, chosen | {"accuracy": 0.51})
 
 
 @pytest.mark.parametrize("records", [1, 5])

@@ -83,8 +83,8 @@ def command(weights, tmp_path) -> Callable[..., tuple[int, Path]]:
         given += ["data.num_workers=0", "callbacks.monitor.progress=none", f"cache_dir={tmp_path}/cache"]
         given += [f"hydra.run.dir={run_dir}", "modality.min_tokens=2"] if modality == "text" else []
         given += [f"hydra.run.dir={run_dir}"] if modality != "text" else []
-        changed = {one.partition("=")[0] for one in more}
-        kept = [one for one in (*given, *HEADS[head][0]) if one.partition("=")[0] not in changed]
+        changed = {word.partition("=")[0] for word in more}
+        kept = [word for word in (*given, *HEADS[head][0]) if word.partition("=")[0] not in changed]
         return run("finetune", *kept, *more), run_dir
 
     return fine_tune

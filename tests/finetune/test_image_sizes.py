@@ -33,8 +33,8 @@ def small(image_px, *, positions: bool = False, bias: bool = True, channels: int
     )
     model = ours.Data2VecVisionModel(config).eval()
     with torch.no_grad():
-        for one in model.parameters():
-            one.add_(torch.randn_like(one) * 0.05)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
@@ -70,7 +70,7 @@ def images(tmp_path):
         shape = (height, width, channels)
         rows = [rng.integers(0, 128, shape) + 100 * (number % 2) for number in range(count)]
         features = datasets.Features({"image": datasets.Array3D(shape, "uint8"), "kind": datasets.Value("string")})
-        table = {"image": [one.astype("uint8") for one in rows], "kind": ["dark", "light"] * (count // 2)}
+        table = {"image": [image.astype("uint8") for image in rows], "kind": ["dark", "light"] * (count // 2)}
         path = tmp_path / f"{height}x{width}x{channels}.parquet"
         datasets.Dataset.from_dict(table, features=features).to_parquet(path)
         return path

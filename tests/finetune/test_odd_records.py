@@ -211,7 +211,9 @@ def test_speaker_vectors_of_one_output_frame_have_a_gradient():
         vectors.square().sum().backward()
         assert torch.isfinite(vectors).all()
         assert torch.isfinite(features.grad).all()
-        assert all(torch.isfinite(one.grad).all() for one in head.parameters() if one.grad is not None)
+        assert all(
+            torch.isfinite(parameter.grad).all() for parameter in head.parameters() if parameter.grad is not None
+        )
 
 
 def test_a_linear_probe_that_does_not_converge_says_so_in_a_sentence(monkeypatch, caplog):

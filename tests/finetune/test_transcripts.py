@@ -139,7 +139,7 @@ def test_texts_are_cut_as_transformers_cuts_them(tmp_path, seed):
     own = [pad, unk] + ["<s>", "</s>"] * (seed % 2) + ["|"] * (seed % 5 > 0)
     symbols = list(dict.fromkeys(own + units))
     chance.shuffle(symbols)
-    (tmp_path / "vocab.json").write_text(json.dumps({one: number for number, one in enumerate(symbols)}))
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
     if seed % 3 == 0:
         kind, more = transformers.Wav2Vec2PhonemeCTCTokenizer, {"do_phonemize": False}
         more |= {"word_delimiter_token": "|"} if seed % 2 else {}
@@ -154,7 +154,7 @@ def test_texts_are_cut_as_transformers_cuts_them(tmp_path, seed):
         pool = [*units, *letters, " ", " ", "  ", "|", "\u00a0", "z", pad, "<s>"]
         text = "".join(chance.choices(pool, k=chance.randint(0, 12)))
         assert mine(text)["input_ids"] == theirs(text)["input_ids"] == again(text)["input_ids"]
-        ids = [one for one in chance.choices(range(len(symbols) + 3), k=9) for _ in range(chance.choice([1, 1, 3]))]
+        ids = [token for token in chance.choices(range(len(symbols) + 3), k=9) for _ in range(chance.choice([1, 1, 3]))]
         assert mine.decode(ids) == theirs.decode(ids) == again.decode(ids)
 
 
@@ -230,7 +230,7 @@ def test_phones_are_symbols_of_their_own(command, rows, tmp_path):
     phones = {"A": "t͡ʃ", "B": "AH0", "C": "ʃ"}
     changed = rows("ctc")
     for row in changed:
-        row["text"] = " ".join(phones[one] for one in row["text"].split())
+        row["text"] = " ".join(phones[letter] for letter in row["text"].split())
     status, run_dir = command("ctc", "head.vocabulary=phones", "report=false", steps=1, rows=changed)
     assert status == 0
     content = json.loads((run_dir / "model" / "vocab.json").read_text())
@@ -301,7 +301,7 @@ def test_capital_letters_of_turkish_transcripts(monkeypatch):
     texts = ["iki", "ılık"]
     source = type("Rows", (), {"column": lambda self, name: texts, "lengths": None})()
     task.setup(source, np.arange(2))
-    assert [task.text_of(one) for one in texts] == ["İKİ", "ILIK"]
+    assert [task.text_of(text) for text in texts] == ["İKİ", "ILIK"]
 
 
 def test_marks_without_a_composed_letter_stay_marks():
@@ -330,5 +330,5 @@ def test_a_transcript_of_forms_is_as_it_is_where_nothing_is_asked_for():
 
 
 def test_transcripts_in_a_column_of_another_usual_name(command, rows):
-    changed = [{("sentence" if name == "text" else name): one for name, one in row.items()} for row in rows("ctc")]
+    changed = [{("sentence" if name == "text" else name): value for name, value in row.items()} for row in rows("ctc")]
     assert command("ctc", "report=false", steps=1, rows=changed)[0] == 0

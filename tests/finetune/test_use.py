@@ -158,7 +158,7 @@ def test_probing_without_classes(program_of, weights, records, tmp_path, capsys)
 
 def encoder_of(run_dir: Path) -> dict[str, torch.Tensor]:
     content = checkpoints.read(checkpoints.resolve(run_dir))["state_dict"]
-    return {name.partition("encoder.")[2]: one for name, one in content.items() if ".encoder." in name}
+    return {name.partition("encoder.")[2]: tensor for name, tensor in content.items() if ".encoder." in name}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_lower_layers_learn_slower():
         name: (group["lr_scale"], group["weight_decay"])
         for group in optimizer.param_groups
         for name, parameter in model.named_parameters()
-        if any(parameter is one for one in group["params"])
+        if any(parameter is known for known in group["params"])
     }
     assert found["low.weight"] == (0.25, 0.1)
     assert found["low.bias"] == (0.25, 0.0)
@@ -298,7 +298,7 @@ def test_classes_in_order_and_missing_ones():
 
 def spelt(tokenizer: CTCTokenizer, text: str, sure: float = 6.0) -> torch.Tensor:
     """Logits (1, T, V) of a text, a frame for each symbol and a blank behind it."""
-    ids = [one for symbol in tokenizer(text)["input_ids"] for one in (symbol, 0)]
+    ids = [number for symbol in tokenizer(text)["input_ids"] for number in (symbol, 0)]
     logits = torch.zeros(1, len(ids), len(tokenizer.vocabulary))
     logits[0, torch.arange(len(ids)), torch.tensor(ids)] = sure
     return logits
@@ -420,7 +420,7 @@ def test_language_models_fill_in_and_go_on(command, program_of, tmp_path):
         out = tmp_path / f"{head}.jsonl"
         given = [f"checkpoint={tmp_path}/{head}", "data=hf", f"data.path={tmp_path}/texts.parquet", f"out={out}"]
         assert program_of("predict", *given, "data.num_workers=0") == 0
-        [line] = [json.loads(one) for one in out.read_text().splitlines()]
+        [line] = [json.loads(text) for text in out.read_text().splitlines()]
         assert len(line["prediction"][0]) == 5 if head == "masked_lm" else isinstance(line["prediction"], str)
 
 
@@ -468,7 +468,7 @@ def test_features_are_those_of_the_layers(program_of, weights, tmp_path):
     paths = [folder / name for name in table["key"].to_pylist()]
     called = embed_inputs(weights("vision"), paths, layers=[0, 2, 4])
     for place, name in enumerate(table.column_names[1:]):
-        expected = np.stack([one[place] for one in called])
+        expected = np.stack([vectors[place] for vectors in called])
         assert np.allclose(np.array(table[name].to_pylist()), expected, atol=1e-6)
 
     from data2vec_train.weights.preprocessing import ImageProcessor
@@ -508,7 +508,7 @@ def test_features_of_texts_are_those_of_the_command(program_of, weights, tmp_pat
     rows = [table["key"].to_pylist().index(key) for key in ("long.txt@0", "short.txt@0")]
     called = embed_inputs(weights("text"), [(folder / name).read_text() for name in ("long.txt", "short.txt")])
     commanded = np.array([table.column(1)[row].as_py() for row in rows])
-    assert np.allclose(commanded, [one[0] for one in called], atol=1e-5)
+    assert np.allclose(commanded, [vectors[0] for vectors in called], atol=1e-5)
 
 
 def test_speech_is_embedded_by_matrix_products(weights, monkeypatch):
@@ -540,7 +540,7 @@ def test_broken_files_are_left_out_and_listed(program_of, weights, tmp_path):
     out = tmp_path / "out.parquet"
     assert program_of("embed", *embed_command(weights("vision"), folder, out)) == 0
     assert len(parquet.read_table(out)) == 4
-    [line] = [json.loads(one) for one in (tmp_path / "out.parquet.rejected.jsonl").read_text().splitlines()]
+    [line] = [json.loads(text) for text in (tmp_path / "out.parquet.rejected.jsonl").read_text().splitlines()]
     assert line["key"] == "000002.png"
 
 

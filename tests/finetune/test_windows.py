@@ -46,7 +46,9 @@ def reader(weights, tmp_path_factory):
     torch.manual_seed(0)
     model = ours.Data2VecAudioForCTC(config)
     with torch.no_grad():
-        next(one for name, one in model.named_parameters() if name.endswith("lm_head.weight")).normal_(std=3.0)
+        next(parameter for name, parameter in model.named_parameters() if name.endswith("lm_head.weight")).normal_(
+            std=3.0
+        )
     model.save_pretrained(folder)
     AudioFeatureExtractor(sampling_rate=RATE).save_pretrained(folder)
     CTCTokenizer().save_pretrained(folder)
@@ -88,8 +90,8 @@ def test_windows_are_those_of_the_pipeline_of_transformers(said, reader, tmp_pat
         wanted = pipeline({"raw": sound, "sampling_rate": RATE}, chunk_length_s=2, stride_length_s=0.4,
                           return_timestamps="word")  # fmt: skip
         assert row["prediction"] == wanted["text"]
-        times = [(one["word"], one["start"], one["end"]) for one in row["words"]]
-        assert times == [(one["text"], *(round(t, 3) for t in one["timestamp"])) for one in wanted["chunks"]]
+        times = [(word["word"], word["start"], word["end"]) for word in row["words"]]
+        assert times == [(chunk["text"], *(round(t, 3) for t in chunk["timestamp"])) for chunk in wanted["chunks"]]
 
 
 def test_a_short_recording_is_read_in_one_pass_and_a_long_one_nearly_so(said, tmp_path):
@@ -175,8 +177,8 @@ def test_a_beam_search_reads_the_joined_windows(said, tmp_path):
     row = said(*WINDOWS, f"+head.beam={beam}")["a.wav"]
     greedy = said(*WINDOWS)["a.wav"]
     words = row["words"]
-    assert " ".join(one["word"] for one in words).replace(" ", "") == row["prediction"].replace(" ", "")
-    assert all(one["start"] < one["end"] for one in words)
+    assert " ".join(word["word"] for word in words).replace(" ", "") == row["prediction"].replace(" ", "")
+    assert all(word["start"] < word["end"] for word in words)
     assert words[-1]["end"] > 6
     assert abs(len(row["prediction"]) - len(greedy["prediction"])) < 40
 
@@ -191,7 +193,7 @@ def test_classes_over_time_are_joined_with_times_of_the_recording(command, progr
     segments = row["prediction"]["segments"]
     assert segments[0]["start"] == 0
     assert segments[-1]["end"] == pytest.approx(9.0, abs=0.01)
-    assert all(one["end"] == other["start"] for one, other in zip(segments[:-1], segments[1:], strict=True))
+    assert all(segment["end"] == other["start"] for segment, other in zip(segments[:-1], segments[1:], strict=True))
 
 
 @pytest.mark.parametrize("wrong", [["window_seconds=1", "stride_seconds=0.5"], ["stride_seconds=0.001"]])

@@ -66,7 +66,7 @@ def bias_of(name: str):
 
 def results(backend: str, dtype: torch.dtype, *, padded: bool, bias: str | None) -> dict[str, Tensor]:
     """Output at real positions and gradients, from numbers that bfloat16 has."""
-    q, k, v = (one.detach().to(dtype).requires_grad_() for one in inputs(torch.bfloat16))
+    q, k, v = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs(torch.bfloat16))
     maker, made = (None, None) if bias is None else bias_of(bias)
     mask = padding() if padded else None
     out = attention(q, k, v, backend=backend, key_mask=mask, bias=made)
@@ -76,8 +76,8 @@ def results(backend: str, dtype: torch.dtype, *, padded: bool, bias: str | None)
     (out * weights).sum().backward()
     found = {"output": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
     if maker is not None:
-        found |= {name: one.grad for name, one in maker.named_parameters()}
-    return {name: one.float() for name, one in found.items()}
+        found |= {name: parameter.grad for name, parameter in maker.named_parameters()}
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("bias", [None, "relative", "linear"])
@@ -88,8 +88,8 @@ def test_bfloat16_is_near_float32(backend, padded, bias):
         pytest.skip("flash supports no position bias")
     wanted = results("eager", torch.float32, padded=padded, bias=bias)
     found = results(backend, torch.bfloat16, padded=padded, bias=bias)
-    for name, one in wanted.items():
-        worst, largest = float((found[name] - one).abs().max()), float(one.abs().max())
+    for name, tensor in wanted.items():
+        worst, largest = float((found[name] - tensor).abs().max()), float(tensor.abs().max())
         assert worst <= BF16_BAND * largest, f"{name}: {worst / largest:.2g} of the largest"
 
 
@@ -108,7 +108,7 @@ def test_flash_takes_padding_through_the_kernel_for_sequences(monkeypatch):
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_compiled_blocks_compute_what_plain_ones_compute(which, backend):
     def compiled(encoder: ModalityEncoder) -> None:
-        blocks = [one for one in encoder.modules() if isinstance(one, Block)]
+        blocks = [module for module in encoder.modules() if isinstance(module, Block)]
         assert blocks
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)

@@ -72,9 +72,9 @@ def test_ten_steps_in_bfloat16_end_near_those_in_float32(composed, compiled):
         for _ in range(10):
             take_step(module, optimizer, batch, dtype=HALF.get(precision, torch.float32))
         losses[precision] = module.step_result.metrics["train/loss"]
-        assert {one.dtype for one in model.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        assert {one.dtype for one in moments} == {torch.float32}
+        assert {moment.dtype for moment in moments} == {torch.float32}
     torch.testing.assert_close(losses["bf16-mixed"], losses["32-true"], rtol=3e-2, atol=0)
 
 

@@ -104,7 +104,7 @@ CLASSES = sorted({case.split()[0] for case in CASES})
 
 
 def family_of(case: str) -> str:
-    return next(one for one in ("Audio", "Text", "Vision") if one in case)
+    return next(modality for modality in ("Audio", "Text", "Vision") if modality in case)
 
 
 def theirs(case: str, *, attention: str = "eager"):
@@ -189,7 +189,9 @@ def gradient_source(output) -> torch.Tensor:
         return output["loss"]
     torch.manual_seed(3)
     fields = ("last_hidden_state", "pooler_output", "extract_features")
-    return sum((output[one] * torch.randn(output[one].shape)).mean() for one in fields if output.get(one) is not None)
+    return sum(
+        (output[field] * torch.randn(output[field].shape)).mean() for field in fields if output.get(field) is not None
+    )
 
 
 def tensors_of(output) -> dict[str, torch.Tensor]:
@@ -198,8 +200,8 @@ def tensors_of(output) -> dict[str, torch.Tensor]:
     for name, value in output.items():
         if name == "past_key_values":
             continue
-        for index, one in enumerate(value if isinstance(value, tuple) else (value,)):
-            found[f"{name}.{index}"] = one
+        for index, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            found[f"{name}.{index}"] = part
     return found
 
 
@@ -237,8 +239,8 @@ def test_outputs_losses_and_gradients_are_those_of_transformers(case, padded, at
     gradient_source(expected).backward()
     gradient_source(output).backward()
     names, parameters = model.names(), dict(model.named_parameters(remove_duplicate=False))
-    gradients = {name: one.grad for name, one in reference.named_parameters() if one.grad is not None}
-    largest = max(float(one.abs().max()) for one in gradients.values())
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     compared = 0
     for name, gradient in gradients.items():
         own, _, part = names[name].partition("#")
@@ -259,7 +261,7 @@ def test_weights_go_both_ways_bit_for_bit(case, tmp_path):
     model = load_ours(case, tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
     back, report = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report[one] for one in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     expected = reference.state_dict()
     found = back.state_dict()
     assert list(found) == list(expected)
@@ -267,7 +269,7 @@ def test_weights_go_both_ways_bit_for_bit(case, tmp_path):
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     # What the config said is still said.
-    before, after = (json.loads((tmp_path / one / "config.json").read_text()) for one in ("theirs", "ours"))
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("theirs", "ours"))
     assert {k: v for k, v in before.items() if after.get(k) != v} == {}
 
 
@@ -290,6 +292,10 @@ def test_fresh_models_of_ours_load_into_transformers(case, tmp_path):
 def test_arguments_come_in_the_same_order(name):
     import inspect
 
-    expected = [one for one in inspect.signature(getattr(transformers, name).forward).parameters if one != "kwargs"]
+    expected = [
+        parameter
+        for parameter in inspect.signature(getattr(transformers, name).forward).parameters
+        if parameter != "kwargs"
+    ]
     found = list(inspect.signature(getattr(ours, name).forward).parameters)
     assert found[: len(expected)] == expected

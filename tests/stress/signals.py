@@ -43,8 +43,8 @@ def main() -> None:
         straggler = processes.ids[rng.randrange(2)]
         os.kill(straggler, signal.SIGSTOP)
         started = time.monotonic()
-        for one in targets:
-            processes.signal(number, [one])
+        for target in targets:
+            processes.signal(number, [target])
             time.sleep(rng.uniform(0, 0.1))
         time.sleep(rng.uniform(0, 1))
         os.kill(straggler, signal.SIGCONT)

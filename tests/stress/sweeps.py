@@ -19,7 +19,7 @@ def main() -> None:
     tiny.import_everything()
     arguments = [*tiny.make_data(options.folder / "data")["vision"], "callbacks.checkpoint.every_n_steps=2"]
     arguments += ["data.num_workers=0"]
-    cache = [one for one in arguments if one.startswith("cache_dir=")]  # a saved command may not say where to write
+    cache = [word for word in arguments if word.startswith("cache_dir=")]  # a saved command may not say where to write
     seeds = range(4)
     whole = [
         tiny.reference([*arguments, f"seed={seed}"], options.folder / "whole" / str(seed), count=1) for seed in seeds
@@ -35,7 +35,9 @@ def main() -> None:
         while processes.running() and tiny.step_of(member) < step:
             time.sleep(0.0005)
         processes.kill()
-        finished = {one: (one / "summary.json").stat().st_mtime_ns for one in sweep.glob("*") if _finished(one)}
+        finished = {
+            member: (member / "summary.json").stat().st_mtime_ns for member in sweep.glob("*") if _finished(member)
+        }
         again = swept if rng.random() < 0.5 else [f"resume={sweep}", *cache]
         processes = tiny.Processes(again, None, count=1, log=log)
         if not processes.wait(300) or any(processes.statuses.values()):
@@ -44,7 +46,7 @@ def main() -> None:
         for seed in seeds:
             if found := tiny.differences(sweep / str(seed), whole[seed]):
                 wrong.append(f"{sweep / str(seed)}: {len(found)} differ, such as {found[:3]}")
-        if any((one / "summary.json").stat().st_mtime_ns != written for one, written in finished.items()):
+        if any((member / "summary.json").stat().st_mtime_ns != written for member, written in finished.items()):
             wrong.append(f"{sweep}: a finished member was done again")
         print(f"{number + 1} kills, {len(finished)} of 4 members were finished, {len(wrong)} wrong", flush=True)
     print(json.dumps({"kills": options.kills, "wrong": wrong}, indent=2))

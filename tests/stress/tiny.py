@@ -51,9 +51,9 @@ def make_data(folder: Path) -> dict[str, list[str]]:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class Processes:
@@ -82,7 +82,9 @@ class Processes:
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            sys.stdout, sys.stderr = (os.fdopen(one, "w", buffering=1) for one in (1, 2))  # pytest has its own
+            sys.stdout, sys.stderr = (
+                os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2)
+            )  # pytest has its own
             torch.set_num_threads(1)
             if count > 1:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -117,12 +119,12 @@ class Processes:
             os._exit(1)
 
     def running(self) -> list[int]:
-        for one in self.ids:
-            if one not in self.statuses:
-                found, status = os.waitpid(one, os.WNOHANG)
+        for child in self.ids:
+            if child not in self.statuses:
+                found, status = os.waitpid(child, os.WNOHANG)
                 if found:
-                    self.statuses[one] = os.waitstatus_to_exitcode(status)
-        return [one for one in self.ids if one not in self.statuses]
+                    self.statuses[child] = os.waitstatus_to_exitcode(status)
+        return [child for child in self.ids if child not in self.statuses]
 
     def wait(self, seconds: float) -> bool:
         """Whether all have left in time; those that have not are killed."""
@@ -135,19 +137,19 @@ class Processes:
 
     def kill(self, which: int | None = None) -> None:
         """SIGKILL to all, workers too, or to one."""
-        for number, one in enumerate(self.ids):
-            if one not in self.statuses and which in (None, number):
+        for number, child in enumerate(self.ids):
+            if child not in self.statuses and which in (None, number):
                 try:
-                    os.killpg(one, signal.SIGKILL)
+                    os.killpg(child, signal.SIGKILL)
                 except ProcessLookupError:
-                    os.kill(one, signal.SIGKILL)
+                    os.kill(child, signal.SIGKILL)
         while which is None and self.running():
             time.sleep(0.005)
 
     def signal(self, number: int, which: list[int]) -> None:
-        for one in which:
-            if self.ids[one] in self.running():
-                os.kill(self.ids[one], number)
+        for index in which:
+            if self.ids[index] in self.running():
+                os.kill(self.ids[index], number)
 
 
 def reference(arguments: list[str], run: Path, *, count: int = 1) -> Path:
@@ -198,11 +200,11 @@ def differences(run: Path, reference: Path) -> list[str]:
     ours, theirs = final_state(run), final_state(reference)
     found = [name for name in ours.keys() ^ theirs.keys()]
     for name in ours.keys() & theirs.keys():
-        one, other = ours[name], theirs[name]
-        if not (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other):
+        value, other = ours[name], theirs[name]
+        if not (torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other):
             found.append(name)
     rows, others = logged(run), logged(reference)
-    found += [f"row {number}" for number, (one, other) in enumerate(zip(rows, others, strict=False)) if one != other]
+    found += [f"row {number}" for number, (row, other) in enumerate(zip(rows, others, strict=False)) if row != other]
     return found + (["number of rows"] if len(rows) != len(others) else [])
 
 

@@ -52,11 +52,11 @@ def original_file(name: str, path: Path, *, prefix: str = "", more: dict | None 
     recorded = load_file(GOLDEN / f"{name}.safetensors")
     config = json.loads((GOLDEN / f"{name}.json").read_text())["config"]
     modality, version = name.split("_v")[0], int(name[-1])
-    student = {key.removeprefix("student/"): one for key, one in recorded.items() if key.startswith("student/")}
-    teacher = {key.removeprefix("teacher/"): one for key, one in recorded.items() if key.startswith("teacher/")}
+    student = {key.removeprefix("student/"): tensor for key, tensor in recorded.items() if key.startswith("student/")}
+    teacher = {key.removeprefix("teacher/"): tensor for key, tensor in recorded.items() if key.startswith("teacher/")}
     if name == "text_v1":
-        student = {f"encoder.{key}": one for key, one in student.items()}
-    student = {prefix + key: one for key, one in student.items()} | (more or {})
+        student = {f"encoder.{key}": tensor for key, tensor in student.items()}
+    student = {prefix + key: tensor for key, tensor in student.items()} | (more or {})
     if name == "vision_v1":
         content = {"model": student, "model_ema": teacher, "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
     else:
@@ -94,11 +94,11 @@ def test_the_teacher_is_what_the_file_says_and_the_students_elsewhere(name, tmp_
     recorded = original_file(name, tmp_path / "checkpoint.pt")
     student = ours.load_pretrained(tmp_path / "checkpoint.pt").state_dict()
     teacher = ours.load_pretrained(tmp_path / "checkpoint.pt", weights="teacher").state_dict()
-    changed = {key for key, one in teacher.items() if not torch.equal(one, student[key])}
+    changed = {key for key, tensor in teacher.items() if not torch.equal(tensor, student[key])}
     assert any("blocks" in key for key in changed)
     if name not in ("vision_v1", "vision_v2"):
         assert not any("embedder.features" in key or "embedder.project" in key for key in changed)
-    values = {float(one.flatten()[0]) for key, one in recorded.items() if key.startswith("teacher/")}
+    values = {float(tensor.flatten()[0]) for key, tensor in recorded.items() if key.startswith("teacher/")}
     first = next(key for key in changed if key.endswith("ffn.fc2.weight"))
     assert float(teacher[first].flatten()[0]) in values
 
@@ -162,7 +162,7 @@ def test_fine_tuned_images(tmp_path):
             "vision_v2",
             tmp_path / "checkpoint.pt",
             prefix="model.",
-            more={prefix + key: one for key, one in head.items()},
+            more={prefix + key: tensor for key, tensor in head.items()},
         )
         model = ours.load_pretrained(tmp_path / "checkpoint.pt")
         assert isinstance(model, ours.Data2VecVisionForImageClassification)
@@ -177,7 +177,9 @@ def test_fine_tuned_images(tmp_path):
 def test_fine_tuned_images_of_the_first_version(tmp_path):
     recorded = original_file("vision_v1", tmp_path / "pretrained.pt")
     content = torch.load(tmp_path / "pretrained.pt", weights_only=False)["model"]
-    body = {key: one for key, one in content.items() if key.split(".")[0] not in ("mask_token", "lm_head", "norm")}
+    body = {
+        key: tensor for key, tensor in content.items() if key.split(".")[0] not in ("mask_token", "lm_head", "norm")
+    }
     table = body.pop("rel_pos_bias.relative_position_bias_table")
     body |= {f"blocks.{layer}.attn.relative_position_bias_table": table + layer for layer in range(3)}
     body |= {"blocks.0.attn.relative_position_index": torch.zeros(3, 3, dtype=torch.int64)}
@@ -245,7 +247,7 @@ def test_published_models_load_and_run(name, tmp_path):
         assert features.isfinite().all()
     # All of the file is there, the decoder aside: positions and halves of attention are counted once.
     expected = NAMES[name]["params_without_decoder"]
-    found = sum(one.numel() for one in model.encoder.parameters())
+    found = sum(parameter.numel() for parameter in model.encoder.parameters())
     more = {"image": -(197 * 768 if "base" in name else 197 * 1024), "text": 768, "audio": 0}[modality]
     if modality == "image":
         # Random positions are kept as learned ones; theirs do not count, being fixed.
@@ -296,8 +298,8 @@ def test_a_name_a_tensor_or_a_shape_that_is_wrong(name, tmp_path):
         tamper(path, change)
         with pytest.raises(WeightMismatch) as error:
             ours.load_pretrained(path)
-        for one in words:
-            assert one in str(error.value)
+        for word in words:
+            assert word in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -426,4 +428,4 @@ def test_names_are_taken_apart_and_put_together_again():
 
     theirs = collections.OrderedDict((key, torch.randn(2, 3)) for key in names)
     back = to_theirs(names, to_ours(names, theirs))
-    assert all(torch.equal(back[key], one) for key, one in theirs.items())
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.items())

@@ -248,7 +248,7 @@ class TestAudio:
         model = audio("Data2VecAudioForCTC", vocab_size=9).train()
         model.freeze_feature_encoder()
         model(torch.randn(1, 600), labels=torch.tensor([[3]])).loss.backward()
-        without = {name for name, one in model.named_parameters() if one.grad is None}
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
         frozen = {name for name, _ in model.named_parameters() if ".features." in name}
         assert frozen
         assert frozen <= without <= frozen | {"data2vec_audio.encoder.mask_token"}
@@ -313,7 +313,8 @@ class TestText:
 
     def test_the_two_modes_write_different_texts(self):
         texts = [
-            writer(hf_compat=one).generate(self.ids[:1], max_new_tokens=12, eos_token_id=-1) for one in (False, True)
+            writer(hf_compat=compat).generate(self.ids[:1], max_new_tokens=12, eos_token_id=-1)
+            for compat in (False, True)
         ]
         assert not torch.equal(*texts)
         assert len(set(texts[0][0].tolist())) > 6
@@ -478,11 +479,11 @@ class TestVision:
         torch.testing.assert_close(found.loss, expected.loss, atol=0, rtol=1e-6)
         model.save_pretrained(tmp_path / "again")
         again = type(reference).from_pretrained(tmp_path / "again").state_dict()
-        counters = {name: one for name, one in again.items() if name.endswith("num_batches_tracked")}
+        counters = {name: tensor for name, tensor in again.items() if name.endswith("num_batches_tracked")}
         assert len(counters) > 10
-        for name, one in reference.state_dict().items():
-            torch.testing.assert_close(again[name], one, atol=1e-6, rtol=1e-5)
-        assert {int(one) for one in counters.values()} == {1}
+        for name, tensor in reference.state_dict().items():
+            torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
+        assert {int(counter) for counter in counters.values()} == {1}
 
     def test_four_layers_are_needed_and_have_to_exist(self):
         with pytest.raises(ConfigError, match="reads 4 layers"):
@@ -522,7 +523,7 @@ def test_some_hidden_states_can_be_chosen(wanted, weighted, tmp_path):
     waves, mask = padded_waveforms()
     expected = reference(waves, mask, output_hidden_states=wanted).hidden_states
     found = model(waves, mask, output_hidden_states=wanted).hidden_states
-    assert [one is None for one in found] == [one is None for one in expected]
+    assert [state is None for state in found] == [state is None for state in expected]
     for a, b in zip(found, expected, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
@@ -535,7 +536,7 @@ class TestAll:
         model = make()
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path, attn_implementation="sdpa", device_map="auto")
-        given = {name: one.to(again.device) for name, one in given.items()}
+        given = {name: tensor.to(again.device) for name, tensor in given.items()}
         assert again.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
         assert not again.training
         torch.testing.assert_close(again(**given).logits.cpu(), model(**{k: v.cpu() for k, v in given.items()}).logits)
@@ -554,9 +555,11 @@ class TestAll:
                 model.gradient_checkpointing_enable()
                 assert model.is_gradient_checkpointing
             model(**given).logits.square().sum().backward()
-            gradients.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+            gradients.append(
+                {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+            )
         assert gradients[0].keys() == gradients[1].keys()
-        assert all(torch.equal(one, gradients[1][name]) for name, one in gradients[0].items())
+        assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
     def test_outputs_as_tuples_and_by_name(self, family):
         make, given = MODELS[family]
@@ -599,7 +602,7 @@ class TestAll:
         make, given = MODELS[family]
         model = make()
         expected = model(**given).logits
-        given = {name: one.bfloat16() if one.is_floating_point() else one for name, one in given.items()}
+        given = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
         found = model.bfloat16()(**given).logits.float()
         assert float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
@@ -630,7 +633,7 @@ class TestAll:
         path = tmp_path / "model.safetensors"
         tensors = load_file(path)
         last = [name for name in tensors if name.startswith(("lm_head", "classifier"))][-1]
-        save_file({name: one for name, one in tensors.items() if name != last}, path)
+        save_file({name: tensor for name, tensor in tensors.items() if name != last}, path)
         with pytest.raises(WeightMismatch, match=f"missing: {last}$"):
             type(model).from_pretrained(tmp_path)
 
@@ -699,8 +702,8 @@ class TestAll:
         assert report.fresh
         assert not report.left_out
         assert "newly initialised" in caplog.text
-        for name, one in base.encoder.state_dict().items():
-            assert torch.equal(headed.get_encoder().state_dict()[name], one)
+        for name, tensor in base.encoder.state_dict().items():
+            assert torch.equal(headed.get_encoder().state_dict()[name], tensor)
         headed.save_pretrained(tmp_path / "headed")
         _, report = type(base).from_pretrained(tmp_path / "headed", output_loading_info=True)
         assert report.left_out

@@ -208,7 +208,9 @@ def test_old_files_of_released_models_are_understood(tmp_path):
     old |= {"do_resize": True, "resample": 3, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old | {"reduce_labels": False}))
     again = ImageProcessor.from_pretrained(tmp_path)
-    found, expected = (one(pictures()[0], return_tensors="np")["pixel_values"] for one in (again, ImageProcessor()))
+    found, expected = (
+        processor(pictures()[0], return_tensors="np")["pixel_values"] for processor in (again, ImageProcessor())
+    )
     assert np.array_equal(found, expected)
 
 

@@ -63,7 +63,7 @@ def test_weights_of_any_precision_are_float32_and_compute_the_same(modality, kin
     kinds = {"mixed": [torch.float32, torch.bfloat16]}.get(kind) or [getattr(torch, kind)]
     with_tensors(path, lambda name, tensor: tensor.to(kinds[len(name) % len(kinds)]))
     model = load_pretrained(path)
-    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     torch.testing.assert_close(model(**INPUTS[modality]).logits, expected, atol=0.02, rtol=0.02)
     if kind == "float64":
         torch.testing.assert_close(model(**INPUTS[modality]).logits, expected)
@@ -90,16 +90,16 @@ def huge(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda one: torch.full_like(one, float("nan")), "are not finite"),
+        (lambda tensor: torch.full_like(tensor, float("nan")), "are not finite"),
         (
-            lambda one: torch.where(torch.arange(one.numel()).view_as(one) == 3, float("-inf"), one),
+            lambda tensor: torch.where(torch.arange(tensor.numel()).view_as(tensor) == 3, float("-inf"), tensor),
             "1 of .* not finite",
         ),
-        (lambda one: one.to(torch.int64), "is of type int64, expected floating-point"),
-        (lambda one: one > 0, "is of type bool"),
-        (lambda one: one.to(torch.complex64), "is of type complex64"),
-        (lambda one: one.to(torch.float8_e4m3fn), "is of type float8"),
-        (lambda one: one.double() + 1e300, "are not finite"),
+        (lambda tensor: tensor.to(torch.int64), "is of type int64, expected floating-point"),
+        (lambda tensor: tensor > 0, "is of type bool"),
+        (lambda tensor: tensor.to(torch.complex64), "is of type complex64"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "is of type float8"),
+        (lambda tensor: tensor.double() + 1e300, "are not finite"),
     ],
 )
 def test_a_tensor_that_is_no_finite_float_is_refused_by_its_name(modality, spoil, message, tmp_path):
