@@ -1,5 +1,5 @@
-"""`python -m data2vec_train.finetune`: an encoder with a head, trained on labels.
+"""`python -m data2vec_train.finetune`: train an encoder with a head on labels.
 
-Open `run.py`, then `base.py` for what a task consists of.
+Open `run.py`, then `base.py` for the parts of a task.
 A new task: a class like those in `vision.py`, `speech.py` and `text.py`, and a file in `configs/head`.
 """

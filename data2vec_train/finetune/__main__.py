@@ -1,4 +1,4 @@
-"""`python -m data2vec_train.finetune head=ctc init_from=PATH data=hf data.path=FILE`: a head on trained weights."""
+"""`python -m data2vec_train.finetune head=ctc init_from=PATH data=hf data.path=FILE`: train a head on weights."""
 
 from typing import Any
 

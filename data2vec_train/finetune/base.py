@@ -1,7 +1,7 @@
-"""What fine-tuning needs to know about a head: rows to batches, outputs to losses, predictions and scores.
+"""The interface of a head for fine-tuning: from records to batches, from outputs to losses, predictions and scores.
 
-There is a `HeadTask` for each of the twelve heads. It knows neither files nor optimizers: records come from a `Source`,
-and whoever trains calls `loss`.
+There is a `HeadTask` for each of the twelve heads. It is independent of files and optimizers: records come from a
+`Source`, and the training module calls `loss`.
 """
 
 from abc import ABC, abstractmethod
@@ -20,21 +20,21 @@ from data2vec_train.errors import DataError
 from data2vec_train.weights.base import PretrainedModel
 
 Scores = dict[str, float]
-NO_LABEL = -100  # what losses leave out
-NOTHING_KNOWN = "no test record says what is right, so there is nothing to score; leave data.test_source out"
+NO_LABEL = -100  # ignored by losses
+NOTHING_KNOWN = "no test record has a label, so there is nothing to score; leave data.test_source out"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a record's content becomes what the encoder eats; which of them are set depends on the modality."""
+    """How the content of a record becomes input of the encoder; the fields that are set depend on the modality."""
 
     decode: Callable[[Any], Any] | None = None  # encoded value -> waveform or image
     transform: Any = None  # has `train` and `evaluate`: decoded -> tensor
     token_count: Callable[[int], int] | None = None  # length of an input -> tokens
-    tokenizer: Any = None  # `hf.tokenizers.TextTokenizer`
+    tokenizer: Any = None  # `weights.tokenizers.TextTokenizer`
     max_tokens: int = 0  # longest text, special tokens included
-    encodings: Sequence[str] = ()  # of text files, tried in this order
-    dim: int = 0  # D
+    encodings: Sequence[str] = ()  # encodings of text files, tried in this order
+    dim: int = 0  # D, width of the encoder
     sample_rate_hz: int = 0
     blocks: Callable[[Source], Source] | None = None  # documents -> blocks of ids, for language models
 
@@ -45,11 +45,11 @@ class Examples:
 
     Attributes:
         inputs: arguments of the model, (B, ...) each.
-        targets: what only the loss needs, on the device.
-        host: tensors that stay where they are, such as lengths whose values the loss asks for.
-        references: for each example, what a prediction is compared with; None = nobody knows.
+        targets: tensors that only the loss needs, on the device.
+        host: tensors that stay on the host, such as lengths whose values the loss reads.
+        references: for each example, the value that its prediction is compared with; None = unknown.
         keys: names of the records.
-        places: their indices in the source.
+        places: indices of the records in the source.
         rejected: (key, reason) of records that could not be used.
     """
 
@@ -65,28 +65,28 @@ class Examples:
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Examples":
-        """The same with `inputs` and `targets` on a device."""
+        """A copy with `inputs` and `targets` on a device."""
 
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items()}
+            return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
 
         return replace(self, inputs=moved(self.inputs), targets=moved(self.targets))
 
     def pin_memory(self) -> "Examples":
-        """The same with `inputs` and `targets` in pinned host memory."""
+        """A copy with `inputs` and `targets` in pinned host memory."""
 
         def pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: one.pin_memory() for name, one in tensors.items()}
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
         return replace(self, inputs=pinned(self.inputs), targets=pinned(self.targets))
 
 
 class Meter(ABC):
-    """Adds up what a data set's scores follow from."""
+    """Accumulates the scores of a data set, batch by batch."""
 
     @abstractmethod
     def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
-        """Take in a batch."""
+        """Add a batch."""
 
     @abstractmethod
     def compute(self) -> Scores:
@@ -94,7 +94,7 @@ class Meter(ABC):
 
 
 class PredictionMeter(Meter):
-    """Keeps the predictions of all examples that have a reference, and scores them together."""
+    """Stores the predictions of all examples that have a reference, and scores them together."""
 
     def __init__(self, task: "HeadTask") -> None:
         self.task = task
@@ -103,7 +103,7 @@ class PredictionMeter(Meter):
         self.keys: list[str] = []
 
     def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
-        """See `Meter.update`."""
+        """Store the predictions of the batch's examples that have a reference."""
         rows = zip(self.task.predictions(outputs, batch), batch.references, batch.keys, strict=True)
         for prediction, reference, key in rows:
             if reference is not None:
@@ -112,10 +112,10 @@ class PredictionMeter(Meter):
                 self.keys.append(key)
 
     def compute(self) -> Scores:
-        """See `Meter.compute`.
+        """The scores of all stored predictions.
 
         Raises:
-            DataError: no record said what is right.
+            DataError: no record had a reference.
         """
         if not self.references:
             raise DataError(NOTHING_KNOWN)
@@ -123,19 +123,19 @@ class PredictionMeter(Meter):
 
 
 class HeadTask(ABC):
-    """What a head is trained for.
+    """The task of a head.
 
     The order of calls: `setup` with the training records, `model_settings` for the model, then `example` and `collate`
-    in the loader's processes, `loss` in training, `meter` for a data set, `predictions` for people.
+    in the loader processes, `loss` in training, `meter` to score a data set, `predictions` for output files.
 
     Attributes:
-        model_class: of the fifteen, by name.
-        modality: of the encoder.
-        metric: the score that says which checkpoint is best.
-        lower_is_better: of that score.
+        model_class: name of one of the fifteen model classes.
+        modality: the modality of the encoder.
+        metric: the score that chooses the best checkpoint.
+        lower_is_better: whether a lower score is better.
         same_classes: whether test records must have the classes of the training records.
-        may_crop: whether a part of a record has the record's label.
-        class_names: what labels 0, 1, ... mean; None before `setup`, and for heads without classes.
+        may_crop: whether a crop of a record keeps the record's label.
+        class_names: the meaning of labels 0, 1, ...; None before `setup`, and for heads without classes.
     """
 
     model_class: ClassVar[str]
@@ -151,37 +151,37 @@ class HeadTask(ABC):
 
     @property
     def input_fields(self) -> list[str]:
-        """Columns of the records, besides their content, that say what to make predictions for."""
+        """Columns of the records, besides their content, that predictions are made from."""
         return []
 
     @property
     def label_fields(self) -> list[str]:
-        """Columns of the records, besides their class, that say what is right."""
+        """Columns of the records, besides their class, that hold labels."""
         return []
 
     @property
     def column(self) -> str | None:
-        """The column with a record's content; None = the first one of the modality's kind."""
+        """The column with the content of a record; None = the first one of the modality's kind."""
         return None
 
     @property
     def needs_classes(self) -> bool:
-        """Whether a record's class is what is learnt."""
+        """Whether the head learns the class of a record."""
         return False
 
     def prepare(self, source: Source) -> Source:
-        """The records to learn from, when they are not those that lie in the files."""
+        """The records to train on, if they are not the records of the files themselves."""
         return source
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
-        """Learn from the training records what has to be known before a model can be built.
+        """Collect from the training records what is needed to build the model, such as the class names.
 
         Args:
-            source: of the records.
-            rows: (n,) those that train.
+            source: the records.
+            rows: (n,) indices of the training records.
 
         Raises:
-            DataError: they cannot teach this head anything, with the reason.
+            DataError: this head cannot be trained on the records, with the reason.
         """
         if self.needs_classes:
             labels = source.labels()
@@ -192,17 +192,17 @@ class HeadTask(ABC):
                 )
             present = np.unique(labels[rows][labels[rows] >= 0])
             if len(present) < 2:
-                found = ", ".join(source.class_names[one] for one in present) or "none"
+                found = ", ".join(source.class_names[label] for label in present) or "none"
                 raise DataError(f"classes among the training records: {found}; expected at least two")
             self.class_names = list(source.class_names)
 
     @property
     def outputs(self) -> list[str] | None:
-        """What each output of the model means, after `setup`; None where outputs are no classes."""
+        """The meaning of each output of the model, after `setup`; None if outputs are not classes."""
         return self.class_names
 
     def usable(self, source: Source) -> np.ndarray:
-        """Indices of the records that say what is right, and so can train and test the head; ascending."""
+        """Indices of the records that have labels, which can train and test the head; ascending."""
         known = np.ones(len(source), dtype=bool)
         if self.needs_classes and source.labels() is not None:
             known &= source.labels() >= 0
@@ -211,14 +211,14 @@ class HeadTask(ABC):
         return np.flatnonzero(known)
 
     def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Those of the rows whose labels can teach nothing, with the reason; after `setup`."""
+        """The rows whose labels cannot be learned, with the reason; after `setup`."""
         return []
 
     def check_test(self, source: Source) -> None:
-        """Refuse test records whose labels mean something else.
+        """Refuse test records whose labels have another meaning than those of the training records.
 
         Raises:
-            DataError: they do.
+            DataError: they have.
         """
         if self.needs_classes and source.class_names != self.class_names:
             raise DataError(_other_classes(source.class_names, self.class_names))
@@ -231,11 +231,11 @@ class HeadTask(ABC):
         """
 
     def setup_from_pretrained(self, model: PretrainedModel) -> None:
-        """Instead of `setup`: take from a trained model what it would find out."""
+        """Replaces `setup`: take the same information from a trained model."""
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
 
     def continues(self, model: PretrainedModel) -> bool:
-        """Whether the outputs of a model's head mean what they are to mean here; after `setup`."""
+        """Whether the outputs of the model's head have the same meaning as in this task; after `setup`."""
         names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         return self.class_names in (None, names)
 
@@ -246,57 +246,57 @@ class HeadTask(ABC):
         return {"id2label": dict(enumerate(self.class_names)), "label2id": None, "num_labels": len(self.class_names)}
 
     def start_head(self, model: PretrainedModel) -> None:  # noqa: B027 - likewise
-        """Change what a new head of the model starts with."""
+        """Change the initial weights of a new head."""
 
     def save(self, folder: Path) -> None:  # noqa: B027 - most tasks have nothing to add
-        """Write what predicting needs beyond weights, config and the encoder's preprocessing."""
+        """Write what prediction needs beyond weights, config and the encoder's preprocessing."""
 
     @abstractmethod
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """One record ready for `collate`; torch's CPU generator is seeded for it. Labels may be absent.
+        """One record as input of `collate`; torch's CPU generator is seeded for it. Labels may be missing.
 
         Args:
             raw: the record.
-            train: with augmentation.
-            rng: seeded for it as well.
+            train: whether to augment it.
+            rng: also seeded for the record.
 
         Raises:
-            BadSample: it cannot be used.
+            BadSample: the record cannot be used.
         """
 
     @abstractmethod
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """A batch of what `example` gave; keys and rejected records are filled in by the caller."""
+        """A batch of results of `example`; the caller fills in keys and rejected records."""
 
     def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """The mean loss over the batch's examples, None without labels; and the model's outputs."""
+        """The mean loss over the batch's examples (None without labels), and the model's outputs."""
         outputs = model(**batch.inputs)
         return outputs.get("loss"), outputs
 
     def counted(self, batch: Examples) -> int:
-        """How many of a batch's examples the loss is the mean of."""
+        """The number of the batch's examples that the loss averages over."""
         return len(batch)
 
     def predict(self, model: PretrainedModel, batch: Examples) -> list[Any]:
-        """Predictions for a batch, labels or not."""
+        """Predictions for a batch, with or without labels."""
         _, outputs = self.loss(model, batch)
         return self.predictions(outputs, batch)
 
     def meter(self) -> Meter:
-        """Something to score a data set with."""
+        """A new meter that scores a data set."""
         return PredictionMeter(self)
 
     @abstractmethod
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[Any]:
-        """What the model says about each example, as plain values."""
+        """The prediction for each example, as plain values."""
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
-        """Scores of predictions, by name; fractions of 1 unless the name says otherwise."""
+        """Scores of predictions, by name; fractions of 1 unless documented otherwise."""
         raise TypeError(f"{type(self).__name__} has a meter of its own")
 
 
 class Collate:
-    """Samples of a task -> `Examples`; what the loader's processes run."""
+    """Samples of a task -> `Examples`; runs in the loader processes."""
 
     def __init__(self, task: HeadTask, *, train: bool, seed: int) -> None:
         self.task = task
@@ -304,7 +304,7 @@ class Collate:
         self.seed = seed
 
     def __call__(self, samples: Sequence[Sample]) -> Examples:
-        """Records that cannot be used are left out and named."""
+        """Make a batch; records that cannot be used are left out and listed in `rejected`."""
         from data2vec_train.data.seeding import generator, torch_seeded
 
         rejected = tuple(pair for sample in samples for pair in sample.rejected)
@@ -315,22 +315,22 @@ class Collate:
         with torch_seeded(self.seed, "batch", *place):
             examples = [sample.inputs for sample in good]
             batch = self.task.collate(examples, train=self.train, rng=generator(self.seed, "batch", *place))
-        keys = tuple(one["key"] for one in examples)
+        keys = tuple(example["key"] for example in examples)
         return replace(batch, keys=keys, places=tuple(sample.id for sample in good), rejected=rejected)
 
 
 def padded(rows: Sequence[Any], value: float, length: int | None = None) -> Tensor:
-    """Rows (n_i, ...) as one tensor (B, longest, ...), filled up at their ends."""
+    """Rows (n_i, ...) as one tensor (B, longest, ...), padded at the end with `value`."""
     tensors = [torch.as_tensor(np.asarray(row)) for row in rows]
-    longest = max(len(one) for one in tensors) if length is None else length
+    longest = max(len(tensor) for tensor in tensors) if length is None else length
     filled = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
-    for place, one in zip(filled, tensors, strict=True):
-        place[: len(one)] = one[:longest]
+    for place, tensor in zip(filled, tensors, strict=True):
+        place[: len(tensor)] = tensor[:longest]
     return filled
 
 
 def real_places(lengths: Sequence[int]) -> Tensor:
-    """(B, longest) bool, True where a row has not ended."""
+    """(B, longest) bool, True at positions inside a row, False at padding."""
     sizes = torch.tensor(list(lengths))
     return torch.arange(int(sizes.max())) < sizes[:, None]
 

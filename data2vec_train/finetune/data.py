@@ -1,4 +1,4 @@
-"""Labelled records as batches: which train, which test, and the loaders for both."""
+"""Labelled records as batches: the split into training and test records, and the loaders of both."""
 
 import logging
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def _example(
 
 
 class Relabelled(Source):
-    """A source whose classes are numbered as in another one."""
+    """A source whose classes get the numbers of another source."""
 
     def __init__(self, source: Source, class_names: list[str]) -> None:
         number = {name: index for index, name in enumerate(class_names)}
@@ -82,42 +82,43 @@ class Relabelled(Source):
         return RawSample(raw.key, raw.value, None if label < 0 else label, raw.fields)
 
     def labels(self) -> np.ndarray:
-        """See `Source.labels`."""
+        """Class numbers, (n,) int64, in the other source's numbering; -1 = no class."""
         return self._labels
 
     def column(self, name: str) -> list[Any]:
-        """See `Source.column`."""
+        """The column of the source, unchanged."""
         return self.source.column(name)
 
     def origins(self) -> np.ndarray:
-        """See `Source.origins`."""
+        """The origins of the source, unchanged."""
         return self.source.origins()
 
 
 class FinetuneData(ResumableData):
-    """Batches for fine-tuning, and examples that never train, to test on.
+    """Batches for fine-tuning, and examples to test on, which are not used in training.
 
-    Without a `test_source` a share of the records is held out, see `data.split`; records of one origin stay together.
+    Without a `test_source`, a fraction of the records is held out, see `data.split`; records of one origin stay
+    together.
 
     Args:
-        task: makes examples of records; it studies the training records here.
-        source: where labelled records come from.
+        task: makes examples from records; its `setup` reads the training records here.
+        source: the labelled records.
         test_source: test records of another source; or None.
-        held_out_fraction: share of `source` that is held out; ignored with a `test_source`. 0 = no test.
-        train_samples: train on so many records only, about as many of each class, drawn by the seed; None = all.
-        batching: how records of different lengths share batches; None where all are alike.
-        batch_size_per_device: records per batch and process; with `batching` the most, None = as its budget allows.
-        num_workers: loader processes, "auto" = one less than the cores at hand, between 1 and 8.
-        prefetch_factor: batches that each of them keeps ready.
-        max_bad_fraction: share of broken records above which the run stops.
-        tolerated_bad_samples: so few broken records never stop it.
+        held_out_fraction: fraction of `source` that is held out; ignored with a `test_source`. 0 = no test.
+        train_samples: train on this many records only, about equally many of each class, drawn by the seed; None = all.
+        batching: how records of different lengths share batches; None if all have one length.
+        batch_size_per_device: records per batch and process; an upper limit with `batching`, None = its budget alone.
+        num_workers: loader processes; "auto" = one less than the available cores, between 1 and 8.
+        prefetch_factor: batches that each loader process prepares ahead.
+        max_bad_fraction: fraction of broken records above which the run stops.
+        tolerated_bad_samples: up to this many broken records never stop the run.
         quarantine_path: where broken records are listed.
-        seed: of the run.
+        seed: the seed of the run.
         changed_steps: see `ResumableData`.
-        split: of the run that goes on, as its checkpoint has it; None = chosen now.
+        split: the split of the run that is resumed, from its checkpoint; None = a new split.
 
     Raises:
-        DataError: records that cannot teach or test the head.
+        DataError: the records cannot train or test the head.
     """
 
     def __init__(
@@ -150,20 +151,18 @@ class FinetuneData(ResumableData):
 
         rows = task.usable(source)
         if len(rows) < len(source):
-            log.info(
-                "%d of %d records are left out: they do not say what is right", len(source) - len(rows), len(source)
-            )
+            log.info("%d of %d records are left out: they have no labels", len(source) - len(rows), len(source))
         left_out: list[tuple[str, str]] = []
         if source.lengths is not None and batching is not None and not task.may_crop:
             long = source.lengths[rows] > batching.max_length
-            why = "longer than the longest that training takes (modality.max_seconds, modality.block_tokens)"
+            why = "longer than the limit in training (modality.max_seconds, modality.block_tokens)"
             left_out = [(source[int(row)].key, why) for row in rows[long][:100]]
             rows = rows[~long]
             if left_out:
                 log.warning("%d records are left out, such as %s: %s", long.sum(), left_out[0][0], why)
         test_rows = None
         if test_source is None:
-            # Of speakers a group may be all that there is: those held out may be strangers.
+            # With speakers, a group may hold all records of a class: held-out speakers may be new.
             by_class = task.needs_classes and (task.same_classes or source.grouped is None)
             labels = source.labels()[rows] if by_class and source.labels() is not None else None
             test_rows = rows[self._held_out(source.origins()[rows], labels, held_out_fraction, split)]
@@ -189,23 +188,23 @@ class FinetuneData(ResumableData):
         self.test_set = None
         if len(test_rows):
             self.test_set = ExampleTestDataset(task=task, source=test_source or source, indices=test_rows)
-        sources = [one for one in (source, test_source) if one is not None]
-        rejected = tuple(pair for one in sources for pair in one.rejected)
+        sources = [records for records in (source, test_source) if records is not None]
+        rejected = tuple(pair for records in sources for pair in records.rejected)
         self.quarantine = Quarantine(
             path=quarantine_path,
-            num_samples=sum(one.num_documents for one in sources) + len(rejected),
+            num_samples=sum(records.num_documents for records in sources) + len(rejected),
             max_bad_fraction=max_bad_fraction,
             tolerated=tolerated_bad_samples,
         )
         self.quarantine.add(rejected, num_good=0)
-        self.quarantine.write([*left_out, *(pair for one in sources for pair in one.left_out)])
+        self.quarantine.write([*left_out, *(pair for records in sources for pair in records.left_out)])
         self._list_unusable(unusable)
 
     def _list_unusable(self, training: list[tuple[int, str]]) -> None:
-        """Name the records that teach nothing, of the training and of the test.
+        """List the training and test records whose labels cannot be used.
 
         Raises:
-            DataError: too many of the training's, or all.
+            DataError: too many of the training records, or all.
         """
         if training:
             pairs = tuple((self.source[row].key, why) for row, why in training)
@@ -218,13 +217,15 @@ class FinetuneData(ResumableData):
             tested = self.test_set.source
             pairs = [(tested[row].key, why) for row, why in self.task.unusable(tested, self.test_set.indices)]
             if pairs:
-                log.warning("%d test records have no part in the loss, such as %s: %s", len(pairs), *pairs[0])
+                log.warning("%d test records do not count in the loss, such as %s: %s", len(pairs), *pairs[0])
                 known = {key for key, _ in pairs} & self.quarantine.written  # training records of the same name
                 names = ((f"{key} (test)" if key in known else key, why) for key, why in pairs)
-                self.quarantine.write((key, f"a test record without a part in the loss: {why}") for key, why in names)
+                self.quarantine.write(
+                    (key, f"a test record that does not count in the loss: {why}") for key, why in names
+                )
 
     def _check_classes(self, test_source: Source) -> None:
-        """New classes in the test are an error; fewer of them are not."""
+        """Refuse test records with new classes; some classes may be missing."""
         names = test_source.class_names
         if self.task.needs_classes and self.task.same_classes and names and set(names) <= set(self.task.class_names):
             return
@@ -245,10 +246,10 @@ class FinetuneData(ResumableData):
         return self.loader
 
     def on_before_batch_transfer(self, batch: Examples, dataloader_idx: int) -> Examples:
-        """Take note of broken records while the batch is still on the host.
+        """Count broken records while the batch is still on the host.
 
         Raises:
-            DataError: too many are broken, or nothing in the batch could be used or replaced.
+            DataError: too many records are broken, or no record of the batch could be used or replaced.
         """
         self.quarantine.add(batch.rejected, num_good=len(batch))
         if not len(batch):
@@ -256,14 +257,14 @@ class FinetuneData(ResumableData):
         return batch
 
     def transfer_batch_to_device(self, batch: Examples, device: torch.device, dataloader_idx: int) -> Examples:
-        """Lightning would wait for the copy of anything that is not a plain tensor."""
+        """Copy the batch asynchronously; Lightning would wait for the copy of anything but a plain tensor."""
         return batch.to(device, non_blocking=True)
 
     def test_batches(self) -> Iterator[Examples]:
-        """The test examples; broken ones are noted and left out.
+        """Batches of test examples; broken records are counted and left out.
 
         Raises:
-            DataError: too many are broken, or all.
+            DataError: too many records are broken, or all.
         """
         usable = 0
         for batch in test_loader(self.test_set, self.task, self.batching, self.num_workers, window=None):
@@ -282,14 +283,14 @@ def test_loader(
     num_workers: int,
     window: int | None,
 ) -> Loader:
-    """Batches in file order or, where lengths are known, from short to long.
+    """Batches in file order or, if lengths are known, from short to long.
 
     Args:
         dataset: the examples.
         task: makes batches of them.
-        batching: how much a batch may hold; None = `EVALUATION_BATCH` examples.
+        batching: limits the size of a batch; None = `EVALUATION_BATCH` examples.
         num_workers: loader processes.
-        window: only so many neighbours are sorted, and no batch reaches beyond them; None = all.
+        window: examples are sorted and batched within windows of this many; None = all together.
     """
     window = window or len(dataset)
     lengths = np.zeros(len(dataset)) if dataset.lengths is None else dataset.lengths
@@ -310,7 +311,7 @@ def test_loader(
 
 
 def few_of(labels: np.ndarray | None, rows: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-    """`count` of the rows, about as many of each class, drawn by the seed; ascending."""
+    """`count` of the rows, drawn by the seed, about equally many of each class; ascending."""
     shuffled = generator(seed, "order", len(rows)).permutation(rows)
     if labels is not None:
         seen: dict[int, int] = {}
@@ -318,5 +319,7 @@ def few_of(labels: np.ndarray | None, rows: np.ndarray, count: int, *, seed: int
         for row in shuffled:
             turn.append(seen.setdefault(int(labels[row]), 0))
             seen[int(labels[row])] += 1
-        shuffled = shuffled[np.argsort(turn, kind="stable")]  # every class's first, then every class's second, ...
+        shuffled = shuffled[
+            np.argsort(turn, kind="stable")
+        ]  # the first record of every class, then the second of every class, ...
     return np.sort(shuffled[:count])

@@ -1,4 +1,4 @@
-"""How records become inputs of a model that is fine-tuned, or used."""
+"""How records become inputs of a model, in fine-tuning and prediction."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from data2vec_train.weights.tokenizers import TextTokenizer
 
 
 def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
-    """How records become inputs of the model's encoder; after `inherit`.
+    """How records become inputs of the model's encoder; call it after `inherit`.
 
     Raises:
-        ConfigError: the tokenizer is not the encoder's.
+        ConfigError: the tokenizer does not belong to the encoder.
     """
     encoder = model.get_encoder()
     common = {"token_count": encoder.token_count, "dim": encoder.dim}
@@ -31,7 +31,7 @@ def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
 
 
 def text_tokenizer(cfg: DictConfig) -> TextTokenizer:
-    """The tokenizer of a composed config, as pretraining uses it, or as the files beside weights describe it."""
+    """The tokenizer of a composed config: as pretraining uses it, or as the files beside the weights describe it."""
     from data2vec_train.data.tokenizer import Tokenizer
 
     path = cfg.modality.tokenizer.path

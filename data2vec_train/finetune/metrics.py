@@ -1,6 +1,6 @@
-"""Scores of predictions, from torchmetrics where it has them; fractions of 1 unless said otherwise.
+"""Scores of predictions, from torchmetrics if it has them; fractions of 1 unless documented otherwise.
 
-torchmetrics is imported when a score is asked for: it takes a second.
+torchmetrics is imported when a score is computed: the import takes a second.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_VECTORS = 2000  # of which all pairs are compared for an equal error rate: two million
+MAX_VECTORS = 2000  # an equal error rate compares all their pairs: two million
 
 
 def transcript_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Errors over the number of words, `wer`, and of letters, `cer`, in the references."""
+    """Word and letter error rates, `wer` and `cer`: errors / number of words or letters in the references."""
     from torchmetrics.functional.text import char_error_rate, word_error_rate
 
     pair = (list(predictions), list(references))
@@ -21,7 +21,7 @@ def transcript_scores(predictions: Sequence[str], references: Sequence[str]) -> 
 
 
 def classification_scores(predictions: Sequence[int], references: Sequence[int], num_classes: int) -> dict[str, float]:
-    """`accuracy`, `f1` (of the second of two classes, else the mean over classes) and `matthews`, the correlation."""
+    """`accuracy`, `f1` (two classes: of the second; more: the mean over classes) and `matthews`, the correlation."""
     from torchmetrics.functional.classification import (
         binary_f1_score,
         multiclass_f1_score,
@@ -41,7 +41,7 @@ def classification_scores(predictions: Sequence[int], references: Sequence[int],
 
 
 def multilabel_scores(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """`f1` over all pairs of sample and label (micro), and `accuracy`, the share of samples with every label right."""
+    """`f1` over all pairs of sample and label (micro); `accuracy`: the fraction of samples with all labels correct."""
     from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
 
     found, wanted = torch.as_tensor(predictions), torch.as_tensor(references).long()
@@ -56,19 +56,19 @@ def regression_scores(predictions: Sequence[float], references: Sequence[float])
     """Correlations `pearson` and `spearman`, and `mse`, the mean squared error, in squared units of the label."""
     from torchmetrics.functional import mean_squared_error, pearson_corrcoef, spearman_corrcoef
 
-    found, wanted = (torch.tensor(list(one), dtype=torch.float64) for one in (predictions, references))
+    found, wanted = (torch.tensor(list(values), dtype=torch.float64) for values in (predictions, references))
     mse = float(mean_squared_error(found, wanted))
-    if len(found) < 2 or min(found.std(), wanted.std()) == 0:  # no correlation with what never changes
+    if len(found) < 2 or min(found.std(), wanted.std()) == 0:  # the correlation with a constant is undefined
         return {"pearson": float("nan"), "spearman": float("nan"), "mse": mse}
-    # Both are divided by their deviation: torchmetrics gives up, with a warning, where it is below 1e-4.
-    unit = ((one - one.mean()) / one.std() for one in (found, wanted))
+    # Both are standardised: torchmetrics returns NaN with a warning if a standard deviation is below 1e-4.
+    unit = ((values - values.mean()) / values.std() for values in (found, wanted))
     return {"pearson": float(pearson_corrcoef(*unit)), "spearman": float(spearman_corrcoef(found, wanted))} | {
         "mse": mse
     }
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """(first, end, type) of the entities in tags of the form B-x, I-x, O, as the CoNLL script counts them.
+    """(first, end, type) of the entities in tags of the form B-x, I-x, O, as counted by the CoNLL script.
 
     An I-x without a B-x or I-x before it starts an entity.
     """
@@ -86,16 +86,16 @@ def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
 
 
 def entity_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`entity_f1`: harmonic mean of precision and recall of whole entities with their type."""
+    """`entity_f1`: harmonic mean of precision and recall; an entity counts if its span and type are correct."""
     right = found = wanted = 0
-    for one, other in zip(predictions, references, strict=True):
-        ours, theirs = entities(one), entities(other)
+    for predicted, reference in zip(predictions, references, strict=True):
+        ours, theirs = entities(predicted), entities(reference)
         right, found, wanted = right + len(ours & theirs), found + len(ours), wanted + len(theirs)
     return {"entity_f1": 2 * right / max(found + wanted, 1)}
 
 
 def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """SQuAD's `exact_match` and `f1` (of words), the best over the right answers."""
+    """SQuAD's `exact_match` and `f1` (of words), each the best over the reference answers."""
     from torchmetrics.functional.text import squad
 
     found = [{"prediction_text": text, "id": str(number)} for number, text in enumerate(predictions)]
@@ -107,14 +107,14 @@ def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 
 def equal_error_rate(vectors: np.ndarray, labels: np.ndarray) -> float:
-    """Rate at which as many pairs of different speakers are accepted as pairs of one speaker are refused.
+    """The error rate at the threshold where false acceptance and false rejection are equal, over pairs of recordings.
 
     Args:
-        vectors: (n, D) of length 1; of more than `MAX_VECTORS`, evenly spread ones count.
+        vectors: (n, D) of length 1; of more than `MAX_VECTORS`, an evenly spaced subset is used.
         labels: (n,) speakers.
 
     Returns:
-        The rate, or NaN when there are no two recordings of one speaker, or of two.
+        The rate, or NaN without a pair of one speaker or without a pair of two speakers.
     """
     from torchmetrics.functional.classification import binary_eer
 
@@ -126,15 +126,15 @@ def equal_error_rate(vectors: np.ndarray, labels: np.ndarray) -> float:
     if not len(same) or bool(same.all()) or not bool(same.any()):
         return float("nan")
     cosines = torch.from_numpy((vectors @ vectors.T)[first, second])
-    # Scores beyond [0, 1] would be taken for logits.
+    # torchmetrics treats scores outside [0, 1] as logits.
     return float(binary_eer(((cosines + 1) / 2).clamp(0, 1).double(), same.long()))
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, float]:
-    """`miou`: intersection over union, the mean over classes that occur in references or predictions; and `accuracy`.
+    """`miou`: mean intersection over union over classes that occur in references or predictions; and `accuracy`.
 
     Args:
-        confusion: (C, C) counts of pixels, by reference and prediction.
+        confusion: (C, C) counts of pixels; rows are references, columns predictions.
     """
     right = confusion.diagonal().double()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - right

@@ -1,4 +1,4 @@
-"""The LightningModule of fine-tuning, and the callback that scores it."""
+"""The LightningModule of fine-tuning, and the callback that evaluates it."""
 
 import math
 import time
@@ -20,15 +20,15 @@ from data2vec_train.weights.base import PretrainedModel
 
 
 class FinetuneModule(TrainingModule):
-    """Training of an encoder with a head on it.
+    """Trains an encoder with a head.
 
     Args:
-        model: one of the twelve.
-        task: what its head is for.
+        model: one of the twelve models with a head.
+        task: the task of the head.
         optimizer: makes the optimizer, such as `optim.layered_adamw`.
-        encoder_frozen_steps: optimizer steps before the encoder learns too; None = it never does.
-        front_end_frozen: whether what turns inputs into tokens never learns (speech: the convolutions).
-        decay_embeddings: whether layer-wise decay slows embeddings too; the originals of 2.0 leave them out
+        encoder_frozen_steps: optimizer steps before the encoder is trained too; None = it stays frozen.
+        front_end_frozen: whether `front_end` stays frozen.
+        decay_embeddings: whether layer-wise decay applies to embeddings too; the original 2.0 code excludes them
             (ALGORITHM.md 7, row 22).
         schedule, seed, log_every_n_steps: see `TrainingModule`.
     """
@@ -53,14 +53,14 @@ class FinetuneModule(TrainingModule):
         self.encoder_frozen_steps = encoder_frozen_steps
         self.front_end_frozen = front_end_frozen
         self.decay_embeddings = decay_embeddings
-        self._learns: bool | None = None  # whether the encoder does at this step
+        self._learns: bool | None = None  # whether the encoder is trained at this step
 
     def on_fit_start(self) -> None:
-        """Lightning leaves the mode of a module as it finds it, and weights come in evaluation mode."""
+        """Set training mode: weights are loaded in evaluation mode, and Lightning does not change the mode."""
         self.model.train()
 
     def on_train_batch_start(self, batch: Examples, batch_idx: int) -> None:
-        """Let the encoder learn from the step on that is set."""
+        """Unfreeze the encoder once `encoder_frozen_steps` steps have passed."""
         wait = self.encoder_frozen_steps
         self._set_learning(wait is not None and self.trainer.global_step >= wait)
 
@@ -79,14 +79,14 @@ class FinetuneModule(TrainingModule):
         return self.accumulate(loss, len(batch), batch.keys)
 
     def configure_optimizers(self) -> Optimizer:
-        """Everything that will learn at some step; what never does is in no group."""
+        """An optimizer of all parameters that are trained at some step; always frozen ones are in no group."""
         self._learns = None
         self._set_learning(self.encoder_frozen_steps is not None)
         encoder = self.model.get_encoder()
         return self.make_optimizer(self.model, block_of=self._block_of, no_decay=encoder.no_decay)
 
     def _block_of(self, name: str) -> int:
-        """How many layers lie above the one that a parameter is in."""
+        """The number of layers above the layer that a parameter belongs to."""
         _, inside, rest = name.partition("encoder.")
         depth = self.model.get_encoder().depth
         if not inside or not rest:
@@ -100,7 +100,7 @@ class FinetuneModule(TrainingModule):
 
 
 def front_end(model: PretrainedModel) -> torch.nn.Module:
-    """What stays fixed with `front_end_frozen`: of speech the convolutions, else all that makes tokens."""
+    """The module that `front_end_frozen` freezes: for speech the convolutions, otherwise the whole embedder."""
     embedder = model.get_encoder().embedder
     return embedder.features if hasattr(embedder, "features") else embedder
 
@@ -108,7 +108,7 @@ def front_end(model: PretrainedModel) -> torch.nn.Module:
 class Evaluation(L.Callback):
     """Scores the model on the test examples every n steps and at the end.
 
-    Results land in `metrics` (the latest, by metric name) and `best`.
+    Results are in `metrics` (the latest, by metric name) and `best`.
 
     Args:
         every_n_steps: optimizer steps between evaluations.
@@ -119,10 +119,10 @@ class Evaluation(L.Callback):
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float | int] = {}  # scores and the step of the best evaluation
         self.measured_at = -1
-        self.seconds = 0.0  # spent here, which is not training time
+        self.seconds = 0.0  # spent on evaluation; not counted as training time
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: FinetuneModule, *_: object) -> None:
-        """Measure when it is time."""
+        """Evaluate every `every_n_steps` steps and at the last step."""
         step = trainer.global_step
         data: FinetuneData = trainer.datamodule
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
@@ -143,7 +143,7 @@ class Evaluation(L.Callback):
 
     @property
     def best_step(self) -> int | None:
-        """When the best scores so far were measured."""
+        """The step of the best scores so far."""
         return self.best.get("step")
 
     def state_dict(self) -> dict:
@@ -151,22 +151,22 @@ class Evaluation(L.Callback):
         return {"metrics": self.metrics, "best": self.best}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """See `state_dict`."""
+        """Restore the latest and best results."""
         self.metrics, self.best = state_dict["metrics"], state_dict["best"]
 
 
 def _rank(task: HeadTask, scores: dict[str, float | int]) -> tuple[float, float]:
-    """Higher is better. Among equal scores, such as a word error rate of 1 early on, the lower loss; NaN is worst."""
+    """Sort key, higher is better; equal scores, such as a word error rate of 1 early on, by loss; NaN is worst."""
     score = -scores[task.metric] if task.lower_is_better else scores[task.metric]
     return (-math.inf if math.isnan(score) else score), -scores.get("loss", math.inf)
 
 
 @torch.no_grad()
 def evaluate(model: PretrainedModel, task: HeadTask, batches: Iterable[Examples]) -> tuple[float | None, Meter]:
-    """Mean loss over the batches' examples, None without labels; and a meter that has seen them. In evaluation mode.
+    """Mean loss over all examples (None without labels), and a meter that holds the scores; in evaluation mode.
 
     Raises:
-        CollapseError: outputs that are not finite.
+        CollapseError: outputs are not finite.
     """
     was_training = model.training
     meter = task.meter()

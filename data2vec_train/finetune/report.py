@@ -1,4 +1,4 @@
-"""The page after fine-tuning: scores, curves, what the model says about a few records."""
+"""The report of a fine-tuning run: scores, curves, and a few predictions."""
 
 from collections.abc import Sequence
 from html import escape
@@ -25,9 +25,9 @@ from data2vec_train.report.page import (
 from data2vec_train.training.run_directory import command_line
 from data2vec_train.weights.base import PretrainedModel
 
-SHOWN = 12  # records
-MAX_CLASSES = 25  # of a table of confusions
-# What classes of pixels look like, far apart from each other.
+SHOWN = 12  # number of records with their predictions
+MAX_CLASSES = 25  # largest table of confusions
+# Colours of pixel classes; neighbouring numbers get different colours.
 COLOURS = np.array([[int(255 * ((n * f) % 1)) for f in (0.618, 0.382, 0.786)] for n in range(1, 257)], np.uint8)
 
 
@@ -42,7 +42,7 @@ def write_finetune_report(
         name.removeprefix("test/"): {"": name} for name in metrics if name.startswith("test/") and "loss" not in name
     }
     names |= {"Learning rate": {"": "train/lr"}, "Gradient norm": {"": "train/grad_norm"}}
-    explanation = "Scores are those of the test records, which never train."
+    explanation = "Scores are measured on the test records, which are not used in training."
     sections.append(Section("Training curves", explanation, charts(metrics, names)))
     if data.test_set is not None:
         _, meter = evaluate(model, task, data.test_batches())
@@ -73,8 +73,9 @@ def _scores_section(task: HeadTask, summary: dict) -> Section:
     return Section(
         "Scores",
         f"On {summary['test_records']} test records, after training on {summary['train_records']} from {start}. The "
-        f"weights in model/ are those with the {direction} {task.metric}, at step {best['step']}: a choice made on the "
-        "same records that are scored, so a little too good. Fractions of 1, but for losses and perplexity.",
+        f"weights in model/ are those with the {direction} {task.metric}, at step {best['step']}. They were chosen on "
+        "the same records, so the best score is slightly optimistic. Scores are fractions of 1, except losses and "
+        "perplexity.",
         table(["", "best", "last"], rows),
     )
 
@@ -83,8 +84,8 @@ def _predictions_sections(task: HeadTask, meter: PredictionMeter) -> list[Sectio
     rows = list(zip(meter.keys, meter.references, meter.predictions, strict=True))
     sections = []
     if rows and isinstance(rows[0][2], dict) and "index" in rows[0][2] and len(task.class_names) <= MAX_CLASSES:
-        sections.append(_confusions(task.class_names, [(one[1], one[2]["index"]) for one in rows]))
-    if not rows or isinstance(rows[0][2], np.ndarray):  # vectors say nothing to people
+        sections.append(_confusions(task.class_names, [(row[1], row[2]["index"]) for row in rows]))
+    if not rows or isinstance(rows[0][2], np.ndarray):  # vectors are not readable
         return sections
     shown = [rows[place] for place in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)]
     cells = [
@@ -100,26 +101,26 @@ def _predictions_sections(task: HeadTask, meter: PredictionMeter) -> list[Sectio
     return sections
 
 
-def _said(task: HeadTask, one: Any) -> str:
-    """A prediction or a reference in a few words of HTML."""
-    if isinstance(one, dict) and "label" in one:
-        return f"{escape(str(one['label']))} ({one['probability']:.0%})"
-    if isinstance(one, dict) and "segments" in one:
-        one = " ".join(f"{part['label']} {part['start']:.2f}-{part['end']:.2f}" for part in one["segments"])
-    elif isinstance(one, dict) and "labels" in one:
-        one = ", ".join(one["labels"]) or "none"
-    elif isinstance(one, int) and task.needs_classes:
-        one = task.class_names[one]
-    elif isinstance(one, list) and one and isinstance(one[0], float):  # for each class whether it is right
-        one = ", ".join(name for name, on in zip(task.class_names, one, strict=True) if on) or "none"
-    elif isinstance(one, tuple) and len(one) == 2:  # a text and its right answers
-        one = " / ".join(one[1] or [""])
-    elif isinstance(one, np.ndarray):
-        names = ["-" if place < 0 else task.class_names[place] for place in one[:: max(1, len(one) // 30)]]
-        one = " ".join(names)
-    elif isinstance(one, (list, tuple)):
-        one = " ".join(map(str, one))
-    text = f"{one:.4g}" if isinstance(one, float) else str(one)
+def _said(task: HeadTask, value: Any) -> str:
+    """A prediction or a reference as a few words of HTML."""
+    if isinstance(value, dict) and "label" in value:
+        return f"{escape(str(value['label']))} ({value['probability']:.0%})"
+    if isinstance(value, dict) and "segments" in value:
+        value = " ".join(f"{part['label']} {part['start']:.2f}-{part['end']:.2f}" for part in value["segments"])
+    elif isinstance(value, dict) and "labels" in value:
+        value = ", ".join(value["labels"]) or "none"
+    elif isinstance(value, int) and task.needs_classes:
+        value = task.class_names[value]
+    elif isinstance(value, list) and value and isinstance(value[0], float):  # 0 or 1 for each class
+        value = ", ".join(name for name, on in zip(task.class_names, value, strict=True) if on) or "none"
+    elif isinstance(value, tuple) and len(value) == 2:  # a text and its reference answers
+        value = " / ".join(value[1] or [""])
+    elif isinstance(value, np.ndarray):
+        names = ["-" if place < 0 else task.class_names[place] for place in value[:: max(1, len(value) // 30)]]
+        value = " ".join(names)
+    elif isinstance(value, (list, tuple)):
+        value = " ".join(map(str, value))
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return escape(text[:300]) or "<i>nothing</i>"
 
 
@@ -140,7 +141,7 @@ def _confusions(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Secti
     ]
     return Section(
         "Confusions",
-        "A row for each true class, a column for each predicted one; numbers are test records, the diagonal is right.",
+        "Number of test records by true class (rows) and predicted class (columns); the diagonal is correct.",
         table(["", *(escape(name) for name in names)], rows),
     )
 
@@ -153,13 +154,13 @@ def _maps_section(model: PretrainedModel, task: HeadTask, data: FinetuneData) ->
         for place in with_map[: 6 - len(rows)]:
             picture = task.inputs.transform.display(batch.inputs["pixel_values"][place])
             maps = [batch.references[place], found[place]]
-            pictures = [np.uint8(picture * 255)] + [COLOURS[np.asarray(one, np.int64)] for one in maps]
-            cells = [image_tag(png_of(tiled(one / 255.0, side=140)), alt="map") for one in pictures]
+            pictures = [np.uint8(picture * 255)] + [COLOURS[np.asarray(classes, np.int64)] for classes in maps]
+            cells = [image_tag(png_of(tiled(image / 255.0, side=140)), alt="map") for image in pictures]
             rows.append([f"<td>{cell}</td>" for cell in cells])
         if len(rows) >= 6:
             break
     return Section(
         "Some maps",
-        "Image, reference and prediction; a colour for each class. The image is shown as the model gets it.",
+        "Image, reference and prediction; one colour for each class. The image is shown as the model receives it.",
         table(["image", "reference", "prediction"], rows, css="pictures"),
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning: a head on trained weights, from records to a folder that transformers and `predict` read."""
+"""Fine-tuning: train a head on pretrained weights, and write a folder that transformers and `predict` read."""
 
 import copy
 import logging
@@ -48,12 +48,12 @@ from data2vec_train.weights.files import write_json
 
 log = logging.getLogger(__name__)
 
-WHOLE = 2**60  # samples: longer than any recording
-FACTS_NAME = "finetuning.json"  # beside the weights: the head's settings, and how inputs are prepared
+WHOLE = 2**60  # window length in samples, longer than any recording
+FACTS_NAME = "finetuning.json"  # beside the weights: the settings of the head
 
 
 class DescribedModel(L.Callback):
-    """Puts into every checkpoint what the model is, besides the config."""
+    """Stores in every checkpoint the class and config of the model, besides the config of the run."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: FinetuneModule, checkpoint: dict) -> None:
         """Add the key `model`, so that the model can be rebuilt from the file."""
@@ -79,7 +79,7 @@ def finetune(cfg: DictConfig) -> float | None:
     inputs = inputs_of(cfg, start)
     task: HeadTask = build(cfg.head)(inputs=inputs)
     if task.modality != cfg.modality.name:
-        raise ConfigError(f"this head is for {task.modality}, and modality={cfg.modality.name}")
+        raise ConfigError(f"this head is for {task.modality}, but modality={cfg.modality.name}; choose another head")
     run = open_run(cfg, run_dir)
     if run.summary is not None:
         log.info("%s is finished already", run_dir)
@@ -134,12 +134,12 @@ def finetune(cfg: DictConfig) -> float | None:
             from data2vec_train.finetune.report import write_finetune_report
 
             log.info("report: %s", write_finetune_report(cfg, run_dir, model, task, data, summary))
-        write_summary(run_dir / SUMMARY, summary)  # last: it says that all the rest is there
+        write_summary(run_dir / SUMMARY, summary)  # written last: the file marks a complete run
     return evaluation.best.get(task.metric)
 
 
 def _pooling(task: HeadTask) -> dict[str, Any]:
-    """Image classes read the normalised mean of the patches (ALGORITHM.md 4.3): the class token never saw a class."""
+    """Image classification reads the normalised mean of the patches, not the class token (ALGORITHM.md 4.3)."""
     return {"use_mean_pooling": True} if task.model_class.endswith("ImageClassification") else {}
 
 
@@ -150,12 +150,12 @@ def build_source(
 
     Args:
         cfg: the config.
-        task: what they are for.
-        changes: what differs, as `data.test_source` says.
-        labelled: whether the records say what is right.
+        task: the task that reads them.
+        changes: settings that differ, such as `data.test_source`.
+        labelled: whether labels are read.
 
     Raises:
-        ConfigError: a stream, which cannot be studied.
+        ConfigError: the source is a stream, whose labels cannot be read before training.
     """
     merged = cfg.data.source if changes is None else OmegaConf.merge(cfg.data.source, changes)
     node = OmegaConf.to_container(merged, resolve=True)
@@ -166,8 +166,8 @@ def build_source(
     fields = list(dict.fromkeys([*fields, *([group_column] if group_column else [])]))
     if target in ("HFSource", "HFStreamingSource"):
         column = node["column"] or task.column
-        node |= {"column": column, "fields": [one for one in fields if one != column]}
-        # A column that a task reads itself is not a class, and need not look like one.
+        node |= {"column": column, "fields": [name for name in fields if name != column]}
+        # A column that the task reads itself is not checked as a class column.
         node |= {} if task.needs_classes and labelled else {"label_column": False}
     elif target == "FolderSource" and (fields or (labelled and node["label_column"])):
         of_folders = not node["label_column"] and fields == [group_column] and task.needs_classes
@@ -178,7 +178,7 @@ def build_source(
         node |= {"fields": fields}
     source = build(node)
     if isinstance(source, StreamingSource):
-        raise ConfigError("data=stream cannot be used here: labels are looked at before training; choose data=hf")
+        raise ConfigError("data=stream cannot be used here: labels are read before training; choose data=hf")
     look_at_images(cfg, source)
     if grouped:
         group(source, column=cfg.data.get("group_column"), pattern=cfg.data.get("group_pattern"))
@@ -186,21 +186,21 @@ def build_source(
 
 
 def prepared(cfg: DictConfig, task: HeadTask, source: Source, *, labelled: bool = True) -> Source:
-    """The records as the task takes them: utterances, blocks of ids."""
+    """The records in the form that the task reads: utterances, blocks of ids."""
     if cfg.modality.name == "audio" and not labelled and getattr(task, "reads_frames", False):
         source = windows_of(cfg, task, source)
     elif cfg.modality.name == "audio":
         if getattr(task, "reads_frames", False) and cfg.modality.segment_seconds < math.inf:
             raise ConfigError(
-                f"modality.segment_seconds={cfg.modality.segment_seconds:g}: what this head learns is said of whole "
-                "recordings, not of their parts; leave it out"
+                f"modality.segment_seconds={cfg.modality.segment_seconds:g}: the labels of this head belong to whole "
+                "recordings, not to segments; leave the setting out"
             )
         source = build(cfg.modality.prepare)(source)
     return task.prepare(source) if labelled else source
 
 
 def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
-    """Recordings for a head that reads frames, in windows that begin where a frame does."""
+    """Recordings for a head that reads frames, as windows that start at the start of a frame."""
     hop = math.prod(task.inputs.token_count.strides)
 
     def samples(seconds: float) -> int:
@@ -212,7 +212,7 @@ def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
     window, stride = (WHOLE, 0) if never else (samples(cfg.window_seconds), samples(cfg.stride_seconds))
     if not never and task.inputs.token_count(window) * hop < window - stride:
         raise ConfigError(
-            f"stride_seconds={cfg.stride_seconds:g}: less than the encoder hears at once; expected at least "
+            f"stride_seconds={cfg.stride_seconds:g}: shorter than the encoder's receptive field; expected at least "
             f"{(window / hop - task.inputs.token_count(window)) * hop / task.inputs.sample_rate_hz:.2g}"
         )
     return AudioWindows(
@@ -226,10 +226,10 @@ def windows_of(cfg: DictConfig, task: HeadTask, source: Source) -> AudioWindows:
 
 
 def build_records(cfg: DictConfig, task: HeadTask, run: RunDirectory) -> FinetuneData:
-    """Training and test records of a composed config, for a run that is begun or gone on with.
+    """Training and test records of a composed config, for a run that starts or resumes.
 
     Raises:
-        ConfigError: they are not those that the run began with.
+        ConfigError: they are not the records that the run started with.
     """
     data = cfg.data
     if data.on_device:
@@ -263,9 +263,9 @@ def build_records(cfg: DictConfig, task: HeadTask, run: RunDirectory) -> Finetun
 
 
 def save_finetuned(cfg: DictConfig, model: PretrainedModel, task: HeadTask, folder: Path) -> None:
-    """Weights, config with class names, preprocessing, and the head's settings, in one folder.
+    """Write weights, config with class names, preprocessing, and the head's settings into one folder.
 
-    transformers reads it too, where it knows the encoder (1.0, and text).
+    transformers can read the folder if it supports the encoder (1.0, and text).
     """
     model.save_pretrained(folder)
     described = build(cfg.modality.preprocessing)
@@ -280,20 +280,20 @@ def save_finetuned(cfg: DictConfig, model: PretrainedModel, task: HeadTask, fold
 
 
 def task_of(model: PretrainedModel, inputs: Inputs, head: dict[str, Any]) -> HeadTask:
-    """What a trained model's head is for, from its settings."""
+    """The task of a trained model's head, built from the head's settings."""
     task: HeadTask = build(head)(inputs=inputs)
     if type(model).__name__ != task.model_class:
-        raise ConfigError(f"the settings are those of {task.model_class}, the weights are a {type(model).__name__}")
+        raise ConfigError(f"the head's settings are for {task.model_class}, the weights are a {type(model).__name__}")
     task.setup_from_pretrained(model)
     return task
 
 
 def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation, step: int) -> PretrainedModel:
-    """The model of the best evaluation, from the one of `step`."""
+    """The model with the weights of the best evaluation; `model` has those of `step`."""
     if evaluation.best_step not in (None, step):
         best = run_dir / checkpoints.FOLDER / checkpoints.name_of(evaluation.best_step)
         content = checkpoints.read(checkpoints.check(best))
-        state = {name.removeprefix("model."): one for name, one in content["state_dict"].items()}
+        state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
         model.load_state_dict(state)
     return model.eval()
 
@@ -301,7 +301,7 @@ def _best(run_dir: Path, model: PretrainedModel, evaluation: Evaluation, step: i
 def _describe(task: HeadTask, model: PretrainedModel, data: FinetuneData, run_dir: Path) -> None:
     tested = "no test records" if data.test_set is None else f"{len(data.test_set)} test records"
     names = task.class_names or ()
-    classes = f", {len(names)} classes" if len(names) > 1 else ""  # the one "class" of numbers is none
+    classes = f", {len(names)} classes" if len(names) > 1 else ""  # regression has one "class", which is not counted
     millions = model.num_parameters() / 1e6
     log.info(
         "%s, %.2f M parameters; %d training records, %s%s",

@@ -1,4 +1,4 @@
-"""The four heads of speech: transcripts, a class for a recording, classes over time, vectors of speakers.
+"""The four speech heads: transcripts, a class per recording, a class per frame, speaker vectors.
 
 Letters: B recordings, S samples, T frames, U symbols, D width.
 """
@@ -45,13 +45,13 @@ FIRST_SYMBOLS = LIBRISPEECH_SYMBOLS[:5]  # blank, start, end, unknown, word boun
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugment:
-    """What is hidden from the encoder in training: spans of frames, and of channels in all frames (ALGORITHM.md 4.1).
+    """Masks in training: spans of frames, and spans of channels over all frames (ALGORITHM.md 4.1).
 
     Attributes:
-        time_fraction: share of the frames that spans would hide if none overlapped; 0 = none.
-        time_span: frames of a span.
-        channel_fraction: likewise of the channels.
-        channel_span: of all channels, the share that a span takes; 64 of 768 in the originals.
+        time_fraction: fraction of the frames that spans would mask if none overlapped; 0 = no masks.
+        time_span: frames per span.
+        channel_fraction: the same for channels.
+        channel_span: length of a channel span as a fraction of all channels; 64 of 768 in the original code.
     """
 
     time_fraction: float
@@ -62,35 +62,35 @@ class SpecAugment:
     def __post_init__(self) -> None:
         for name in ("time_fraction", "channel_fraction", "channel_span"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"head.masks.{name} is a share from 0 to below 1, got {getattr(self, name)}")
+                raise ConfigError(f"head.masks.{name}={getattr(self, name)}: expected at least 0 and less than 1")
 
     def frames(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """(count,) bool, True = hidden."""
+        """(count,) bool, True = masked."""
         return _hidden(count, self.time_fraction, self.time_span, rng)
 
     def channels(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """(count,) bool, True = hidden."""
+        """(count,) bool, True = masked."""
         return _hidden(count, self.channel_fraction, max(1, round(self.channel_span * count)), rng)
 
 
 def _hidden(count: int, fraction: float, span: int, rng: np.random.Generator) -> np.ndarray:
-    if fraction == 0 or count <= span + 1:  # a span would hide everything
+    if fraction == 0 or count <= span + 1:  # a span would mask everything
         return np.zeros(count, dtype=bool)
     rule = {"min_spans": 1, "starts": "inside", "equalise_by": "none"}
     return SpanMasker(nominal_fraction=fraction, span_tokens=span, **rule)(count, None, rng)
 
 
 class SpeechTask(HeadTask):
-    """What the four have in common: waveforms in, frames and channels hidden at random in training.
+    """Base class of the four speech tasks: waveforms in, frames and channels masked at random in training.
 
     Args:
         inputs: see `Inputs`.
-        masks: what is hidden in training.
-        max_seconds: longer recordings are cropped, at random in training; None = never.
+        masks: the masks in training.
+        max_seconds: longer recordings are cropped, at random in training; None = no cropping.
     """
 
     modality = "audio"
-    reads_frames: ClassVar[bool] = False  # what a recording is said to be follows from its frames, one after the other
+    reads_frames: ClassVar[bool] = False  # whether predictions are made frame by frame, so windows can be joined
 
     def __init__(self, *, inputs: Inputs, masks: SpecAugment, max_seconds: float | None) -> None:
         super().__init__(inputs=inputs)
@@ -99,15 +99,15 @@ class SpeechTask(HeadTask):
         self.max_samples = None if max_seconds is None else round(max_seconds * inputs.sample_rate_hz)
 
     def waveform(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> Tensor:
-        """(S,), or (C, S), normalised over the recording, and cropped where that is allowed."""
+        """The waveform (S,) or (C, S), normalised over the recording, cropped if `max_seconds` is set."""
         wave = self.inputs.transform.train(self.inputs.decode(raw.value))
         if self.max_samples is not None and wave.shape[-1] > self.max_samples:
             wave = random_crop(wave, self.max_samples, rng) if train else wave[..., : self.max_samples].clone()
         return wave
 
     def batch_of(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> dict:
-        """The model's arguments: waveforms, their mask, and in training what to hide."""
-        waves = [one["wave"] for one in examples]
+        """The model's arguments: waveforms, their mask, and in training the SpecAugment masks."""
+        waves = [example["wave"] for example in examples]
         lengths = [wave.shape[-1] for wave in waves]
         rows = padded([wave.mT if wave.dim() == 2 else wave for wave in waves], 0.0)
         rows = rows.mT if rows.dim() == 3 else rows  # (B, S) or (B, C, S)
@@ -121,7 +121,7 @@ class SpeechTask(HeadTask):
         return inputs
 
     def predict(self, model: PretrainedModel, batch: Examples) -> list[Any]:
-        """Predictions; where `reads_frames`, what `read` needs of each example's frames, (T, ...) on the host."""
+        """Predictions; if `reads_frames`, the frame values of each example, (T, ...) on the host, for `read`."""
         if not self.reads_frames:
             return super().predict(model, batch)
         _, outputs = self.loss(model, batch)
@@ -130,11 +130,11 @@ class SpeechTask(HeadTask):
         ]
 
     def frame_values(self, outputs: Mapping[str, Any]) -> Tensor:
-        """(B, T, ...) on the host: the likeliest class of each frame."""
+        """(B, T, ...) on the host: the most likely class of each frame."""
         return outputs["logits"].argmax(dim=-1).cpu()
 
     def model_settings(self) -> dict[str, Any]:
-        """Masks come from here, not from the model: its own need the host in every step."""
+        """Turn off the model's own SpecAugment, which waits for the host in every step; `masks` replaces it."""
         return super().model_settings() | {"apply_spec_augment": False}
 
 
@@ -143,24 +143,22 @@ class SpeechTask(HeadTask):
 
 
 class CTC(SpeechTask):
-    """Speech to text by connectionist temporal classification: a symbol or nothing for every frame.
+    """Speech to text by connectionist temporal classification: a symbol or a blank for every frame.
 
-    Source: ALGORITHM.md 4.1: the loss is a sum over symbols, divided by the number of recordings. A transcript can be
-    spelt in as many frames as it has symbols, and one more, for nothing, between two that are the same. Records whose
-    transcript cannot be spelt are left out of training, counted as broken and listed with the reason. As test records
-    they are listed too, and scored by what the model says, but have no part in the loss; those without a transcript are
-    not scored.
+    Source: ALGORITHM.md 4.1: the loss is a sum over symbols, divided by the number of recordings. A transcript needs
+    one frame for each symbol, and one more, for a blank, between two equal symbols. Records whose transcript cannot be
+    spelt are left out of training, counted as broken and listed with the reason. As test records they are listed too;
+    they count in the scores but not in the loss. Test records without a transcript are not scored.
 
     Args:
-        text_column: of the transcripts.
-        vocabulary: "letters" = those of the training transcripts, "phones" = what stands between spaces in them,
-            "librispeech" = the 32 symbols of the released models, "keep" = those of the weights that training starts
-            from.
+        text_column: the column of the transcripts.
+        vocabulary: "letters" = the letters of the training transcripts, "phones" = their parts between spaces,
+            "librispeech" = the 32 symbols of the released models, "keep" = the symbols of the initial weights.
         case, unicode, language: see `transcripts.Writing`.
-        remove: regular expression; what matches is taken out of transcripts. None = nothing.
-        words: what stands in the column -> how it is spoken, for columns of numbers or codes; None = transcripts.
+        remove: regular expression; matches are removed from transcripts. None = nothing is removed.
+        words: value of the column -> spoken text, for columns of numbers or codes; None = transcripts.
         metric: "wer" or "cer", which chooses the best weights; "auto" = "cer" for scripts without spaces.
-        beam: arguments of `BeamDecoder`; None = the likeliest symbol of each frame.
+        beam: arguments of `BeamDecoder`; None = the most likely symbol of each frame.
         inputs, masks: see `SpeechTask`.
     """
 
@@ -180,15 +178,15 @@ class CTC(SpeechTask):
         beam: Mapping[str, Any] | None,
         inputs: Inputs,
         masks: SpecAugment,
-        unicode: str | None = None,  # these three are not said by models that were saved before there was a choice
+        unicode: str | None = None,  # defaults for models saved before these three settings existed
         language: str | None = None,
         metric: Literal["auto", "wer", "cer"] = "auto",
     ) -> None:
         super().__init__(inputs=inputs, masks=masks, max_seconds=None)
         if vocabulary not in VOCABULARIES:
-            raise ConfigError(f"head.vocabulary is {', '.join(VOCABULARIES)}, got {vocabulary!r}")
+            raise ConfigError(f"head.vocabulary={vocabulary!r}: expected one of {', '.join(VOCABULARIES)}")
         if metric not in ("auto", "wer", "cer"):
-            raise ConfigError(f"head.metric is auto, wer or cer, got {metric!r}")
+            raise ConfigError(f"head.metric={metric!r}: expected auto, wer or cer")
         self.text_column = text_column
         self.vocabulary = vocabulary
         self.writing = Writing(unicode=unicode, case=case, language=language)
@@ -198,16 +196,16 @@ class CTC(SpeechTask):
         self.metric = "cer" if metric == "cer" else "wer"
         self.beam = beam
         self.tokenizer: CTCTokenizer | None = None
-        self._vocab_size: int | None = None  # of the model whose symbols are kept
+        self._vocab_size: int | None = None  # number of outputs of the model whose symbols are kept
         self._beam_decoder: BeamDecoder | None = None
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of the transcripts."""
         return [self.text_column]
 
     def text_of(self, raw: Any) -> str:
-        """What stands in the column, as it is written in training and scores; "" for nothing."""
+        """The value of the column as text, in the form used for training and scores; "" if there is none."""
         if raw is not None and self.words is not None:
             raw = self.words.get(str(raw))
         if not isinstance(raw, str):
@@ -216,31 +214,31 @@ class CTC(SpeechTask):
 
     @property
     def outputs(self) -> list[str]:
-        """The symbols."""
+        """The symbols, in the order of the outputs."""
         return sorted(self.tokenizer.vocabulary, key=self.tokenizer.vocabulary.get)
 
     def usable(self, source: Source) -> np.ndarray:
-        """All: `unusable` names those whose transcript cannot be spelt."""
+        """All records; `unusable` lists those whose transcript cannot be spelt."""
         return np.arange(len(source))
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
-        """Collect the symbols of the transcripts, or take those that were asked for.
+        """Build the vocabulary from the transcripts, or take the one that `vocabulary` names.
 
         Raises:
             DataError: no record has a transcript.
         """
         column = source.column(self.text_column)
         column = [column[row] for row in rows]
-        if self.writing.language is None and is_turkic("".join(one for one in column if isinstance(one, str))):
+        if self.writing.language is None and is_turkic("".join(text for text in column if isinstance(text, str))):
             self.writing = replace(self.writing, language="tr")
         texts = list(filter(None, map(self.text_of, column)))
         if not texts:
             raise DataError(
-                f"all {len(rows)} transcripts are empty; the first is that of {source[int(rows[0])].key} (column "
+                f"all {len(rows)} transcripts are empty; the first record is {source[int(rows[0])].key} (column "
                 f"{self.text_column})"
             )
         if self.vocabulary == "keep" and self.tokenizer is None:
-            raise ConfigError("head.vocabulary=keep needs weights with a CTC tokenizer beside them; choose letters")
+            raise ConfigError("head.vocabulary=keep needs weights with a CTC tokenizer; choose head.vocabulary=letters")
         if self.vocabulary != "keep":
             self._use(_tokenizer_of(self.vocabulary, texts))
         if self.asked_metric == "auto":
@@ -250,7 +248,7 @@ class CTC(SpeechTask):
         if changed:
             ids = self.tokenizer(self._fitted(changed[0]))["input_ids"]
             log.warning(
-                "%d of %d transcripts do not come back from the symbols of head.vocabulary=%s as they were: %r as %r",
+                "%d of %d transcripts change when encoded and decoded with head.vocabulary=%s: %r becomes %r",
                 len(changed),
                 len(some),
                 self.vocabulary,
@@ -260,56 +258,58 @@ class CTC(SpeechTask):
 
     def _use(self, tokenizer: CTCTokenizer) -> None:
         self.tokenizer = tokenizer
-        special = {one for one in tokenizer.special_symbols if len(one) > 1}
-        self.writing = self.writing.fitted("".join(one for one in tokenizer.vocabulary if one not in special))
+        special = {symbol for symbol in tokenizer.special_symbols if len(symbol) > 1}
+        self.writing = self.writing.fitted("".join(symbol for symbol in tokenizer.vocabulary if symbol not in special))
         if tokenizer.phones:  # a phone of several letters has no case of its own
             self.writing = replace(self.writing, letters=None)
         form = self.writing.unicode
-        pairs = ((one, one if form is None else unicodedata.normalize(form, one)) for one in tokenizer.vocabulary)
+        pairs = (
+            (symbol, symbol if form is None else unicodedata.normalize(form, symbol)) for symbol in tokenizer.vocabulary
+        )
         self._own_forms = {common: own for own, common in pairs if common != own and common not in tokenizer.vocabulary}
 
     def _is_changed(self, text: str) -> bool:
-        """Whether a perfect model would not say the text as it is."""
+        """Whether encoding and decoding changes the text, so that even a perfect model could not output it."""
         ids, why = self.spelt(text)
         return not why and self.writing(self.tokenizer.decode(ids, group_tokens=False)) != text
 
     def _fitted(self, text: str) -> str:
-        """The text in the Unicode forms that the vocabulary has its symbols in."""
-        if self.writing.unicode is None or all(one in self.tokenizer.vocabulary for one in set(text) - {" "}):
+        """The text in the Unicode forms of the vocabulary's symbols."""
+        if self.writing.unicode is None or all(letter in self.tokenizer.vocabulary for letter in set(text) - {" "}):
             return text
         if self.tokenizer.phones:
-            return " ".join(self._own_forms.get(one, one) for one in text.split())
+            return " ".join(self._own_forms.get(phone, phone) for phone in text.split())
         known = self.tokenizer.vocabulary
         fitted = []
         for letter in unicodedata.normalize("NFC", text):
             own, parts = self._own_forms.get(letter), unicodedata.normalize("NFD", letter)
             whole = letter in known or (self.tokenizer.do_lower_case and letter.upper() in known)
-            fitted.append(letter if whole else own or (parts if all(one in known for one in parts) else letter))
+            fitted.append(letter if whole else own or (parts if all(part in known for part in parts) else letter))
         return "".join(fitted)
 
     def spelt(self, text: str) -> tuple[list[int], str]:
-        """Ids of the symbols of a text, and why they cannot be learnt, "" if they can."""
+        """Ids of the symbols of a text, and the reason why they cannot be learned, "" if they can."""
         if not text:
             return [], f"its transcript is empty (column {self.text_column})"
         delimiter = self.tokenizer.word_delimiter
         if delimiter and not self.tokenizer.phones and delimiter in text:
-            return [], f"its transcript holds {delimiter}, which stands for the space between words; see head.remove"
+            return [], f"its transcript contains {delimiter}, the symbol for the space between words; see head.remove"
         symbols = self.tokenizer.split(self._fitted(text))
         different = set(symbols)
-        special = [one for one in self.tokenizer.special_symbols if one in different and one != delimiter]
+        special = [symbol for symbol in self.tokenizer.special_symbols if symbol in different and symbol != delimiter]
         if special:
-            return [], f"its transcript holds {special[0]}, which stands for no sound; see head.remove"
+            return [], f"its transcript contains {special[0]}, a special symbol without a sound; see head.remove"
         unknown = sorted(different - self.tokenizer.vocabulary.keys())
         if unknown:
-            names = " ".join("(the space)" if one in (" ", delimiter) else one for one in unknown[:10])
+            names = " ".join("(the space)" if symbol in (" ", delimiter) else symbol for symbol in unknown[:10])
             return [], (
-                f"its transcript {text[:60]!r} has {names}, which head.vocabulary={self.vocabulary} does not; choose "
-                "head.vocabulary=letters, or take it out with head.remove"
+                f"its transcript {text[:60]!r} has {names}, which head.vocabulary={self.vocabulary} does not contain; "
+                "choose head.vocabulary=letters, or remove it with head.remove"
             )
-        return [self.tokenizer.vocabulary[one] for one in symbols], ""
+        return [self.tokenizer.vocabulary[symbol] for symbol in symbols], ""
 
     def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Records whose transcripts cannot be spelt, in any number of frames or in those of the recording."""
+        """Records whose transcripts cannot be spelt with the vocabulary, or not in the recording's number of frames."""
         column = source.column(self.text_column)
         found = []
         for row in rows:
@@ -321,28 +321,28 @@ class CTC(SpeechTask):
         return found
 
     def check_test(self, source: Source) -> None:
-        """See `HeadTask.check_test`."""
+        """Refuse test records without any transcript."""
         if not any(map(self.text_of, source.column(self.text_column))):
             raise DataError(NOTHING_KNOWN)
 
     def setup_from_pretrained(self, model: PretrainedModel) -> None:
-        """The tokenizer that lies beside the weights.
+        """Use the tokenizer that is stored beside the weights.
 
         Raises:
-            ConfigError: there is none, or its symbols are not those of the model.
+            ConfigError: there is none, or its symbols do not match the model.
         """
         tokenizer = _tokenizer_beside(model)
         size = model.config.vocab_size
         largest = max(tokenizer.vocabulary.values())
         if model.base_model is not model and largest >= size:
             raise ConfigError(
-                f"{model.source or 'the weights'}: vocab.json has numbers to {largest}, the model has {size} outputs; "
-                "they are not of the same model"
+                f"{model.source or 'the weights'}: vocab.json has ids up to {largest}, but the model has {size} "
+                "outputs; use the vocab.json of this model"
             )
         if model.config.pad_token_id != tokenizer.pad_token_id:
             log.warning(
-                "%s: the blank is %s in config.json and %s (%s) in the tokenizer's files, which count, as in "
-                "transformers; if transcripts make no sense, this is why",
+                "%s: the blank is %s in config.json but %s (%s) in the tokenizer's files; the tokenizer's value is "
+                "used, as in transformers. If transcripts make no sense, this is the cause",
                 model.source or "the weights",
                 model.config.pad_token_id,
                 tokenizer.pad_token_id,
@@ -352,14 +352,14 @@ class CTC(SpeechTask):
         self._vocab_size = size
 
     def continues(self, model: PretrainedModel) -> bool:
-        """See `HeadTask.continues`."""
+        """Whether the model has the same vocabulary."""
         try:
             return _tokenizer_beside(model).vocabulary == self.tokenizer.vocabulary
         except ConfigError:
             return False
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Vocabulary size, special symbols, and the loss as a sum over symbols."""
         symbols = self.tokenizer
         special = {"pad_token_id": symbols.pad_token_id}
         special |= {f"{name}_token_id": symbols.vocabulary.get(getattr(symbols, name)) for name in ("bos", "eos")}
@@ -368,11 +368,11 @@ class CTC(SpeechTask):
         return super().model_settings() | special | ours
 
     def save(self, folder: Path) -> None:
-        """The tokenizer's files."""
+        """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The waveform and the ids of its transcript; no ids if the transcript cannot be spelt."""
         wave = self.waveform(raw, train=train, rng=rng)
         text = self.text_of(raw.fields.get(self.text_column))
         ids, why = self.spelt(text)
@@ -382,24 +382,26 @@ class CTC(SpeechTask):
         return {"key": raw.key, "wave": wave, "text": text or None, "ids": None if why else ids}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`; `host` says which examples have labels."""
+        """Waveforms and labels; `host["rows"]` holds the indices of the examples that have labels."""
         inputs = self.batch_of(examples, train=train, rng=rng)
-        host = {"frames": torch.tensor([int(self.inputs.token_count(one["wave"].shape[-1])) for one in examples])}
+        host = {
+            "frames": torch.tensor([int(self.inputs.token_count(example["wave"].shape[-1])) for example in examples])
+        }
         targets = {}
-        rows = [place for place, one in enumerate(examples) if one["ids"] is not None]
+        rows = [place for place, example in enumerate(examples) if example["ids"] is not None]
         host["rows"] = torch.tensor(rows, dtype=torch.int64)
         if rows:
             ids = [np.array(examples[row]["ids"], dtype=np.int64) for row in rows]
             host["symbols"] = torch.tensor(list(map(len, ids)))
             targets["labels"] = padded(ids, 0)
-        return Examples(inputs, targets, host, tuple(one["text"] for one in examples))
+        return Examples(inputs, targets, host, tuple(example["text"] for example in examples))
 
     def counted(self, batch: Examples) -> int:
-        """Those that can be spelt."""
+        """The number of examples whose transcript can be spelt."""
         return len(batch.host["rows"])
 
     def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """As the model's own loss; lengths come from the host, so that nothing on the device has to be counted."""
+        """The model's own loss, with lengths from the host, so that nothing on the device has to be counted."""
         outputs = model(**batch.inputs)
         if "labels" not in batch.targets:
             return None, outputs
@@ -415,20 +417,20 @@ class CTC(SpeechTask):
                 batch.host["symbols"],
                 blank=self.tokenizer.pad_token_id,
                 reduction="sum",
-                zero_infinity=False,  # what cannot be spelt never comes here
+                zero_infinity=False,  # records that cannot be spelt were removed above
             )
         return loss / len(rows), outputs
 
     def frame_values(self, outputs: Mapping[str, Any]) -> Tensor:
-        """The likeliest symbol of each frame, (B, T); all logits (B, T, V) for a beam search."""
+        """The most likely symbol of each frame, (B, T); all logits (B, T, V) for a beam search."""
         return super().frame_values(outputs) if self.beam is None else outputs["logits"].float().cpu()
 
     def read(self, frames: Tensor, samples: int) -> dict[str, Any]:
         """The transcript of a recording, `text`, and its `words` with their `start` and `end` in seconds.
 
         Args:
-            frames: (T,) or (T, V), as `frame_values` gives them.
-            samples: of the recording.
+            frames: (T,) or (T, V), from `frame_values`.
+            samples: length of the recording.
         """
         if self.beam is None:
             found = self.tokenizer.decode(frames, output_word_offsets=True)
@@ -437,14 +439,14 @@ class CTC(SpeechTask):
             text, words = self.beam_decoder.with_times(frames)
         seconds = math.prod(self.inputs.token_count.strides) / self.inputs.sample_rate_hz
         times = [
-            {"word": one["word"]} | {end: round(one[f"{end}_offset"] * seconds, 3) for end in ("start", "end")}
-            for one in words
+            {"word": word["word"]} | {end: round(word[f"{end}_offset"] * seconds, 3) for end in ("start", "end")}
+            for word in words
         ]
         return {"text": text, "words": times}
 
     @property
     def beam_decoder(self) -> BeamDecoder:
-        """Made when it is first asked for."""
+        """The beam decoder, created on first use."""
         if self._beam_decoder is None:
             self._beam_decoder = BeamDecoder(self.tokenizer, **self.beam)
         return self._beam_decoder
@@ -457,52 +459,55 @@ class CTC(SpeechTask):
         return [self.tokenizer.decode(row[:count]) for row, count in zip(values, frames, strict=True)]
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
-        """Word and letter error rates, both sides written alike; above 1 when more is inserted than was said."""
+        """Word and letter error rates, both sides in the same writing; above 1 with many insertions."""
         return transcript_scores(list(map(self.writing, predictions)), references)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_beam_decoder": None}  # the loader's processes do not decode
+        return self.__dict__ | {"_beam_decoder": None}  # loader processes do not decode
 
 
 def _tokenizer_of(vocabulary: str, texts: Sequence[str]) -> CTCTokenizer:
-    """The symbols that training asks for, in an order that follows from the transcripts alone."""
+    """The vocabulary of a training run; the order of its symbols depends only on the transcripts."""
     if vocabulary == "librispeech":
         return CTCTokenizer()
     if vocabulary == "phones":
-        found = sorted({one for text in texts for one in text.split()} - set(FIRST_SYMBOLS))
+        found = sorted({phone for text in texts for phone in text.split()} - set(FIRST_SYMBOLS))
         symbols = (*FIRST_SYMBOLS[:-1], *found)
-        return CTCTokenizer({one: i for i, one in enumerate(symbols)}, word_delimiter=None, phones=True)
+        return CTCTokenizer({symbol: i for i, symbol in enumerate(symbols)}, word_delimiter=None, phones=True)
     letters = set("".join(texts)) - {" ", FIRST_SYMBOLS[-1]}
-    if "'" in letters:  # others are written as this one, see `Writing`
+    if "'" in letters:  # other apostrophes are replaced by this one, see `Writing`
         letters -= set(APOSTROPHES) - {"'"}
-    return CTCTokenizer({one: i for i, one in enumerate((*FIRST_SYMBOLS, *sorted(letters)))})
+    return CTCTokenizer({symbol: i for i, symbol in enumerate((*FIRST_SYMBOLS, *sorted(letters)))})
 
 
 def _tokenizer_beside(model: PretrainedModel) -> CTCTokenizer:
-    """The one in the folder of a model, or the one that came with it."""
-    own = next((one for one in model.preparation if isinstance(one, CTCTokenizer)), None)
+    """The tokenizer that was loaded with the model, or the one in its folder."""
+    own = next((part for part in model.preparation if isinstance(part, CTCTokenizer)), None)
     if own is not None:
         return own
     if model.source is None or not (model.source / "vocab.json").is_file():
-        raise ConfigError(f"{model.source or 'the weights'} has no vocab.json, which says what letters the outputs are")
+        raise ConfigError(f"{model.source or 'the weights'} has no vocab.json, which maps the outputs to letters")
     return CTCTokenizer.from_pretrained(model.source)
 
 
 def _too_short(ids: Sequence[int], frames: int) -> str:
-    """Why CTC cannot spell the symbols in so many frames; "" if it can."""
+    """Why CTC cannot align the symbols with this number of frames; "" if it can."""
     numbers = np.asarray(ids)
     repeats = int((numbers[:-1] == numbers[1:]).sum())
     if len(ids) + repeats <= frames:
         return ""
     between = f" and {repeats} blanks between equal ones" if repeats else ""
-    return f"{len(ids)} symbols{between} in {frames} frames: CTC needs a frame for each; is the transcript another's?"
+    return (
+        f"{len(ids)} symbols{between} in {frames} frames: CTC needs a frame for each; does the transcript belong to "
+        "another recording?"
+    )
 
 
 def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"head.remove={pattern!r} is no regular expression ({error})") from error
+        raise ConfigError(f"head.remove={pattern!r} is not a regular expression ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +518,7 @@ class UtteranceClassification(SpeechTask):
     """A class for a recording.
 
     Args:
-        layer_sum: read a learnt average of all layers instead of the last one, as SUPERB does with frozen encoders.
+        layer_sum: read a learned average of all layers instead of the last one, as SUPERB does with frozen encoders.
         inputs, masks, max_seconds: see `SpeechTask`.
     """
 
@@ -526,17 +531,17 @@ class UtteranceClassification(SpeechTask):
         self.layer_sum = layer_sum
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Class names, and whether the head reads a weighted sum of all layers."""
         return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The waveform and the class of a record."""
         return {"key": raw.key, "wave": self.waveform(raw, train=train, rng=rng), "label": raw.label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
+        """Waveforms, and labels if all examples have one."""
         inputs = self.batch_of(examples, train=train, rng=rng)
-        labels = tuple(one["label"] for one in examples)
+        labels = tuple(example["label"] for example in examples)
         if all(label is not None for label in labels):
             inputs["labels"] = torch.tensor(labels)
         return Examples(inputs, references=labels)
@@ -546,20 +551,22 @@ class UtteranceClassification(SpeechTask):
         return class_predictions(outputs["logits"], self.class_names)
 
     def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[int]) -> Scores:
-        """See `HeadTask.score`."""
-        return classification_scores([one["index"] for one in predictions], references, len(self.class_names))
+        """Accuracy, F1 and Matthews correlation."""
+        return classification_scores(
+            [prediction["index"] for prediction in predictions], references, len(self.class_names)
+        )
 
 
-NO_FRAME = "no frame has a class: its labels are empty, or cover no frame of the recording"
+NO_FRAME = "no frame has a class: the labels are empty, or cover no frame of the recording"
 
 
 class FrameClassification(SpeechTask):
     """A class for every frame.
 
     Args:
-        labels_column: of records, either a list of {start, end, label} with seconds, or a list of labels that are
-            spread evenly over the recording.
-        background: class of frames that no segment covers; None = they count for nothing.
+        labels_column: holds either a list of {start, end, label} in seconds, or a list of labels at equal intervals
+            over the recording.
+        background: class of frames that no segment covers; None = such frames are ignored.
         layer_sum: see `UtteranceClassification`.
         inputs, masks: see `SpeechTask`.
     """
@@ -578,13 +585,13 @@ class FrameClassification(SpeechTask):
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of the labels."""
         return [self.labels_column]
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
         """Collect the classes."""
         column = source.column(self.labels_column)
-        names = {str(_name(one)) for row in rows for one in _list_of(column[row])}
+        names = {str(_name(label)) for row in rows for label in _list_of(column[row])}
         names |= set() if self.background is None else {self.background}
         if len(names) < 2:
             raise DataError(
@@ -594,18 +601,18 @@ class FrameClassification(SpeechTask):
         self.class_names = sorted(names)
 
     def check_test(self, source: Source) -> None:
-        """See `HeadTask.check_test`."""
-        names = {str(_name(one)) for labels in source.column(self.labels_column) for one in _list_of(labels)}
+        """Refuse test records with classes that no training record has."""
+        names = {str(_name(label)) for labels in source.column(self.labels_column) for label in _list_of(labels)}
         new = sorted(names - set(self.class_names))
         if new:
             raise DataError(f"test records have the class {new[0]}, which no training record has")
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Class names, and whether the head reads a weighted sum of all layers."""
         return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The waveform and the class of each frame."""
         wave = self.waveform(raw, train=train, rng=rng)
         labels = raw.fields.get(self.labels_column)
         frames = int(self.inputs.token_count(wave.shape[-1]))
@@ -617,7 +624,7 @@ class FrameClassification(SpeechTask):
         return {"key": raw.key, "wave": wave, "classes": classes}
 
     def unusable(self, source: Source, rows: np.ndarray) -> list[tuple[int, str]]:
-        """Records whose labels fit no frame, or not their recording."""
+        """Records whose labels are invalid, or give no frame a class."""
         if source.lengths is None:
             return []
         column = source.column(self.labels_column)
@@ -640,37 +647,37 @@ class FrameClassification(SpeechTask):
         empty = NO_LABEL if self.background is None else number[self.background]
         if labels and not isinstance(labels[0], Mapping):
             place = np.minimum((np.arange(frames) + 0.5) * len(labels) / frames, len(labels) - 1).astype(np.int64)
-            names = [str(labels[one]) for one in place]
+            names = [str(labels[index]) for index in place]
             unknown = next((name for name in names if name not in number), None)
             if unknown is not None:
                 raise BadSample(f"the class {unknown} is none of {', '.join(self.class_names[:10])}")
             return np.array([number[name] for name in names], dtype=np.int64)
         classes = np.full(frames, empty, dtype=np.int64)
-        for one in labels:
+        for segment in labels:
             try:
-                start, end, name = float(one["start"]), float(one["end"]), str(one["label"])
+                start, end, name = float(segment["start"]), float(segment["end"]), str(segment["label"])
             except (KeyError, TypeError, ValueError) as error:
-                raise BadSample(f"a segment of {one!r}; expected start, end and label") from error
+                raise BadSample(f"a segment of {segment!r}; expected start, end and label") from error
             if name not in number:
                 raise BadSample(f"the class {name} is none of {', '.join(self.class_names[:10])}")
             if not 0 <= start < end < math.inf:
-                raise BadSample(f"a segment from {start:g} to {end:g} s")
+                raise BadSample(f"a segment from {start:g} to {end:g} s; expected 0 <= start < end")
             if end > 2 * samples / self.inputs.sample_rate_hz + 1:
                 raise BadSample(
-                    f"a segment to {end:g} s of a recording of {samples / self.inputs.sample_rate_hz:.2f} s; are times "
-                    "in seconds?"
+                    f"a segment until {end:g} s in a recording of {samples / self.inputs.sample_rate_hz:.2f} s; are "
+                    "the times in seconds?"
                 )
             classes[(middle >= start) & (middle < end)] = number[name]
         return classes
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
+        """Waveforms, and labels if all examples have them; `host` holds lengths in frames and samples."""
         inputs = self.batch_of(examples, train=train, rng=rng)
-        classes = tuple(one["classes"] for one in examples)
-        if all(one is not None for one in classes):
+        classes = tuple(example["classes"] for example in examples)
+        if all(labels is not None for labels in classes):
             inputs["labels"] = padded(classes, NO_LABEL)
-        frames = torch.tensor([int(self.inputs.token_count(one["wave"].shape[-1])) for one in examples])
-        samples = torch.tensor([one["wave"].shape[-1] for one in examples])
+        frames = torch.tensor([int(self.inputs.token_count(example["wave"].shape[-1])) for example in examples])
+        samples = torch.tensor([example["wave"].shape[-1] for example in examples])
         return Examples(inputs, host={"frames": frames, "samples": samples}, references=classes)
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[dict[str, Any]]:
@@ -682,11 +689,11 @@ class FrameClassification(SpeechTask):
         ]
 
     def read(self, frames: Tensor, samples: int) -> dict[str, Any]:
-        """`segments` of frames with the same class, and the class of each of the `frames`.
+        """`segments` of frames with the same class, and `frames`, the class of each frame.
 
         Args:
             frames: (T,) classes.
-            samples: of the recording.
+            samples: length of the recording.
         """
         seconds = samples / len(frames) / self.inputs.sample_rate_hz
         return {"segments": self._segments(frames.numpy(), seconds), "frames": frames.numpy()}
@@ -703,31 +710,31 @@ class FrameClassification(SpeechTask):
         ]
 
     def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[np.ndarray]) -> Scores:
-        """Over all frames that have a class."""
-        found = np.concatenate([one["frames"] for one in predictions])
+        """Accuracy, F1 and Matthews correlation over all frames that have a class."""
+        found = np.concatenate([prediction["frames"] for prediction in predictions])
         wanted = np.concatenate(list(references))
         real = wanted != NO_LABEL  # at least one, see `example`
         return classification_scores(found[real], wanted[real], len(self.class_names))
 
 
 def _list_of(labels: Any) -> list[Any]:
-    if isinstance(labels, Mapping):  # a list of structs as `datasets` may store it
+    if isinstance(labels, Mapping):  # `datasets` may store a list of structs as a struct of lists
         return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
     return [] if labels is None else list(labels)
 
 
-def _name(one: Any) -> Any:
-    return one.get("label") if isinstance(one, Mapping) else one
+def _name(label: Any) -> Any:
+    return label.get("label") if isinstance(label, Mapping) else label
 
 
 class SpeakerVerification(SpeechTask):
-    """Vectors that tell speakers apart, also speakers that were never heard in training (x-vectors).
+    """Vectors that distinguish speakers, including speakers that are not in the training data (x-vectors).
 
-    The score is the equal error rate over all pairs of test recordings, by cosine; test speakers may be new ones.
+    The score is the equal error rate over all pairs of test recordings, by cosine; test speakers may be new.
 
     Args:
         layer_sum: see `UtteranceClassification`.
-        vector_dim: width of a speaker's vector.
+        vector_dim: width of a speaker vector.
         tdnn_dim: widths of the time-delay layers.
         inputs, masks, max_seconds: see `SpeechTask`.
     """
@@ -754,41 +761,41 @@ class SpeakerVerification(SpeechTask):
         self.tdnn_dim = list(tdnn_dim)
 
     def check_test(self, source: Source) -> None:
-        """Test speakers may be others."""
+        """Refuse test records without speakers, or with too few for a score; the speakers may be new."""
         if source.labels() is None:
             raise DataError("test records have no speakers; name their column with data.label_column")
         self._check_pairs(source.labels(), "test records")
 
     def check_held_out(self, source: Source, rows: np.ndarray) -> None:
-        """See `HeadTask.check_held_out`."""
+        """Refuse held-out records with too few speakers for a score."""
         self._check_pairs(source.labels()[rows], "held-out records", "; raise data.held_out_fraction")
 
     def _check_pairs(self, labels: np.ndarray, what: str, remedy: str = "") -> None:
         _, counts = np.unique(labels[labels >= 0], return_counts=True)
         if len(counts) < 2 or counts.max() < 2:
             raise DataError(
-                f"{what}: {counts.sum()} of {len(counts)} speakers; an equal error rate needs two speakers, and "
-                f"two recordings of one of them{remedy}"
+                f"{what}: {counts.sum()} recordings of {len(counts)} speakers; an equal error rate needs at least two "
+                f"speakers, and two recordings of one of them{remedy}"
             )
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Class names, the widths of the head, and whether it reads a weighted sum of all layers."""
         own = {"xvector_output_dim": self.vector_dim, "tdnn_dim": self.tdnn_dim}
         return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum} | own
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The waveform and the speaker of a record."""
         wave = self.waveform(raw, train=train, rng=rng)
         frames = int(self.inputs.token_count(wave.shape[-1]))
-        if frames < 15:  # what the time-delay layers reach over
+        if frames < 15:  # the receptive field of the time-delay layers
             raise BadSample(f"{frames} frames; speaker vectors need at least 15")
         return {"key": raw.key, "wave": wave, "label": raw.label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
+        """Waveforms, and labels in training."""
         inputs = self.batch_of(examples, train=train, rng=rng)
-        labels = tuple(one["label"] for one in examples)
-        # The loss knows the speakers of the training records only.
+        labels = tuple(example["label"] for example in examples)
+        # The loss has classes for the training speakers only.
         if train and all(label is not None for label in labels):
             inputs["labels"] = torch.tensor(labels)
         return Examples(inputs, references=labels)
@@ -798,12 +805,12 @@ class SpeakerVerification(SpeechTask):
         return list(F.normalize(outputs["embeddings"].float(), dim=-1).cpu().numpy())
 
     def score(self, predictions: Sequence[np.ndarray], references: Sequence[int]) -> Scores:
-        """See `metrics.equal_error_rate`."""
+        """The equal error rate, `eer`."""
         return {"eer": equal_error_rate(np.stack(list(predictions)), np.array(references))}
 
 
 def class_predictions(logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The likeliest class of each row of logits (B, C): its name, number and probability."""
+    """The most likely class of each row of logits (B, C): its name, number and probability."""
     shares = logits.float().softmax(dim=-1)
     best = shares.argmax(dim=-1)
     pairs = zip(best.tolist(), shares.gather(1, best[:, None])[:, 0].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""The six heads of text: classes and numbers, classes of words, answers, choices, hidden words, next words.
+"""The six text heads: classes or numbers, classes of words, answers, choices, masked tokens, next tokens.
 
 Letters: B texts, T tokens, C classes or choices, W windows.
 """
@@ -37,11 +37,11 @@ _PROBLEM_TYPES = {
 
 
 class TextTask(HeadTask):
-    """What the six have in common: ids in, with their mask.
+    """Base class of the six text tasks: inputs are ids with their mask.
 
     Args:
         inputs: see `Inputs`.
-        max_tokens: longer texts are cut, special tokens included; None = as many as the encoder has positions for.
+        max_tokens: longer texts are truncated, special tokens included; None = the number of positions of the encoder.
     """
 
     modality = "text"
@@ -51,7 +51,7 @@ class TextTask(HeadTask):
         self.max_tokens = min(max_tokens or inputs.max_tokens, inputs.max_tokens)
 
     def ids_of(self, text: str, pair: str | None = None) -> list[int]:
-        """Ids of one text or two, with special tokens, cut to `max_tokens`."""
+        """Ids of one text or a pair of texts, with special tokens, truncated to `max_tokens`."""
         return self.inputs.tokenizer.windows(text, pair, max_length=self.max_tokens)[0].ids
 
     def batch_of(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -62,10 +62,10 @@ class TextTask(HeadTask):
 
 
 def text_of(value: Any, encodings: Sequence[str] = ()) -> str:
-    """A record's text; that of a file in the first of `encodings` that fits.
+    """The text of a record; a file is decoded with the first of `encodings` that fits.
 
     Raises:
-        BadSample: it has none.
+        BadSample: it has no text.
     """
     if isinstance(value, Path):
         if is_table(value):
@@ -81,15 +81,13 @@ def text_of(value: Any, encodings: Sequence[str] = ()) -> str:
 
 
 class SequenceClassification(TextTask):
-    """A class, a number or several classes for a text, or for two.
-
-    The score that chooses is Matthews' correlation with `metric=matthews`, and so on; see `metrics`.
+    """A class, a number or several classes for a text or a pair of texts.
 
     Args:
         text_columns: one column or two.
         problem: "classification" = a class, "regression" = a number, "multi_label" = a list of classes.
-        label_column: of the numbers or lists; classes come from `data.label_column`.
-        metric: "accuracy", "f1", "matthews", "pearson" or "spearman".
+        label_column: the column of the numbers or lists; classes come from `data.label_column`.
+        metric: the score that chooses the best weights: "accuracy", "f1", "matthews", "pearson" or "spearman".
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -109,14 +107,14 @@ class SequenceClassification(TextTask):
         if not 1 <= len(text_columns) <= 2:
             raise ConfigError(f"head.text_columns: expected one column or two, got {list(text_columns)}")
         if problem not in _PROBLEM_TYPES:
-            raise ConfigError(f"head.problem is {', '.join(_PROBLEM_TYPES)}; got {problem!r}")
+            raise ConfigError(f"head.problem={problem!r}: expected one of {', '.join(_PROBLEM_TYPES)}")
         known = {
             "classification": ("accuracy", "f1", "matthews"),
             "regression": ("pearson", "spearman"),
             "multi_label": ("f1", "accuracy"),
         }[problem]
         if metric not in known:
-            raise ConfigError(f"head.metric={metric}: with head.problem={problem} it is one of {', '.join(known)}")
+            raise ConfigError(f"head.metric={metric}: head.problem={problem} needs one of {', '.join(known)}")
         self.text_columns = list(text_columns)
         self.problem = problem
         self.label_column = label_column or "label"
@@ -124,31 +122,31 @@ class SequenceClassification(TextTask):
 
     @property
     def column(self) -> str | None:
-        """See `HeadTask.column`."""
+        """The first text column."""
         return self.text_columns[0]
 
     @property
     def input_fields(self) -> list[str]:
-        """See `HeadTask.input_fields`."""
+        """The second text column, if there is one."""
         return self.text_columns[1:]
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of numbers or lists; none for classes."""
         return [] if self.needs_classes else [self.label_column]
 
     @property
     def needs_classes(self) -> bool:
-        """See `HeadTask.needs_classes`."""
+        """Only with problem="classification"."""
         return self.problem == "classification"
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
-        """See `HeadTask.setup`."""
+        """Collect the class names, or check that all labels are numbers."""
         if self.problem == "multi_label":
             lists = source.column(self.label_column)
-            names = {str(one) for row in rows for one in lists[row] or ()}
+            names = {str(name) for row in rows for name in lists[row] or ()}
             if not names:
-                raise DataError(f"column {self.label_column} holds no classes; expected lists of them")
+                raise DataError(f"column {self.label_column} has no classes; expected lists of classes")
             self.class_names = sorted(names)
         elif self.problem == "regression":
             _check_numbers(source, rows, self.label_column)
@@ -157,7 +155,7 @@ class SequenceClassification(TextTask):
             super().setup(source, rows)
 
     def check_test(self, source: Source) -> None:
-        """See `HeadTask.check_test`."""
+        """Refuse test records with new classes, or with labels that are not numbers."""
         if self.problem == "multi_label":
             _check_known(source.column(self.label_column), self.class_names)
         elif self.problem == "regression":
@@ -166,23 +164,23 @@ class SequenceClassification(TextTask):
             super().check_test(source)
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Class names and the problem type."""
         return super().model_settings() | {"problem_type": _PROBLEM_TYPES[self.problem]}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The ids and the label of a record; a list of classes becomes 0 or 1 for each class."""
         pair = text_of(raw.fields.get(self.text_columns[1])) if len(self.text_columns) == 2 else None
         label = raw.label if self.needs_classes else raw.fields.get(self.label_column)
         if label is not None and self.problem == "regression":
             label = float(label)
         elif label is not None and self.problem == "multi_label":
-            label = [float(name in {str(one) for one in label}) for name in self.class_names]
+            label = [float(name in {str(tag) for tag in label}) for name in self.class_names]
         return {"key": raw.key, "ids": self.ids_of(text_of(raw.value, self.inputs.encodings), pair), "label": label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        inputs = self.batch_of([one["ids"] for one in examples])
-        labels = tuple(one["label"] for one in examples)
+        """Ids, and labels if all examples have one."""
+        inputs = self.batch_of([example["ids"] for example in examples])
+        labels = tuple(example["label"] for example in examples)
         if all(label is not None for label in labels):
             kind = torch.int64 if self.needs_classes else torch.float32
             inputs["labels"] = torch.tensor(labels, dtype=kind)
@@ -201,12 +199,14 @@ class SequenceClassification(TextTask):
         return class_predictions(logits, self.class_names)
 
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
-        """See `HeadTask.score`."""
+        """The scores of the problem: classification, regression or multi-label."""
         if self.problem == "regression":
             return regression_scores(predictions, references)
         if self.problem == "multi_label":
-            return multilabel_scores(np.array([one["on"] for one in predictions]), np.array(references))
-        return classification_scores([one["index"] for one in predictions], references, len(self.class_names))
+            return multilabel_scores(np.array([prediction["on"] for prediction in predictions]), np.array(references))
+        return classification_scores(
+            [prediction["index"] for prediction in predictions], references, len(self.class_names)
+        )
 
 
 def _check_numbers(source: Source, rows: np.ndarray, name: str) -> None:
@@ -217,7 +217,7 @@ def _check_numbers(source: Source, rows: np.ndarray, name: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str):  # in .csv files everything is
+    if isinstance(value, str):  # all values of a .csv file are strings
         try:
             value = float(value)
         except ValueError:
@@ -226,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_known(lists: Sequence[Any], names: Sequence[str]) -> None:
-    new = {str(one) for row in lists for one in row or ()} - set(names)
+    new = {str(name) for row in lists for name in row or ()} - set(names)
     if new:
         raise DataError(f"test records have the class {sorted(new)[0]}, which no training record has")
 
@@ -238,11 +238,11 @@ def _check_known(lists: Sequence[Any], names: Sequence[str]) -> None:
 class TokenClassification(TextTask):
     """A class for every word: names, parts of speech.
 
-    A word's class is learnt and predicted at its first token.
+    The class of a word is learned and predicted at its first token.
 
     Args:
         words_column: lists of words.
-        tags_column: lists of as many classes.
+        tags_column: lists of classes, one for each word.
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -256,12 +256,12 @@ class TokenClassification(TextTask):
 
     @property
     def column(self) -> str | None:
-        """See `HeadTask.column`."""
+        """The column of the words."""
         return self.words_column
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of the classes."""
         return [self.tags_column]
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
@@ -275,11 +275,11 @@ class TokenClassification(TextTask):
         self.class_names = sorted(names)
 
     def check_test(self, source: Source) -> None:
-        """See `HeadTask.check_test`."""
+        """Refuse test records with classes that no training record has."""
         _check_known(source.column(self.tags_column), self.class_names)
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The ids, the first token of each word (-1 if truncated), and the class of that token."""
         words = raw.value
         words = text_of(words, self.inputs.encodings).split() if isinstance(words, (str, Path)) else list(words)
         if not words:
@@ -289,7 +289,7 @@ class TokenClassification(TextTask):
             raise BadSample(f"{len(words)} words and {len(tags)} classes")
         found = self.inputs.tokenizer.windows(" ".join(words), max_length=self.max_tokens)[0]
         starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-        # By its last character: in some vocabularies a token has the space before a word in it.
+        # Assign a token to a word by its last character: in some vocabularies a token starts with a space.
         owner = np.searchsorted(starts, [last - 1 for _, last in found.offsets], side="right") - 1
         first = np.full(len(words), -1)
         for place in range(len(found.ids) - 1, -1, -1):
@@ -297,7 +297,7 @@ class TokenClassification(TextTask):
                 first[owner[place]] = place
         labels = np.full(len(found.ids), NO_LABEL, dtype=np.int64)
         if not (first >= 0).any():
-            raise BadSample(f"no word begins within {self.max_tokens} tokens: there is no place for its class")
+            raise BadSample(f"no word begins within {self.max_tokens} tokens, so no token can hold a class")
         reference = None
         if tags is not None:
             number = {name: index for index, name in enumerate(self.class_names)}
@@ -311,13 +311,13 @@ class TokenClassification(TextTask):
         return {"key": raw.key, "ids": found.ids, "first": first, "labels": labels, "words": words, "tags": reference}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        inputs = self.batch_of([one["ids"] for one in examples])
-        tags = tuple(one["tags"] for one in examples)
-        if all(one is not None for one in tags):
-            inputs["labels"] = padded([one["labels"] for one in examples], NO_LABEL)
-        first = padded([one["first"] for one in examples], -2)
-        references = tuple(None if one["tags"] is None else one["tags"] for one in examples)
+        """Ids, and labels if all examples have them; `host["first"]` holds the first token of each word."""
+        inputs = self.batch_of([example["ids"] for example in examples])
+        tags = tuple(example["tags"] for example in examples)
+        if all(row is not None for row in tags):
+            inputs["labels"] = padded([example["labels"] for example in examples], NO_LABEL)
+        first = padded([example["first"] for example in examples], -2)
+        references = tuple(None if example["tags"] is None else example["tags"] for example in examples)
         return Examples(inputs, host={"first": first}, references=references)
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[list[str | None]]:
@@ -329,9 +329,9 @@ class TokenClassification(TextTask):
         ]
 
     def score(self, predictions: Sequence[list[str | None]], references: Sequence[list[str]]) -> Scores:
-        """Of words with a prediction; `f1` is that of entities where classes are called B-x and I-x."""
+        """Scores of the words with a prediction; `f1` is the entity F1 if classes are named B-x and I-x."""
         pairs = [
-            [(one, other) for one, other in zip(*both, strict=True) if one is not None]
+            [(predicted, reference) for predicted, reference in zip(*both, strict=True) if predicted is not None]
             for both in zip(predictions, references, strict=True)
         ]
         number = {name: index for index, name in enumerate(self.class_names)}
@@ -350,13 +350,13 @@ class TokenClassification(TextTask):
 class QuestionAnswering(TextTask):
     """The part of a text that answers a question, as in SQuAD.
 
-    Long texts are read in overlapping windows. A training record shows the window with its answer.
+    Long texts are read in overlapping windows. Training uses a window that contains the answer.
 
     Args:
         question_column: the questions.
         context_column: the texts.
         answers_column: {text: [...], answer_start: [...]}, in characters, or a list of {text, answer_start}; empty =
-            there is no answer.
+            no answer.
         stride: tokens that neighbouring windows share; at most a quarter of a window.
         max_answer_tokens: longer answers are not predicted.
         unanswerable: whether "no answer" may be predicted.
@@ -388,49 +388,49 @@ class QuestionAnswering(TextTask):
 
     @property
     def column(self) -> str | None:
-        """See `HeadTask.column`."""
+        """The column of the questions."""
         return self.question_column
 
     @property
     def input_fields(self) -> list[str]:
-        """See `HeadTask.input_fields`."""
+        """The column of the texts."""
         return [self.context_column]
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of the answers."""
         return [self.answers_column]
 
     def setup_from_pretrained(self, model: PretrainedModel) -> None:
-        """There are no classes."""
+        """Nothing to do: there are no classes."""
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The windows of a record; in training one random window, with the answer if there is one."""
         question = text_of(raw.value, self.inputs.encodings).strip()
         context = text_of(raw.fields.get(self.context_column))
         answers = raw.fields.get(self.answers_column)
         texts, starts = _texts_and_starts(answers)
         if len(texts) and context[starts[0] : starts[0] + len(texts[0])] != texts[0]:
-            raise BadSample(f"the answer {texts[0][:40]!r} does not stand at character {starts[0]} of its text")
+            raise BadSample(f"the answer {texts[0][:40]!r} is not at character {starts[0]} of its text")
         try:
             found = self.inputs.tokenizer.windows(question, context, max_length=self.max_tokens, stride=self.stride)
         except ValueError as error:
             raise BadSample(str(error)) from error
-        windows = [self._window(one, texts, starts) for one in found]
+        windows = [self._window(window, texts, starts) for window in found]
         if train:
-            with_answer = [one for one in windows if one["start"] > 0]
-            if len(texts) and not with_answer:  # its windows would teach that there is none
-                raise BadSample(f"the answer {texts[0][:40]!r} lies whole in no window of {self.max_tokens} tokens")
+            with_answer = [window for window in windows if window["start"] > 0]
+            if len(texts) and not with_answer:  # training on its windows would teach "no answer"
+                raise BadSample(f"no window of {self.max_tokens} tokens contains the whole answer {texts[0][:40]!r}")
             with_answer = with_answer or windows
             windows = [with_answer[int(rng.integers(len(with_answer)))]]
         reference = None if answers is None else (list(texts) or [""])
         return {"key": raw.key, "windows": windows, "context": context, "answers": reference}
 
     def _window(self, found: Any, texts: Sequence[str], starts: Sequence[int]) -> dict[str, Any]:
-        """Ids, where each token lies in the text, (T, 2), -1 for others, and the answer's first and last token."""
-        inside = np.array([one == 1 for one in found.sequence_ids])
+        """Ids, the character span of each token, (T, 2), -1 outside the text, and the answer's first and last token."""
+        inside = np.array([sequence == 1 for sequence in found.sequence_ids])
         offsets = np.where(inside[:, None], np.array(found.offsets), -1)
-        start = end = 0  # the first token stands for "no answer here"
+        start = end = 0  # position 0 means "no answer in this window"
         if len(texts):
             first, last = starts[0], starts[0] + len(texts[0])
             tokens = np.flatnonzero(inside & (offsets[:, 1] > first) & (offsets[:, 0] < last))
@@ -439,15 +439,17 @@ class QuestionAnswering(TextTask):
         return {"ids": found.ids, "offsets": offsets, "start": start, "end": end}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """Windows are rows; `host` says whose they are."""
-        windows = [window for one in examples for window in one["windows"]]
-        inputs = self.batch_of([one["ids"] for one in windows])
-        answers = tuple(one["answers"] for one in examples)
-        if all(one is not None for one in answers):
-            inputs |= {f"{edge}_positions": torch.tensor([one[edge] for one in windows]) for edge in ("start", "end")}
-        owner = [number for number, one in enumerate(examples) for _ in one["windows"]]
-        host = {"owner": torch.tensor(owner), "offsets": padded([one["offsets"] for one in windows], -1)}
-        references = tuple((one["context"], one["answers"]) for one in examples)
+        """One row for each window; `host["owner"]` is the example that it belongs to."""
+        windows = [window for example in examples for window in example["windows"]]
+        inputs = self.batch_of([window["ids"] for window in windows])
+        answers = tuple(example["answers"] for example in examples)
+        if all(answer is not None for answer in answers):
+            inputs |= {
+                f"{edge}_positions": torch.tensor([window[edge] for window in windows]) for edge in ("start", "end")
+            }
+        owner = [number for number, example in enumerate(examples) for _ in example["windows"]]
+        host = {"owner": torch.tensor(owner), "offsets": padded([window["offsets"] for window in windows], -1)}
+        references = tuple((example["context"], example["answers"]) for example in examples)
         return Examples(inputs, host=host, references=references)
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[str]:
@@ -472,18 +474,18 @@ class QuestionAnswering(TextTask):
         ]
 
     def score(self, predictions: Sequence[str], references: Sequence[tuple[str, list[str] | None]]) -> Scores:
-        """See `metrics.answer_scores`."""
+        """SQuAD's exact match and F1."""
         return answer_scores(predictions, [answers or [""] for _, answers in references])
 
 
 def _texts_and_starts(answers: Any) -> tuple[list[str], list[int]]:
-    """The right answers, and where they begin; nothing for None."""
+    """The reference answers and their first characters; empty for None."""
     if isinstance(answers, Mapping):
         texts, starts = answers.get("text"), answers.get("answer_start")
     else:
         rows = [] if answers is None else answers
-        both = [one for one in rows if isinstance(one, Mapping)]
-        texts, starts = [one.get("text") for one in both], [one.get("answer_start") for one in both]
+        both = [answer for answer in rows if isinstance(answer, Mapping)]
+        texts, starts = [answer.get("text") for answer in both], [answer.get("answer_start") for answer in both]
         if len(both) < len(rows):
             texts = None
     if texts is None or starts is None or len(texts) != len(starts):
@@ -492,12 +494,12 @@ def _texts_and_starts(answers: Any) -> tuple[list[str], list[int]]:
 
 
 class MultipleChoice(TextTask):
-    """Which of several texts goes on from, or answers, another.
+    """Which of several texts continues or answers another text.
 
     Args:
-        context_columns: joined by a space, the text before.
+        context_columns: the text before the choice, joined by a space.
         choice_columns: one column with lists, or a column for each choice.
-        label_column: number of the right choice, from 0.
+        label_column: number of the correct choice, from 0.
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -520,24 +522,24 @@ class MultipleChoice(TextTask):
 
     @property
     def column(self) -> str | None:
-        """See `HeadTask.column`."""
+        """The first context column."""
         return self.context_columns[0]
 
     @property
     def input_fields(self) -> list[str]:
-        """See `HeadTask.input_fields`."""
+        """The other context columns and the choice columns."""
         return [*self.context_columns[1:], *self.choice_columns]
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column with the number of the correct choice."""
         return [self.label_column]
 
     def setup_from_pretrained(self, model: PretrainedModel) -> None:
-        """There are no classes."""
+        """Nothing to do: there are no classes."""
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The ids of the context with each choice, and the number of the correct choice."""
         more = [str(raw.fields.get(name) or "") for name in self.context_columns[1:]]
         context = " ".join([text_of(raw.value, self.inputs.encodings), *more]).strip()
         found = [raw.fields.get(name) for name in self.choice_columns]
@@ -553,31 +555,31 @@ class MultipleChoice(TextTask):
         return {"key": raw.key, "rows": rows, "label": label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """Rows with fewer choices are filled up with empty ones, which `loss` and `predictions` leave out."""
-        most = max(len(one["rows"]) for one in examples)
+        """Ids (B, C, T); examples with fewer choices are padded with choices that `loss` and `predictions` ignore."""
+        most = max(len(example["rows"]) for example in examples)
         pad = [self.inputs.tokenizer.bos_token_id]  # any token: attention needs one
-        rows = [row for one in examples for row in [*one["rows"], *[pad] * (most - len(one["rows"]))]]
+        rows = [row for example in examples for row in [*example["rows"], *[pad] * (most - len(example["rows"]))]]
         inputs = {name: x.unflatten(0, (len(examples), most)) for name, x in self.batch_of(rows).items()}
-        real = torch.tensor([[place < len(one["rows"]) for place in range(most)] for one in examples])
-        labels = tuple(one["label"] for one in examples)
+        real = torch.tensor([[place < len(example["rows"]) for place in range(most)] for example in examples])
+        labels = tuple(example["label"] for example in examples)
         targets = {"real": real}
         if all(label is not None for label in labels):
             targets["labels"] = torch.tensor(labels)
         return Examples(inputs, targets, references=labels)
 
     def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """See `HeadTask.loss`."""
+        """Cross entropy over the real choices; None without labels."""
         outputs = model(**batch.inputs)
         outputs["logits"] = outputs["logits"].masked_fill(~batch.targets["real"], -1e4)
         labels = batch.targets.get("labels")
         return None if labels is None else F.cross_entropy(outputs["logits"].float(), labels), outputs
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[int]:
-        """Number of the likeliest choice."""
+        """The number of the most likely choice."""
         return outputs["logits"].argmax(dim=-1).tolist()
 
     def score(self, predictions: Sequence[int], references: Sequence[int]) -> Scores:
-        """See `HeadTask.score`."""
+        """Accuracy."""
         return {"accuracy": float(np.mean(np.array(predictions) == np.array(references)))}
 
 
@@ -586,14 +588,14 @@ class MultipleChoice(TextTask):
 
 
 class LanguageMeter(Meter):
-    """Perplexity and the share of tokens that were guessed."""
+    """Perplexity, and the fraction of tokens that were predicted correctly."""
 
     def __init__(self, *, shift: bool) -> None:
         self.shift = shift
         self.count, self.nats, self.right = 0, 0.0, 0
 
     def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
-        """See `Meter.update`."""
+        """Add the labelled tokens of a batch."""
         logits, labels = outputs["logits"].float(), batch.inputs["labels"]
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -604,18 +606,18 @@ class LanguageMeter(Meter):
         self.right += int((logits.argmax(dim=-1) == labels).sum())
 
     def compute(self) -> Scores:
-        """See `Meter.compute`.
+        """`perplexity` and `accuracy` over all tokens so far.
 
         Raises:
-            DataError: there was no token to guess.
+            DataError: there was no token to predict.
         """
         if not self.count:
-            raise DataError("no test text has a token to guess; give longer ones")
+            raise DataError("no test text has a token to predict; use longer texts")
         return {"perplexity": float(np.exp(min(self.nats / self.count, 700.0))), "accuracy": self.right / self.count}
 
 
 class LanguageTask(TextTask):
-    """What the two language models have in common: blocks of a text, whatever its documents are.
+    """Base class of the two language models: inputs are blocks of ids instead of documents.
 
     Args:
         inputs, max_tokens: see `TextTask`.
@@ -625,11 +627,11 @@ class LanguageTask(TextTask):
     lower_is_better = True
 
     def prepare(self, source: Source) -> Source:
-        """Blocks of ids."""
+        """The texts as blocks of ids."""
         return self.inputs.blocks(source)
 
     def setup_from_pretrained(self, model: PretrainedModel) -> None:
-        """There are no classes."""
+        """Nothing to do: there are no classes."""
 
     def _ids(self, raw: RawSample) -> np.ndarray:
         if isinstance(raw.value, np.ndarray):
@@ -638,10 +640,10 @@ class LanguageTask(TextTask):
 
 
 class MaskedLM(LanguageTask):
-    """Guess hidden tokens, as BERT does.
+    """Predict masked tokens, as BERT does.
 
     Args:
-        hidden_fraction: share of the tokens to guess; of these 80 % become `<mask>`, 10 % another token, 10 % stay.
+        hidden_fraction: fraction of the tokens to predict; 80 % of them become `<mask>`, 10 % another token, 10 % stay.
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -650,18 +652,18 @@ class MaskedLM(LanguageTask):
     def __init__(self, *, hidden_fraction: float, inputs: Inputs, max_tokens: int | None) -> None:
         super().__init__(inputs=inputs, max_tokens=max_tokens)
         if not 0 < hidden_fraction < 1:
-            raise ConfigError(f"head.hidden_fraction is a share between 0 and 1, got {hidden_fraction}")
+            raise ConfigError(f"head.hidden_fraction={hidden_fraction}: expected a fraction between 0 and 1")
         self.hidden_fraction = hidden_fraction
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """Blocks hide what they draw; a text asks for the `<mask>` that it holds."""
+        """A block with randomly masked tokens as labels; a text to predict must contain `<mask>`."""
         tokenizer, ids = self.inputs.tokenizer, self._ids(raw)
         labels = np.full(len(ids), NO_LABEL, dtype=np.int64)
         if isinstance(raw.value, np.ndarray):
-            order = rng.permutation(np.arange(1, len(ids)))  # never the token that starts a text
+            order = rng.permutation(np.arange(1, len(ids)))  # never the start token
             hidden = order[: max(1, round(self.hidden_fraction * len(ids)))]
             if not len(hidden):
-                raise BadSample(f"a text of {len(ids)} tokens: there is none to hide")
+                raise BadSample(f"a text of {len(ids)} tokens: there is no token to mask")
             labels[hidden] = ids[hidden]
             ids = ids.copy()
             what = rng.random(len(hidden))
@@ -669,23 +671,23 @@ class MaskedLM(LanguageTask):
             other = hidden[what >= 0.9]
             ids[other] = rng.integers(0, tokenizer.vocab_size, len(other))
         elif tokenizer.mask_token_id not in ids:
-            raise BadSample(f"no <mask> in the first {len(ids)} tokens of this text: there is nothing to guess")
+            raise BadSample(f"no <mask> in the first {len(ids)} tokens of this text: there is nothing to predict")
         return {"key": raw.key, "ids": ids, "labels": labels}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        inputs = self.batch_of([one["ids"] for one in examples])
-        labels = padded([one["labels"] for one in examples], NO_LABEL)
+        """Ids, and labels if there are any."""
+        inputs = self.batch_of([example["ids"] for example in examples])
+        labels = padded([example["labels"] for example in examples], NO_LABEL)
         if bool((labels != NO_LABEL).any()):
             inputs["labels"] = labels
         return Examples(inputs, references=(None,) * len(examples))
 
     def meter(self) -> Meter:
-        """See `HeadTask.meter`."""
+        """A meter of perplexity."""
         return LanguageMeter(shift=False)
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[list[list[str]]]:
-        """For each `<mask>` the five likeliest tokens, likeliest first."""
+        """For each `<mask>`, the five most likely tokens in order."""
         tokenizer = self.inputs.tokenizer
         asked = (batch.inputs["input_ids"] == tokenizer.mask_token_id).cpu()
         best = outputs["logits"].topk(5, dim=-1).indices.cpu()
@@ -696,10 +698,10 @@ class MaskedLM(LanguageTask):
 
 
 class CausalLM(LanguageTask):
-    """Guess the next token.
+    """Predict the next token.
 
     Args:
-        continue_tokens: how many tokens a prediction adds to a text; of a long one it sees the end.
+        continue_tokens: number of tokens that a prediction appends to a text; of a long text, only the end is read.
         inputs, max_tokens: see `TextTask`.
     """
 
@@ -710,32 +712,32 @@ class CausalLM(LanguageTask):
         self.continue_tokens = continue_tokens
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Make the model a decoder, with causal attention."""
         return {"is_decoder": True}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """Blocks as they are; of a text that leaves no room for `continue_tokens`, its end."""
+        """A block unchanged; a text is truncated at its start if it leaves no room for `continue_tokens`."""
         if isinstance(raw.value, np.ndarray):
             ids = self._ids(raw)
             if len(ids) < 2:
-                raise BadSample(f"a text of {len(ids)} tokens: there is no next one")
+                raise BadSample(f"a text of {len(ids)} tokens: there is no next token")
             return {"key": raw.key, "ids": ids}
         text = text_of(raw.value, self.inputs.encodings)
         room = max(self.max_tokens - self.continue_tokens, self.max_tokens // 2)
         return {"key": raw.key, "ids": np.array(self.inputs.tokenizer.end(text, room), dtype=np.int64)}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        inputs = self.batch_of([one["ids"] for one in examples])
+        """Ids, which are also the labels."""
+        inputs = self.batch_of([example["ids"] for example in examples])
         inputs["labels"] = inputs["input_ids"].masked_fill(~inputs["attention_mask"], NO_LABEL)
         return Examples(inputs, references=(None,) * len(examples))
 
     def meter(self) -> Meter:
-        """See `HeadTask.meter`."""
+        """A meter of perplexity, with labels shifted by one token."""
         return LanguageMeter(shift=True)
 
     def predict(self, model: PretrainedModel, batch: Examples) -> list[str]:
-        """How each text goes on: the likeliest token, again and again."""
+        """The continuation of each text by greedy decoding: the most likely token at each step."""
         found = []
         for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
             known = ids[mask][None]
@@ -745,7 +747,7 @@ class CausalLM(LanguageTask):
         return found
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[str]:
-        """The likeliest next token of each text."""
+        """The most likely next token of each text."""
         last = batch.inputs["attention_mask"].sum(dim=1) - 1
         best = outputs["logits"].argmax(dim=-1).gather(1, last[:, None])
         return [self.inputs.tokenizer.decode(row) for row in best]

@@ -1,4 +1,4 @@
-"""Beam search over CTC outputs, with or without a language model: torchaudio's decoder, which is Flashlight's.
+"""Beam search over CTC outputs, with or without a language model, by torchaudio's interface to Flashlight.
 
 Needs `pip install 'data2vec_train[lm]'`: flashlight-text, and kenlm for language models.
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 from data2vec_train.errors import ConfigError
 from data2vec_train.weights.tokenizers import CTCTokenizer
 
-UNKNOWN_WORD = "<unk>"  # of language models
+UNKNOWN_WORD = "<unk>"  # the unknown word of language models
 
 
 class BeamDecoder:
     """The best transcript of logits that a beam search finds.
 
-    Without a language model any string of symbols may come out. With one, and with a lexicon, only its words do; words
-    are those of `lexicon`, or else of the ARPA file.
+    Without a language model and lexicon, any string of symbols is possible. Otherwise only words of `lexicon` are, or,
+    if it is not given, words of the ARPA file.
 
     Args:
-        tokenizer: of the model.
-        beam_size: hypotheses kept at every frame; 1500 in the papers, 50 is quick.
-        beam_threshold: hypotheses that score so much below the best are dropped.
-        lm: an n-gram model of words, as .arpa, .arpa.gz, or a binary of KenLM; None = none.
-        lexicon: file of "word l e t t e r s |" on each line, in the symbols of the model; None = see above.
-        lm_weight: of the language model's score.
+        tokenizer: the tokenizer of the model.
+        beam_size: hypotheses kept at every frame; 1500 in the papers, 50 is fast.
+        beam_threshold: hypotheses whose score is lower than the best by more than this are dropped.
+        lm: an n-gram model of words, as .arpa, .arpa.gz, or a KenLM binary; None = no language model.
+        lexicon: file with "word l e t t e r s |" on each line, in the symbols of the model; None = see above.
+        lm_weight: weight of the language model's score.
         word_score: added for every word.
 
     Raises:
@@ -78,13 +78,13 @@ class BeamDecoder:
                 lexicon = str(_lexicon_of(Path(lm).expanduser(), tokenizer, delimiter, Path(folder)))
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torchaudio announces what it will stop offering
+                    warnings.simplefilter("ignore")  # torchaudio's deprecation warnings
                     self._decoder = ctc_decoder(lexicon=lexicon, lm=language_model, **settings)
             except (RuntimeError, ValueError, OSError) as error:
                 raise ConfigError(f"head.beam: {lm or lexicon} cannot be used ({error})") from error
 
     def __call__(self, logits: Tensor, frames: Sequence[int]) -> list[str]:
-        """Transcripts of logits (B, T, V), of which each row has so many real frames."""
+        """Transcripts of logits (B, T, V); `frames` is the number of real frames of each row."""
         import torch
 
         scores = logits.float().log_softmax(dim=-1).cpu().contiguous()
@@ -99,7 +99,7 @@ class BeamDecoder:
         found = self._decoder(scores, torch.tensor([len(logits)], dtype=torch.int64))[0]
         if not found:
             return "", []
-        symbols = [self.tokenizer.symbols.get(one, self.tokenizer.unk) for one in found[0].tokens.tolist()]
+        symbols = [self.tokenizer.symbols.get(number, self.tokenizer.unk) for number in found[0].tokens.tolist()]
         words: list[dict[str, Any]] = []
         inside = False
         for symbol, frame in zip(symbols, found[0].timesteps.tolist(), strict=True):
@@ -117,7 +117,7 @@ class BeamDecoder:
         if self.with_words:
             text = " ".join(word for word in hypothesis.words if word != UNKNOWN_WORD)
             return text.lower() if self.tokenizer.do_lower_case else text
-        # Already merged: what stands twice was said twice.
+        # Repeats are already merged: a symbol that occurs twice was spoken twice.
         return self.tokenizer.decode(hypothesis.tokens.tolist(), group_tokens=False)
 
 
@@ -125,8 +125,8 @@ def _lexicon_of(arpa: Path, tokenizer: CTCTokenizer, delimiter: str, folder: Pat
     """A lexicon with the words of an ARPA file that the model's symbols can spell."""
     if not arpa.name.endswith((".arpa", ".arpa.gz")):
         raise ConfigError(
-            f"head.beam.lm={arpa}: a binary language model does not list its words; give head.beam.lexicon, or the "
-            ".arpa file"
+            f"head.beam.lm={arpa}: the words of a binary language model cannot be listed; give head.beam.lexicon, or "
+            "the .arpa file"
         )
     lines: list[str] = []
     inside = False
@@ -137,7 +137,7 @@ def _lexicon_of(arpa: Path, tokenizer: CTCTokenizer, delimiter: str, folder: Pat
             elif inside and line.strip():
                 word = line.split("\t")[1].strip() if "\t" in line else line.split()[1]
                 symbols = tokenizer.split(word)
-                if not word.startswith("<") and all(one in tokenizer.vocabulary for one in symbols):
+                if not word.startswith("<") and all(symbol in tokenizer.vocabulary for symbol in symbols):
                     lines.append(f"{word} {' '.join(symbols)} {delimiter}\n")
     if not lines:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The two heads of images: a class for an image, and for every pixel.
+"""The two image heads: a class for an image, and a class for every pixel.
 
 Letters: B images, C classes, (H, W) pixels.
 """
@@ -20,19 +20,19 @@ from data2vec_train.finetune.metrics import classification_scores, segmentation_
 from data2vec_train.finetune.speech import class_predictions
 from data2vec_train.weights.base import PretrainedModel
 
-NO_CLASS = 255  # of a pixel
+NO_CLASS = 255  # a pixel without a class
 
 
 class ImageClassification(HeadTask):
-    """A class for an image, trained on mixtures of images where asked (ALGORITHM.md 4.3).
+    """A class for an image, optionally trained on mixed images (ALGORITHM.md 4.3).
 
     Args:
-        inputs: see `Inputs`; augmentation of single images is its transform's.
-        mixup: alpha of the Beta distribution of shares in which two images are blended; 0 = never.
-        cutmix: likewise of the area that is pasted from another image; 0 = never.
-        mix_probability: of a batch to be mixed at all; with both kinds each comes in half of the cases.
-        label_smoothing: share of the label that is spread over all classes.
-        init_scale: what the weights of a new head start with, as a share of what they do otherwise.
+        inputs: see `Inputs`; its transform augments single images.
+        mixup: alpha of the Beta distribution of the blending weight of two images; 0 = no mixup.
+        cutmix: alpha of the Beta distribution of the area pasted from another image; 0 = no cutmix.
+        mix_probability: probability that a batch is mixed; with both kinds, each is used in half of the cases.
+        label_smoothing: fraction of the label that is spread over all classes.
+        init_scale: factor on the initial weights of a new head.
     """
 
     model_class = "Data2VecVisionForImageClassification"
@@ -48,37 +48,37 @@ class ImageClassification(HeadTask):
         cutmix: float,
         mix_probability: float,
         label_smoothing: float,
-        init_scale: float = 1.0,  # which models saved before there was a choice do not say
+        init_scale: float = 1.0,  # default for models saved before this setting existed
     ) -> None:
         super().__init__(inputs=inputs)
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
             if value < 0:
-                raise ConfigError(f"head.{name} is 0 or a positive number, got {value}")
+                raise ConfigError(f"head.{name}={value}: expected 0 or a positive number")
         if not 0 <= mix_probability <= 1 or not 0 <= label_smoothing < 1:
             raise ConfigError(
-                "head.mix_probability and head.label_smoothing are shares from 0 to 1, got "
-                f"{mix_probability} and {label_smoothing}"
+                f"head.mix_probability={mix_probability} head.label_smoothing={label_smoothing}: expected numbers from "
+                "0 to 1 (label_smoothing below 1)"
             )
-        self.mixup, self.cutmix = float(mixup), float(cutmix)  # torchvision draws nothing with a whole number
+        self.mixup, self.cutmix = float(mixup), float(cutmix)  # torchvision cannot sample with an int
         self.mix_probability = mix_probability
         self.label_smoothing = label_smoothing
         self.init_scale = init_scale
 
     @torch.no_grad()
     def start_head(self, model: PretrainedModel) -> None:
-        """See `HeadTask.start_head`."""
+        """Scale the initial weights of a new head by `init_scale`."""
         model.classifier.weight.mul_(self.init_scale)
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The pixels and the class of an image."""
         image = self.inputs.decode(raw.value)
         transform = self.inputs.transform.train if train else self.inputs.transform.evaluate
         return {"key": raw.key, "pixels": transform(image), "label": raw.label}
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        pixels = torch.stack([one["pixels"] for one in examples])
-        labels = tuple(one["label"] for one in examples)
+        """Pixels and labels, in training mixed by mixup or cutmix."""
+        pixels = torch.stack([example["pixels"] for example in examples])
+        labels = tuple(example["label"] for example in examples)
         if any(label is None for label in labels):
             return Examples({"pixel_values": pixels}, references=labels)
         classes = torch.tensor(labels)
@@ -91,7 +91,7 @@ class ImageClassification(HeadTask):
         return Examples({"pixel_values": pixels}, {"labels": classes}, references=labels)
 
     def loss(self, model: PretrainedModel, batch: Examples) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """Cross entropy with classes (B,), or with shares of classes (B, C)."""
+        """Cross entropy with classes (B,), or with probabilities of classes (B, C)."""
         outputs = model(**batch.inputs)
         if "labels" not in batch.targets:
             return None, outputs
@@ -104,27 +104,31 @@ class ImageClassification(HeadTask):
         found = class_predictions(outputs["logits"], self.class_names)
         if len(self.class_names) > 5:
             best = outputs["logits"].topk(5, dim=-1).indices.tolist()
-            found = [one | {"best_five": five} for one, five in zip(found, best, strict=True)]
+            found = [prediction | {"best_five": five} for prediction, five in zip(found, best, strict=True)]
         return found
 
     def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[int]) -> Scores:
-        """See `HeadTask.score`."""
-        scores = classification_scores([one["index"] for one in predictions], references, len(self.class_names))
+        """Accuracy, F1, Matthews correlation, and `top5` with more than five classes."""
+        scores = classification_scores(
+            [prediction["index"] for prediction in predictions], references, len(self.class_names)
+        )
         if predictions and "best_five" in predictions[0]:
-            among = [label in one["best_five"] for one, label in zip(predictions, references, strict=True)]
+            among = [
+                label in prediction["best_five"] for prediction, label in zip(predictions, references, strict=True)
+            ]
             scores["top5"] = float(np.mean(among))
         return scores
 
 
 class SegmentationMeter(Meter):
-    """Counts pixels at the size of the reference maps."""
+    """Counts pixels by true and predicted class, at the size of the reference maps."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, outputs: Mapping[str, Any], batch: Examples) -> None:
-        """See `Meter.update`."""
+        """Add the pixels of the batch's images that have a map."""
         for row, wanted in enumerate(batch.references):
             if wanted is None:
                 continue
@@ -136,7 +140,7 @@ class SegmentationMeter(Meter):
             self.confusion += counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> Scores:
-        """See `Meter.compute`.
+        """Mean intersection over union, and accuracy.
 
         Raises:
             DataError: no image had a map.
@@ -147,7 +151,7 @@ class SegmentationMeter(Meter):
 
 
 def map_of(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Classes (H, W) int64, on the host, from logits (C, h, w)."""
+    """Classes (H, W) int64 on the host, from logits (C, h, w)."""
     resized = F.interpolate(logits[None].float(), size=tuple(size), mode="bilinear", align_corners=False)
     return resized[0].argmax(dim=0).cpu()
 
@@ -155,18 +159,18 @@ def map_of(logits: Tensor, size: Sequence[int]) -> Tensor:
 class SemanticSegmentation(HeadTask):
     """A class for every pixel (ALGORITHM.md 4.3: UPerNet as configured for BEiT).
 
-    Training: a random crop of a random size, flipped half of the time. Scoring: the whole image at the model's size,
-    the answer resized to the size of its map.
+    Training: a random crop of a random size, flipped at random. Scoring: the whole image at the model's size, the
+    prediction resized to the size of the reference map.
 
     Args:
         inputs: see `Inputs`.
-        map_column: of images with a class number in every pixel; None = files with the same names in `maps`.
+        map_column: column of images with a class number in every pixel; None = the files in `maps`.
         maps: folder with a .png for each image, at the same relative path; None = `map_column`.
-        classes: their names, or how many there are.
-        reduce_labels: 0 in a map is no class, and the others decrease by 1, as in ADE20K.
-        crop_scale: smallest and largest share of an image that a training crop covers; None = the whole image.
-        horizontal_flip: probability.
-        auxiliary_weight: of the loss of the second head; 0 = there is none.
+        classes: the names of the classes, or their number.
+        reduce_labels: 0 in a map means no class, and other values decrease by 1, as in ADE20K.
+        crop_scale: smallest and largest fraction of an image that a training crop covers; None = the whole image.
+        horizontal_flip: probability of a flip.
+        auxiliary_weight: weight of the auxiliary head's loss; 0 = no auxiliary head.
     """
 
     model_class = "Data2VecVisionForSemanticSegmentation"
@@ -187,9 +191,9 @@ class SemanticSegmentation(HeadTask):
     ) -> None:
         super().__init__(inputs=inputs)
         if (map_column is None) == (maps is None):
-            raise ConfigError("expected one of head.map_column and head.maps, the other null")
+            raise ConfigError("set exactly one of head.map_column and head.maps; the other must be null")
         names = (
-            [str(number) for number in range(classes)] if isinstance(classes, int) else [str(one) for one in classes]
+            [str(number) for number in range(classes)] if isinstance(classes, int) else [str(name) for name in classes]
         )
         if not 2 <= len(names) < NO_CLASS:
             raise ConfigError(f"head.classes: {len(names)} classes; expected 2 to {NO_CLASS - 1}")
@@ -203,24 +207,24 @@ class SemanticSegmentation(HeadTask):
 
     @property
     def label_fields(self) -> list[str]:
-        """See `HeadTask.label_fields`."""
+        """The column of the maps, if they are in a column."""
         return [] if self.map_column is None else [self.map_column]
 
     def usable(self, source: Source) -> np.ndarray:
-        """All: maps are not read before they are needed."""
+        """All records; maps are read only when an example is made."""
         return np.arange(len(source))
 
     def setup(self, source: Source, rows: np.ndarray) -> None:
-        """Check that there is a map for every image.
+        """Check that every image has a map.
 
         Raises:
-            DataError: there is not.
+            DataError: an image has none.
         """
         if self.maps is not None:
             self._images = self._check_maps(source, rows)
 
     def check_test(self, source: Source) -> None:
-        """Likewise, and that no map stands for two images."""
+        """Check that every image has a map, and that no map belongs to two images."""
         if self.maps is None:
             return
         trained = self._images
@@ -228,13 +232,13 @@ class SemanticSegmentation(HeadTask):
         shared = sorted(key for key in tested.keys() & trained.keys() if tested[key] != trained[key])
         if shared:
             raise DataError(
-                f"{shared[0]} is a training and another test image ({len(shared)} such names), and head.maps has one "
-                "map for both. Rename them, or name the maps in a metadata.csv beside the images, with "
-                "head.map_column=COLUMN head.maps=null"
+                f"{shared[0]} is the name of a training image and of a different test image ({len(shared)} such "
+                "names), and head.maps has one map for both. Rename them, or list the maps in a metadata.csv beside "
+                "the images, with head.map_column=COLUMN head.maps=null"
             )
 
     def _check_maps(self, source: Source, rows: np.ndarray) -> dict[str, Path | None]:
-        """The images by key."""
+        """The images by key, after a check that each has a map."""
         records = (source[int(row)] for row in rows)
         images = {raw.key: raw.value if isinstance(raw.value, Path) else None for raw in records}
         if not self.maps.is_dir():
@@ -251,13 +255,13 @@ class SemanticSegmentation(HeadTask):
         return (self.maps / key).with_suffix(".png")
 
     def model_settings(self) -> dict[str, Any]:
-        """See `HeadTask.model_settings`."""
+        """Class names, the auxiliary head, and the label that the loss ignores."""
         weight = self.auxiliary_weight
         auxiliary = {"use_auxiliary_head": weight > 0, "auxiliary_loss_weight": weight}
         return super().model_settings() | auxiliary | {"semantic_loss_ignore_index": NO_CLASS}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """See `HeadTask.example`."""
+        """The pixels and the map of an image, in training a random crop."""
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
@@ -283,7 +287,7 @@ class SemanticSegmentation(HeadTask):
         else:
             whole = tv_tensors.Image(pixels), tv_tensors.Mask(torch.from_numpy(classes))
             pixels, mask = change(*whole)
-            if train and not bool((mask != NO_CLASS).any()):  # a crop of nothing that has a class
+            if train and not bool((mask != NO_CLASS).any()):  # no pixel of the crop has a class
                 pixels, mask = v2.Resize(transform.size, antialias=True)(*whole)
             classes = mask.as_subclass(torch.Tensor).long()
         pixels = transform.normalise(pixels.as_subclass(torch.Tensor))
@@ -313,7 +317,7 @@ class SemanticSegmentation(HeadTask):
             try:
                 value = np.array(Image.open(BytesIO(value)))
             except (OSError, ValueError) as error:
-                raise BadSample(f"its map is no image: {error}") from error
+                raise BadSample(f"its map is not an image: {error}") from error
         if value.ndim != 2:
             raise BadSample(f"a map of shape {value.shape}; expected one class number for each pixel")
         classes = value.astype(np.int64)
@@ -322,21 +326,21 @@ class SemanticSegmentation(HeadTask):
         outside = (classes != NO_CLASS) & ((classes < 0) | (classes >= len(self.class_names)))
         if outside.any():
             raise BadSample(
-                f"its map has the class {int(classes[outside][0])}; head.classes says 0 to "
-                f"{len(self.class_names) - 1}, and {NO_CLASS} for none"
+                f"its map has the class {int(classes[outside][0])}; with head.classes, expected 0 to "
+                f"{len(self.class_names) - 1}, or {NO_CLASS} for no class"
             )
         return classes.astype(np.uint8)
 
     def collate(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> Examples:
-        """See `HeadTask.collate`."""
-        inputs = {"pixel_values": torch.stack([one["pixels"] for one in examples])}
-        if all(one["classes"] is not None for one in examples):
-            inputs["labels"] = torch.stack([one["classes"] for one in examples])
-        host = {"size": torch.tensor([one["size"] for one in examples])}
-        return Examples(inputs, host=host, references=tuple(one["reference"] for one in examples))
+        """Pixels, and maps if all examples have one."""
+        inputs = {"pixel_values": torch.stack([example["pixels"] for example in examples])}
+        if all(example["classes"] is not None for example in examples):
+            inputs["labels"] = torch.stack([example["classes"] for example in examples])
+        host = {"size": torch.tensor([example["size"] for example in examples])}
+        return Examples(inputs, host=host, references=tuple(example["reference"] for example in examples))
 
     def meter(self) -> Meter:
-        """See `HeadTask.meter`."""
+        """A meter that counts pixels."""
         return SegmentationMeter(len(self.class_names))
 
     def predictions(self, outputs: Mapping[str, Any], batch: Examples) -> list[np.ndarray]:

@@ -96,7 +96,7 @@ LABELS = {"ctc": "text", "frame": "segments", "token": "tags", "qa": "answers", 
 def test_a_test_that_says_nothing(command, rows, tested_on, capsys, head):
     other = tested_on([row | {LABELS.get(head, "map"): None} for row in rows(head)])
     assert command(head, other, steps=1)[0] == 2
-    assert "no test record says what is right" in capsys.readouterr().err
+    assert "no test record has a label" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("head", [*LABELS, "segmentation"])
@@ -116,7 +116,7 @@ def test_training_records_that_say_nothing_are_left_out(command, rows, capsys):
     status, run_dir = command("frame", "report=false", steps=1, rows=changed)
     assert status == 0
     assert summary_of(run_dir)["train_records"] == 12
-    assert "4 of 16 records are left out: they do not say what is right" in capsys.readouterr().out
+    assert "4 of 16 records are left out" in capsys.readouterr().out
 
 
 def test_recordings_that_are_too_long_are_mentioned(command, rows, capsys):
@@ -131,7 +131,7 @@ def test_recordings_that_are_too_long_are_mentioned(command, rows, capsys):
 def test_one_speaker_has_no_equal_error_rate(command, rows, tested_on, capsys):
     other = tested_on([row | {"kind": "one"} for row in rows("speaker")])
     assert command("speaker", other, steps=1)[0] == 2
-    assert "an equal error rate needs two speakers" in capsys.readouterr().err
+    assert "an equal error rate needs" in capsys.readouterr().err
 
 
 def test_held_out_speakers_have_to_make_pairs(command, rows, capsys):

@@ -223,7 +223,7 @@ def test_a_vocabulary_of_another_model_is_refused(program_of, weights, tmp_path,
     path = records("ctc", tmp_path / "ctc.parquet")
     given = [f"checkpoint={folder}", "data=hf", f"data.path={path}", f"out={tmp_path}/said.jsonl"]
     assert program_of("predict", *given, "data.num_workers=0") == 2
-    assert "vocab.json has numbers to 99, the model has 8 outputs" in capsys.readouterr().err
+    assert "vocab.json has ids up to 99" in capsys.readouterr().err
 
 
 def test_phones_are_symbols_of_their_own(command, rows, tmp_path):

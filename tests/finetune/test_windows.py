@@ -206,7 +206,7 @@ def test_windows_without_a_middle_are_refused(reader, program_of, tmp_path, caps
 
 def test_parts_of_recordings_have_no_transcript_of_their_own(command, capsys):
     assert command("ctc", "modality.segment_seconds=0.5", steps=1)[0] == 2
-    assert "said of whole recordings" in capsys.readouterr().err
+    assert "whole recordings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
