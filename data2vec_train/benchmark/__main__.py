@@ -1,4 +1,4 @@
-"""`python -m data2vec_train.benchmark what=[encoder,attention]`: how fast this is, beside other programs."""
+"""`python -m data2vec_train.benchmark what=[encoder,attention]`: speed, compared with other programs."""
 
 from typing import Any
 

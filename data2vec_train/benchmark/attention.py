@@ -1,4 +1,4 @@
-"""Every attention backend beside the plain one: shapes, padding, position bias, forward and backward."""
+"""Every attention backend compared with the plain one: shapes, padding, position bias, forward and backward."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.plan.flops import count_flops
 
 REFERENCE = "eager"
-PADDED_SHARE = 0.3  # of the last half of the rows
+PADDED_SHARE = 0.3  # fraction of padding in the last half of the rows
 
 
 def measure_attention(
@@ -29,7 +29,7 @@ def measure_attention(
     backward: list[bool],
     names: list[str] | None,
 ) -> Iterator[Case]:
-    """A case for each shape (batch, heads, length, head width), bias, with and without a mask, a backward pass."""
+    """One case for each combination of shape (batch, heads, length, head width), bias, mask and backward pass."""
     names = [REFERENCE, *(name for name in names or BACKENDS if name != REFERENCE)]
     for shape, masked, kind, trained in itertools.product(shapes, key_mask, bias, backward):
         inputs = Inputs.draw(shape, masked=masked, kind=kind, trained=trained, bench=bench)
@@ -61,18 +61,18 @@ def measure_attention(
 
 @dataclass
 class Inputs:
-    """Queries, keys, values, and what belongs to them."""
+    """Queries, keys, values, mask and bias."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     key_mask: Tensor | None
     bias: Bias | None
-    weights: Tensor | None  # of the outputs in what is differentiated; None = forward only
+    weights: Tensor | None  # gradient of the outputs; None = forward only
 
     @classmethod
     def draw(cls, shape: list[int], *, masked: bool, kind: str, trained: bool, bench: Bench) -> "Inputs":
-        """Noise of a shape (batch, heads, length, head width)."""
+        """Random inputs of a shape (batch, heads, length, head width)."""
         rows, heads, length, _ = shape
         generator = torch.Generator().manual_seed(0)
 
@@ -85,37 +85,37 @@ class Inputs:
         lengths[rows // 2 :] = max(1, round((1 - PADDED_SHARE) * length))
         key_mask = (torch.arange(length) < lengths[:, None]).to(bench.device) if masked else None
         weights = noise(*shape).detach() if trained else None
-        if trained and masked:  # what padding asks for means nothing
+        if trained and masked:  # outputs at padding are undefined
             weights = weights * key_mask[:, None, :, None]
         bias = _bias(kind, heads, length, generator=generator, trained=trained, device=bench.device)
         return cls(q, k, v, key_mask, bias, weights)
 
     def run(self, backend: str) -> Tensor:
-        """One pass; gradients of the pass before are forgotten."""
+        """One pass; gradients of the previous pass are discarded."""
         with torch.set_grad_enabled(self.weights is not None):
             output = attention(self.q, self.k, self.v, backend=backend, key_mask=self.key_mask, bias=self.bias)
         if self.weights is not None:
-            for one in self._leaves().values():
-                one.grad = None
+            for leaf in self._leaves().values():
+                leaf.grad = None
             output.backward(self.weights)
         return output.detach()
 
     def results(self, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Output at real positions and gradients."""
+        """Output at real positions, and gradients."""
         output = self.run(backend)
         if self.key_mask is not None:
             output = output.masked_fill(~self.key_mask[:, None, :, None], 0.0)
-        return {"output": output}, {name: one.grad for name, one in self._leaves().items() if one.grad is not None}
+        return {"output": output}, {name: leaf.grad for name, leaf in self._leaves().items() if leaf.grad is not None}
 
     def _leaves(self) -> dict[str, Tensor]:
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": None if self.bias is None else self.bias.learned}
-        return {name: one for name, one in named.items() if one is not None}
+        return {name: leaf for name, leaf in named.items() if leaf is not None}
 
 
 def _bias(
     kind: str, heads: int, length: int, *, generator: torch.Generator, trained: bool, device: torch.device
 ) -> Bias | None:
-    """The bias of an encoder of images, as a square grid where that is possible, or of speech."""
+    """The bias of an image encoder, on a square grid if possible, or of a speech encoder."""
     if kind == "relative":
         side = math.isqrt(length - 1)
         grid = (side, side) if side * side == length - 1 else (1, length - 1)

@@ -1,4 +1,4 @@
-"""What all measurements of one command share."""
+"""Settings and functions that all measurements of one command share."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +18,10 @@ AUTOCAST = {"32-true": None, "32-tf32": None, "bf16-mixed": torch.bfloat16, "16-
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Types of numbers: weights are float32, products what `precision` says; picklable, for a process of its own."""
+    """Dtypes of a measurement: weights are float32, products have `precision`; picklable, for use in a new process."""
 
     device: str
-    precision: str  # what `precision.trainer` becomes here
+    precision: str  # `precision.trainer` with "auto" resolved
 
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
@@ -29,11 +29,11 @@ class Arithmetic:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That matrices are multiplied in."""
+        """Dtype of matrix products."""
         return AUTOCAST[self.precision] or torch.float32
 
     def autocast(self) -> AbstractContextManager:
-        """The context for a forward pass; how float32 is multiplied stays set for the backward pass."""
+        """The context for a forward pass; also sets how float32 is multiplied, which the backward pass keeps."""
         tf32 = self.precision == "32-tf32"
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
@@ -43,15 +43,15 @@ class Arithmetic:
 
 @dataclass
 class Bench:
-    """How, on what and against whom to measure.
+    """How to measure, on which device, and compared with which programs.
 
     Attributes:
-        arithmetic: device and types.
+        arithmetic: device and dtypes.
         effort: see `timing.Effort`.
-        peers: that are installed and asked for.
-        measures_memory: also start a process for each arm.
-        threads: of torch.
-        tolerance: largest difference of outputs, and of gradients as a share, that still counts as the same.
+        peers: installed programs to compare with.
+        measures_memory: whether to start a process for each arm to measure its memory.
+        threads: number of torch threads.
+        tolerance: largest difference that counts as equal: absolute for outputs, a fraction for gradients.
     """
 
     arithmetic: Arithmetic
@@ -63,17 +63,17 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """That everything runs on."""
+        """The device of all measurements."""
         return torch.device(self.arithmetic.device)
 
     def memory_of(self, arm: Arm, make: Callable[[], Callable[[], object]]) -> None:
-        """Fill in the peak memory of an arm, if that was asked for."""
+        """Measure the peak memory of an arm if `measures_memory`."""
         if self.measures_memory:
             arm.idle_bytes, arm.peak_bytes = peak_memory(make, device=self.device, threads=self.threads, calls=2)
             arm.memory_kind = KIND[self.device.type]
 
     def build(self, arm: Arm, make: Callable[[], T]) -> T:
-        """An arm, with its peak memory if that was asked for: on a GPU of this very one, in its first calls."""
+        """Build an arm and measure its peak memory if `measures_memory`; on a GPU, in the first calls of this arm."""
         if self.device.type != "cuda":
             self.memory_of(arm, make)
             return make()

@@ -1,4 +1,4 @@
-"""The teacher's update and the optimizer's step beside plain loops over parameters."""
+"""The teacher's update and the optimizer's step, compared with plain loops over parameters."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ LR, TAU = 1e-3, 0.999
 
 
 def measure_ema(bench: Bench, *, size: dict[str, Any], image_px: int, patch_px: int) -> Iterator[Case]:
-    """Two cases, on an image encoder."""
+    """Two cases, on an image encoder: the teacher's EMA and the optimizer's step."""
     config = CLASSES[CLASS["vision"]].config_class(
         hidden_size=size["dim"],
         num_hidden_layers=size["depth"],
@@ -32,7 +32,7 @@ def measure_ema(bench: Bench, *, size: dict[str, Any], image_px: int, patch_px: 
         out_indices=list(range(min(4, size["depth"]))),
     )
     encoder = CLASSES[CLASS["vision"]](config).get_encoder().to(bench.device)
-    count = sum(one.numel() for one in encoder.parameters())
+    count = sum(parameter.numel() for parameter in encoder.parameters())
     yield _teachers(bench, encoder, f"EMA of {count / 1e6:.1f} M weights")
     yield _optimizers(bench, encoder, f"AdamW on {count / 1e6:.1f} M weights")
 
@@ -41,9 +41,9 @@ def _teachers(bench: Bench, student: ModalityEncoder, name: str) -> Case:
     ours = EMATeacher(student, share_embeddings=False, copied=[])
     plain = copy.deepcopy(ours)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a student that has moved away from its teachers
-        for one in student.parameters():
-            one.add_(torch.randn(one.shape, generator=generator).to(one.device) * 0.02)
+    with torch.no_grad():  # make the student differ from its teachers
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * 0.02)
 
     @torch.no_grad()
     def loop() -> None:
@@ -54,7 +54,9 @@ def _teachers(bench: Bench, student: ModalityEncoder, name: str) -> Case:
     for run in runs.values():
         run()
     states = {LOOP: dict(plain.encoder.named_parameters()), OURS: dict(ours.encoder.named_parameters())}
-    return _timed(bench, Case("ema", name, LOOP), runs, states, count=sum(one.numel() for one in student.parameters()))
+    return _timed(
+        bench, Case("ema", name, LOOP), runs, states, count=sum(parameter.numel() for parameter in student.parameters())
+    )
 
 
 def _optimizers(bench: Bench, encoder: nn.Module, name: str) -> Case:
@@ -64,12 +66,14 @@ def _optimizers(bench: Bench, encoder: nn.Module, name: str) -> Case:
     for kind, options in kinds.items():
         model = copy.deepcopy(encoder)
         generator = torch.Generator().manual_seed(0)
-        for one in model.parameters():
-            one.grad = torch.randn(one.shape, generator=generator).to(one.device)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
         runs[kind] = AdamW(model.parameters(), lr=LR, **options).step
         runs[kind]()
         states[kind] = dict(model.named_parameters())
-    return _timed(bench, Case("ema", name, LOOP), runs, states, count=sum(one.numel() for one in encoder.parameters()))
+    return _timed(
+        bench, Case("ema", name, LOOP), runs, states, count=sum(parameter.numel() for parameter in encoder.parameters())
+    )
 
 
 def _timed(

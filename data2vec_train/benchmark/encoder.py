@@ -1,4 +1,4 @@
-"""Our encoders beside transformers': the same weights and inputs, inference and training."""
+"""Our encoders compared with those of transformers: the same weights and inputs, inference and training."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,7 +39,7 @@ def measure_encoder(
     vocab_size: int,
     backend: str,
 ) -> Iterator[Case]:
-    """A case for each modality, mode and batch size."""
+    """One case for each modality, mode and batch size."""
     for modality in modalities:
         with TemporaryDirectory(prefix="data2vec_benchmark_") as folder:
             write_weights(
@@ -60,7 +60,7 @@ def measure_encoder(
 
 
 def compare(bench: Bench, case: Case, make: Callable[[str], "EncoderRun"], *, batch_size: int, backend: str) -> Case:
-    """Fill a case with transformers' arms, if it is installed, and ours; `make` takes an arm's full name.
+    """Measure our arm, and those of transformers if it is installed; `make` takes the full name of an arm.
 
     Without transformers there is no reference.
     """
@@ -73,7 +73,7 @@ def compare(bench: Bench, case: Case, make: Callable[[str], "EncoderRun"], *, ba
     runs = {name: build() for name, build in makes.items()}
     expected = runs[case.reference or OURS].results()
     tokens = expected[0]["last_hidden_state"].shape[:2].numel()
-    flops = count_flops(make(f"{OURS} eager"))  # whose operations are all counted
+    flops = count_flops(make(f"{OURS} eager"))  # all operations of eager attention are counted
     for arm in case.arms:
         arm.agreements = agreements(expected, runs[arm.name].results(), bench.tolerance, arm.name == case.reference)
         arm.items = {"samples": batch_size, "tokens": tokens}
@@ -82,7 +82,7 @@ def compare(bench: Bench, case: Case, make: Callable[[str], "EncoderRun"], *, ba
 
 
 def agreements(expected: "Results", found: "Results", tolerance: float, is_itself: bool) -> list[Any]:
-    """Outputs, and gradients if there are any."""
+    """Agreement of outputs, and of gradients if there are any."""
     suffix = " of the reference and of the reference again" if is_itself else ""
     checks = [outputs_agree(expected[0], found[0], what=f"outputs{suffix}", atol=tolerance)]
     if expected[1]:
@@ -97,14 +97,14 @@ class EncoderRun:
     """One encoder and its inputs, ready to run: a call is one pass.
 
     Args:
-        modality: of the encoder.
-        folder: with the weights.
-        shape: of the inputs.
-        vocab_size: of texts.
-        mode: "training" = forward and backward; "step" = with the optimizer too, whose learning rate is 0, so that it
-            does all its work and the weights stay those of the other arms.
-        arithmetic: device and types.
-        arm: who computes, and with which attention.
+        modality: modality of the encoder.
+        folder: folder with the weights.
+        shape: shape of the inputs.
+        vocab_size: vocabulary size, for texts.
+        mode: "training" = forward and backward; "step" = also the optimizer, with learning rate 0, so that it does all
+            its work but the weights stay equal to those of the other arms.
+        arithmetic: device and dtypes.
+        arm: the program, and its attention implementation.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class EncoderRun:
         self.model = load(modality, folder, program, attention).to(arithmetic.device)
         self.is_ours, self.mode, self.arithmetic = program == OURS, mode, arithmetic
         self.inputs = {MAIN_INPUT[modality]: draw_inputs(modality, shape, vocab_size).to(arithmetic.device)}
-        self.weights: Tensor | None = None  # of the outputs in what is differentiated
+        self.weights: Tensor | None = None  # weights of the outputs in the differentiated sum
         self.optimizer = AdamW(self.model.parameters(), lr=0.0, fused=True) if mode == "step" else None
 
     def __call__(self) -> Tensor:
-        """The last hidden state."""
+        """Run one pass; returns the last hidden state."""
         if self.mode == "inference":
             with torch.no_grad(), self.arithmetic.autocast():
                 return self.model(**self.inputs).last_hidden_state
@@ -141,11 +141,13 @@ class EncoderRun:
         return output.detach()
 
     def results(self) -> Results:
-        """Outputs, and gradients by transformers' names; both copied, so that the model can run again."""
+        """Outputs, and gradients by the names of transformers; both copied, so that the model can run again."""
         output = {"last_hidden_state": self().clone()}
         if self.mode == "inference":
             return output, {}
-        found = {name: one.grad for name, one in self.model.named_parameters() if one.grad is not None}
+        found = {
+            name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None
+        }
         if self.is_ours:
             found = _by_names_in_files(self.model, found)
         found = {name: gradient.clone() for name, gradient in found.items()}
@@ -163,10 +165,10 @@ def _by_names_in_files(model: nn.Module, gradients: dict[str, Tensor]) -> dict[s
 
 
 def load(modality: str, folder: str, program: str, attention: str) -> nn.Module:
-    """A model in evaluation mode: nothing is dropped, gradients flow."""
+    """A model in evaluation mode: no dropout, but gradients."""
     if program == OURS:
         model = CLASSES[CLASS[modality]].from_pretrained(folder, attn_implementation=attention)
-        multiply_convolutions(model)  # as fine-tuning and features have it
+        multiply_convolutions(model)  # as in fine-tuning and feature extraction
         return model
     import transformers
 
@@ -177,7 +179,7 @@ def load(modality: str, folder: str, program: str, attention: str) -> nn.Module:
 
 
 def draw_inputs(modality: str, shape: tuple[int, ...], vocab_size: int) -> Tensor:
-    """Noise, or token ids above the special ones."""
+    """Random numbers, or random token ids above the special ones."""
     generator = torch.Generator().manual_seed(_SEED)
     if modality == "text":
         return torch.randint(5, vocab_size, shape, generator=generator)
@@ -187,7 +189,7 @@ def draw_inputs(modality: str, shape: tuple[int, ...], vocab_size: int) -> Tenso
 def shape_of(
     modality: str, batch_size: int, image_px: int, audio_seconds: float, text_tokens: int
 ) -> tuple[tuple[int, ...], str]:
-    """Shape of a batch, and what a sample is, in words."""
+    """Shape of a batch, and the size of a sample in words."""
     if modality == "vision":
         return (batch_size, 3, image_px, image_px), f"{image_px} px"
     if modality == "audio":
@@ -205,9 +207,9 @@ def write_weights(
     max_tokens: int,
     vocab_size: int,
 ) -> None:
-    """Random weights of the published architecture at this size, in a folder that both programs read.
+    """Write random weights of the published architecture at this size into a folder that both programs read.
 
-    Biases, scales and tables that start at zero or one get noise, so that all of them matter.
+    Biases, scales and tables that start at zero or one get noise, so that each of them affects the outputs.
     """
     common = {
         "hidden_size": size["dim"],

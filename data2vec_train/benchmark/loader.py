@@ -1,4 +1,4 @@
-"""Samples per second of the loader, by number of workers, and what a sample costs by part."""
+"""Samples per second of the loader by number of workers, and the time of a sample by part."""
 
 import itertools
 import time
@@ -14,24 +14,24 @@ from data2vec_train.data.sources.files import BadSample
 def measure_loader(
     bench: Bench, *, name: str, make: Callable[[int], DataModule], workers: list[int], batches: int, samples: int
 ) -> Iterator[Case]:
-    """A case for the numbers of workers, and one for the parts.
+    """One case for the numbers of workers, and one for the parts of a sample.
 
     Args:
         bench: how to measure.
-        name: of the data.
+        name: name of the data.
         make: number of workers -> the data.
-        workers: their numbers; the first one is the reference.
-        batches: in a measurement, after as many that are not counted.
-        samples: that the parts are measured on.
+        workers: numbers of workers; the first one is the reference.
+        batches: batches per measurement, after the same number of warm-up batches.
+        samples: number of samples that the parts are measured on.
     """
     names = {count: f"{count} workers" for count in workers}
-    case = Case("loader", f"{name}, batches with masks", names[workers[0]], [Arm(one) for one in names.values()])
+    case = Case("loader", f"{name}, batches with masks", names[workers[0]], [Arm(label) for label in names.values()])
     modules = {count: make(count) for count in workers}
     for _ in range(bench.effort.rounds):
         for count, module in modules.items():
             arm = case.arm(names[count])
             arm.items["samples"] = _time_batches(module, arm, batches)
-    case.notes.append("one call is a batch; CPU seconds are those of the process that trains, not of its workers")
+    case.notes.append("one call is a batch; CPU seconds are of the training process, without its workers")
     yield case
     dataset = modules[workers[0]].train_dataloader().loader.dataset
     if isinstance(dataset, TrainingDataset):
@@ -39,9 +39,9 @@ def measure_loader(
 
 
 def _time_batches(module: DataModule, arm: Arm, batches: int) -> float:
-    """Adds a measurement to the arm; returns samples per batch."""
+    """Add a measurement to the arm; returns samples per batch."""
     iterator = iter(module.train_dataloader())
-    for _ in range(batches):  # until the workers are there and have filled their queues
+    for _ in range(batches):  # wait until the workers have started and filled their queues
         next(iterator)
     wall, cpu, seen = time.perf_counter(), time.process_time(), 0
     for batch in itertools.islice(iterator, batches):
@@ -55,24 +55,24 @@ def _time_batches(module: DataModule, arm: Arm, batches: int) -> float:
 
 def _parts(bench: Bench, name: str, module: DataModule, dataset: TrainingDataset, count: int) -> Case:
     raw = [dataset.source[int(index)] for index in dataset.indices[:count]]
-    pairs = [(number, one, _or_nothing(dataset.decode, one.value)) for number, one in enumerate(raw)]
-    usable = [(number, one, decoded) for number, one, decoded in pairs if decoded is not None]
-    samples = [Sample(dataset.transform(decoded), 0, number, one.label, ()) for number, one, decoded in usable]
+    pairs = [(number, record, _or_nothing(dataset.decode, record.value)) for number, record in enumerate(raw)]
+    usable = [(number, record, decoded) for number, record, decoded in pairs if decoded is not None]
+    samples = [Sample(dataset.transform(decoded), 0, number, record.label, ()) for number, record, decoded in usable]
     numbers = [int(index) for index in dataset.indices[: len(raw)]]
     runs = {
         "read": lambda: [dataset.source[index] for index in numbers],
-        "decode": lambda: [_or_nothing(dataset.decode, one.value) for one in raw],
+        "decode": lambda: [_or_nothing(dataset.decode, record.value) for record in raw],
         "transform": lambda: [dataset.transform(decoded) for _, _, decoded in usable],
         "collate": lambda: module.collate.without_masks()(samples),
         "collate and mask": lambda: module.collate(samples),
     }
-    case = Case("loader", name, None, [Arm(one, items={"samples": len(samples)}) for one in runs])
+    case = Case("loader", name, None, [Arm(part, items={"samples": len(samples)}) for part in runs])
     case.notes.append(f"one call is {len(samples)} samples, in one process")
     return bench.time(case, runs)
 
 
 def _or_nothing(decode: Callable[[object], object], value: object) -> object | None:
-    """A broken sample is quarantined in training; here it is passed over."""
+    """The decoded value; None for a broken sample, which training would quarantine."""
     try:
         return decode(value)
     except BadSample:

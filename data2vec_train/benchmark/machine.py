@@ -1,4 +1,4 @@
-"""What the measurements were made on, and how fast it multiplies matrices."""
+"""A description of the machine, and its speed of matrix products."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from data2vec_train.benchmark.timing import timed
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything about the machine that a figure depends on."""
+    """Everything about the machine that affects the measurements."""
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -32,12 +32,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def load_average() -> list[float] | None:
-    """Processes that wanted to run over the last 1, 5 and 15 minutes, these measurements included."""
-    return [round(one, 2) for one in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    """Average number of runnable processes over the last 1, 5 and 15 minutes, including these measurements."""
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def matmul_rates(*, side: int, repeats: int, dtype: torch.dtype, device: torch.device) -> list[float]:
-    """Floating-point operations per second of square matrix products of this size, one figure for each repeat."""
+    """Floating-point operations per second of square matrix products of this size, one number for each repeat."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return [2 * side**3 / timed(lambda: torch.mm(a, b), calls=1, device=device)[0] for _ in range(repeats)]

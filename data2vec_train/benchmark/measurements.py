@@ -1,10 +1,10 @@
-"""What a benchmark finds: cases with arms, every single measurement of each, and the ratios that follow from them.
+"""Results of a benchmark: cases with arms, all measurements of each, and the ratios computed from them.
 
     case     the same work, done by several arms in turn: "vision, training, 1 x 224 px"
     arm      one way to do it: "ours", "transformers sdpa"
     ratio    seconds of the reference arm / seconds of an arm, round by round; above 1 = faster than the reference
 
-A ratio whose range over the rounds includes 1 is not resolved, and arms whose results differ have none.
+A ratio whose range over the rounds includes 1 is not resolved. Arms whose results differ have no ratio.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
-        """That of some numbers, at least one."""
+        """The spread of at least one number."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Results of an arm beside those of the reference: outputs, gradients, or the reference with itself."""
+    """Comparison of an arm's results with the reference's: outputs or gradients; also the reference with itself."""
 
     what: str
-    largest: float  # difference
+    largest: float  # largest difference
     allowed: float
     where: str  # the tensor that differs most
 
     @property
     def holds(self) -> bool:
-        """False also when the difference is not a number."""
+        """Whether the difference is allowed; False for NaN."""
         return self.largest <= self.allowed
 
     def __str__(self) -> str:
@@ -47,20 +47,20 @@ class Agreement:
 
 @dataclass
 class Arm:
-    """One way to do the work of a case, and what was measured of it.
+    """One way to do the work of a case, and its measurements.
 
     Attributes:
-        name: of the arm.
-        seconds: wall time of one call, a number for each round.
-        cpu_seconds: of all threads of this process, likewise.
-        calls: that each of these numbers is the mean of.
-        agreements: with the reference.
-        refused: why it cannot do the work, in a sentence; then nothing was measured.
-        items: what one call gets through, by unit: {"samples": 2, "tokens": 394}.
-        flops: of one call.
-        idle_bytes: of memory, before it works: weights, and on a CPU interpreter and libraries.
-        peak_bytes: of memory, these included.
-        memory_kind: what `peak_bytes` is: of a process of its own, or of the GPU.
+        name: name of the arm.
+        seconds: wall time of one call, one number for each round.
+        cpu_seconds: CPU time of all threads of this process, one number for each round.
+        calls: number of calls that each of these numbers is the mean of.
+        agreements: comparisons with the reference.
+        refused: why the arm cannot do the work, as a sentence; then nothing was measured.
+        items: amount of work of one call, by unit: {"samples": 2, "tokens": 394}.
+        flops: floating-point operations of one call.
+        idle_bytes: memory before the first call: weights, and on a CPU interpreter and libraries.
+        peak_bytes: peak memory, these included.
+        memory_kind: what `peak_bytes` measures: a separate process, or the GPU.
     """
 
     name: str
@@ -90,9 +90,9 @@ class Arm:
 
 @dataclass
 class Case:
-    """The same work done by several arms; `reference` names the one that ratios are relative to, None = no ratios."""
+    """The same work done by several arms; ratios are relative to the arm named `reference`, None = no ratios."""
 
-    kind: str  # what was asked for: "encoder"
+    kind: str  # an entry of `what`, such as "encoder"
     name: str
     reference: str | None
     arms: list[Arm] = field(default_factory=list)
@@ -100,37 +100,37 @@ class Case:
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
-        return next(one for one in self.arms if one.name == name)
+        return next(arm for arm in self.arms if arm.name == name)
 
     def ratio(self, arm: Arm) -> "Ratio | None":
-        """How many times as fast as the reference; None for the reference itself, and where there is nothing to say."""
+        """How many times faster than the reference; None for the reference itself, and without measurements."""
         if self.reference is None or arm.name == self.reference or not arm.seconds:
             return None
         reference = self.arm(self.reference)
         if not reference.seconds:
             return None
-        wrong = [str(one) for one in (*reference.agreements, *arm.agreements) if not one.holds]
+        wrong = [str(agreement) for agreement in (*reference.agreements, *arm.agreements) if not agreement.holds]
         if wrong:
             return Ratio(None, None, f"no ratio: {'; '.join(wrong)}")
         return Ratio(_ratios(reference.seconds, arm.seconds), _ratios(reference.cpu_seconds, arm.cpu_seconds), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: everything that was measured, and what follows from it."""
+        """All measurements and derived values, as plain values."""
         plain = dataclasses.asdict(self)
-        for one, arm in zip(plain["arms"], self.arms, strict=True):
+        for fields, arm in zip(plain["arms"], self.arms, strict=True):
             ratio = self.ratio(arm)
-            one["wall"] = dataclasses.asdict(Spread.of(arm.seconds)) if arm.seconds else None
-            one["rates"] = arm.rates
-            one["gflop_per_second"] = None if arm.flop_rate is None else arm.flop_rate / 1e9
-            one["ratio"] = None if ratio is None else ratio.as_json()
+            fields["wall"] = dataclasses.asdict(Spread.of(arm.seconds)) if arm.seconds else None
+            fields["rates"] = arm.rates
+            fields["gflop_per_second"] = None if arm.flop_rate is None else arm.flop_rate / 1e9
+            fields["ratio"] = None if ratio is None else ratio.as_json()
         return plain
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Times as fast as the reference, or why that cannot be said."""
+    """Speed relative to the reference, or the reason why there is no ratio."""
 
-    wall: list[float] | None  # of each round
+    wall: list[float] | None  # one ratio for each round
     cpu: list[float] | None
     refusal: str | None
 
@@ -162,5 +162,5 @@ def ratio_text(ratios: list[float]) -> str:
 
 
 def _ratios(reference: list[float], other: list[float]) -> list[float]:
-    """Round by round; a process that used no measurable time on the CPU is taken to have used a microsecond."""
+    """Ratios by round; times below one microsecond count as one microsecond."""
     return [max(a, 1e-6) / max(b, 1e-6) for a, b in zip(reference, other, strict=True)]

@@ -1,4 +1,4 @@
-"""Peak memory of one arm: on a GPU its allocator's, on a CPU that of a process in which nothing else happens."""
+"""Peak memory of one arm: on a GPU from the allocator, on a CPU that of a separate process that runs only the arm."""
 
 import gc
 import multiprocessing
@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-KIND = {"cpu": "resident memory of a process of its own", "cuda": "memory allocated on the GPU"}
+KIND = {"cpu": "resident memory of a separate process", "cuda": "memory allocated on the GPU"}
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(
     make: Callable[[], Callable[[], object]], *, device: torch.device, threads: int, calls: int
 ) -> tuple[int, int]:
-    """Bytes that an arm holds before it works and at most, on a CPU with its interpreter and libraries.
+    """Bytes that an arm holds before its first call and at its peak; on a CPU with interpreter and libraries.
 
     Args:
-        make: builds the arm; what it needs while it builds is not counted where the system can forget it. For a CPU a
-            function of a module, or a partial of one, since it runs in another process.
-        device: that the arm runs on.
-        threads: of torch.
-        calls: of the arm.
+        make: builds the arm; memory used only while building is not counted if the system can reset the peak. For a CPU
+            a module-level function, or a partial of one, because it runs in another process.
+        device: device of the arm.
+        threads: number of torch threads.
+        calls: number of calls of the arm.
 
     Raises:
         RuntimeError: the other process failed.
@@ -74,14 +74,14 @@ def _measure(answer: Connection, make: Callable[[], Callable[[], object]], threa
 
 
 def _forget_peak() -> None:
-    """Linux lets a process start its peak anew; elsewhere it stays what it was."""
+    """Reset the peak memory of this process, which only Linux supports."""
     if _RESET.exists():
         _RESET.write_text("5")
 
 
 def _peak() -> int:
     if _STATUS.exists():
-        # Not `ru_maxrss`, which a process inherits from the one that started it.
+        # Not `ru_maxrss`, which a process inherits from its parent.
         [line] = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,10 +3,10 @@
     images 1.0      the BEiT-based code of facebookresearch/data2vec_vision
     the other five  fairseq with its examples/data2vec
 
-Sizes and constants are read off our objective; what is random (dropout, layer drop, noise in hidden places) is off.
-Everything that is timed is theirs: model, teacher, loss, gradient norm, optimizer, averaging. Not theirs are the masks,
-which fairseq's 1.0 speech model would draw without a seed, and the division by the number of hidden tokens, which
-fairseq's trainer does to the gradients.
+Sizes and constants are taken from our objective; randomness (dropout, layer drop, noise at masked positions) is off.
+Everything that is timed is original code: model, teacher, loss, gradient norm, optimizer, averaging. Two things are
+not: the masks, which fairseq's 1.0 speech model would draw without a seed, and the division by the number of masked
+tokens, which fairseq's trainer applies to the gradients.
 """
 
 import copy
@@ -45,29 +45,29 @@ from data2vec_train.weights.names import (
 
 @dataclass(frozen=True)
 class _Original:
-    """An original model, and how its parts and names lie to ours."""
+    """An original model, and the mapping of its parts and names to ours."""
 
     model: nn.Module
-    names: dict[str, str]  # theirs -> ours, see `hf.names`
-    prefix: str  # in front of their names in `model`
-    make_teacher: Callable[[], nn.Module]  # once the student's weights are loaded; gives what is averaged
-    teacher_prefix: str  # what the teacher's names lack
+    names: dict[str, str]  # theirs -> ours, see `weights/names.py`
+    prefix: str  # prefix of their names in `model`
+    make_teacher: Callable[[], nn.Module]  # called after the student's weights are loaded; returns the averaged module
+    teacher_prefix: str  # prefix of `names` that the teacher's names do not have
     loss: Callable[[], Tensor]
-    average: Callable[[int], None]  # the step's number -> one averaging step
+    average: Callable[[int], None]  # called with the step number; one averaging step
 
 
 def original_step(modality: str, objective: str, *, ours: Data2Vec, batch: Batch, update: Update) -> StepArm:
-    """The original program's step for a pair of modality and objective, computing what `ours` computes.
+    """The original program's step for a modality and objective, which computes the same as `ours`.
 
     Args:
         modality: vision, audio or text.
         objective: data2vec or data2vec2.
-        ours: weights of student, decoder and teacher, sizes and constants.
+        ours: gives the weights of student, decoder and teacher, sizes and constants.
         batch: inputs of equal length, and masks.
-        update: numbers of the optimizer.
+        update: settings of the optimizer.
 
     Raises:
-        ConfigError: the original is not installed or does not import.
+        ConfigError: the original is not installed or cannot be imported.
     """
     build = {
         ("vision", "data2vec"): _image_v1,
@@ -119,7 +119,7 @@ def _below(prefix: str, names: dict[str, str]) -> dict[str, str]:
 
 @torch.no_grad()
 def _load(model: nn.Module, names: dict[str, str], ours: dict[str, Tensor], *, partly: bool = False) -> None:
-    """Copy our tensors into their parameters; all of them, unless `partly`."""
+    """Copy our tensors into the model's parameters: into all of them, unless `partly`."""
     theirs = to_theirs(names, ours)
     for name, parameter in model.named_parameters():
         if name in theirs:
@@ -136,7 +136,7 @@ def _fairseq(module: str) -> ModuleType:
     """A module of fairseq's examples/data2vec.
 
     Raises:
-        ConfigError: it does not import.
+        ConfigError: it cannot be imported.
     """
     import importlib
 
@@ -146,17 +146,17 @@ def _fairseq(module: str) -> ModuleType:
             return importlib.import_module(f"examples.data2vec.models.{module}")
     except ImportError as error:
         raise ConfigError(
-            f"the original program does not import here ({error}). It is fairseq with its examples/data2vec: "
-            "pip install fairseq-fixed gives one that imports today. Without it this comparison is left out, the "
-            "rest of the benchmark goes on"
+            f"the original program cannot be imported ({error}). It is fairseq with its examples/data2vec; "
+            "pip install fairseq-fixed installs a version that works with current Python. Without it, only this "
+            "comparison is left out"
         ) from error
 
 
 @contextmanager
 def _older_libraries() -> Iterator[None]:
-    """Inside, what fairseq was written for holds: dataclasses have other dataclasses as defaults, numpy has `float`.
+    """Make fairseq importable: allow dataclass instances as defaults of dataclass fields, and restore `numpy.float`.
 
-    Every instance gets a copy of such a default; before Python 3.11 all shared one.
+    Every instance gets a copy of such a default; before Python 3.11 all instances shared one.
     """
     strict = dataclasses.dataclass
 
@@ -182,7 +182,7 @@ def _older_libraries() -> Iterator[None]:
 
 
 def _fairseq_optimizer(original: _Original, update: Update) -> Callable[[], None]:
-    """As fairseq does, measure the norm at every step, whether it is clipped or not."""
+    """Like fairseq, compute the gradient norm in every step, even without clipping."""
     from fairseq.optim.adam import Adam
     from fairseq.utils import clip_grad_norm_
 
@@ -227,7 +227,7 @@ def _widths(ours: Data2Vec) -> dict[str, Any]:
 
 
 def _constants(ours: Data2Vec) -> dict[str, Any]:
-    """Settings that all fairseq models have under the same names."""
+    """Settings that have the same names in all fairseq models."""
     targets = ours.targets
     return {
         "loss_beta": ours.loss_beta,
@@ -245,7 +245,7 @@ def _constants(ours: Data2Vec) -> dict[str, Any]:
 
 
 def _with(config: Any, **values: Any) -> Any:
-    """Set fields that exist."""
+    """Set fields of a config; unknown names are an error."""
     for name, value in values.items():
         if not hasattr(config, name):
             raise ValueError(f"{type(config).__name__} has no {name}")
@@ -260,13 +260,13 @@ def _convolutions(ours: Data2Vec) -> str:
 
 
 def _mean(result: dict[str, Any]) -> Tensor:
-    """The sum of `ModelCriterion`, divided as the trainer does."""
+    """The sum of `ModelCriterion`, divided by the sample size as in fairseq's trainer."""
     return sum(loss.float().sum() for loss in result["losses"].values()) / result["sample_size"]
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What fairseq's models ask a dictionary."""
+    """The methods of a dictionary that fairseq's models call."""
 
     size: int
     pad_id: int
@@ -276,15 +276,15 @@ class _Vocabulary:
         return self.size
 
     def pad(self) -> int:
-        """Id of padding."""
+        """Id of the padding token."""
         return self.pad_id
 
     def unk(self) -> int:
-        """No id at all: nothing here is unknown."""
+        """An invalid id: no token is unknown here."""
         return -1
 
     def index(self, symbol: str) -> int:
-        """Id of the only symbol that is asked for, the mask."""
+        """Id of the mask token, the only symbol that the models look up."""
         if symbol != "<mask>":
             raise ValueError(f"unexpected symbol {symbol!r}")
         return self.mask_id
@@ -305,9 +305,9 @@ def _image_v1(ours: Data2Vec, batch: Batch) -> _Original:
         from timm.utils import ModelEmaV2
     except ImportError as error:
         raise ConfigError(
-            f"the original program of data2vec 1.0 for images does not import here ({error}). It is no package: put "
-            "the folder beit of github.com/facebookresearch/data2vec_vision on PYTHONPATH, beside timm. Without it "
-            "this comparison is left out, the rest of the benchmark goes on"
+            f"the original program of data2vec 1.0 for images cannot be imported ({error}). It is not a package: put "
+            "the folder beit of github.com/facebookresearch/data2vec_vision on PYTHONPATH, and install timm. Without "
+            "it, only this comparison is left out"
         ) from error
     student, widths = ours.student, _widths(ours)
     model = VisionTransformerForCyclicalTraining(
@@ -363,7 +363,7 @@ def _audio_v1(ours: Data2Vec, batch: Batch) -> _Original:
         encoder_embed_dim=widths["dim"],
         encoder_ffn_embed_dim=widths["ffn_dim"],
         encoder_attention_heads=widths["heads"],
-        # fairseq gives the width of all convolutions together.
+        # fairseq's setting is the total width of all convolutions.
         conv_pos=positions[0].kernel_size[0] * len(positions),
         conv_pos_groups=positions[0].groups,
         pos_conv_depth=len(positions),
@@ -498,7 +498,7 @@ def _projection_layers(decoder: ConvDecoder) -> int:
 def _multi(
     ours: Data2Vec, batch: Batch, modality: str, names: dict[str, str], *, encoder: dict[str, Any], task: object
 ) -> _Original:
-    """`Data2VecMultiModel` for one modality; only that of text averages the blocks alone."""
+    """`Data2VecMultiModel` for one modality; the teacher averages the blocks alone only for text."""
     module = _fairseq("data2vec2")
     student, decoder, widths = ours.student, ours.decoder, _widths(ours)
     convolution = decoder.convolutions[0]
@@ -522,7 +522,7 @@ def _multi(
         clone_batch=ours.masks_per_sample,
         ema_encoder_only=modality == "TEXT",
         supported_modality=kind,
-        # Theirs is a sum over rows, ours a mean.
+        # The original sums over rows, we take the mean.
         cls_loss=ours.class_token_weight / rows.shape[0],
         seed=0,
     )

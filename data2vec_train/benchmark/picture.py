@@ -1,4 +1,4 @@
-"""Cases as bars: ratios with their ranges, and times where nothing is compared."""
+"""A bar chart of cases: ratios with their ranges, or times if nothing is compared."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _LINE_INCHES, _PANEL_INCHES, _WIDTH_INCHES = 0.23, 0.95, 9.0
 
 
 def draw(cases: list[Case], file: Path, *, title: str) -> None:
-    """Write a PNG with a panel for each kind of case, for what is compared and for what is not."""
+    """Write a PNG with one panel for each kind of case, separately for cases with and without ratios."""
     panels = [(kind, compared, _bars(cases, kind, compared)) for kind, compared in _kinds(cases)]
     panels = [panel for panel in panels if panel[2]]
     heights = [_PANEL_INCHES + _LINE_INCHES * len(bars) for _, _, bars in panels]
@@ -34,7 +34,7 @@ def _kinds(cases: list[Case]) -> list[tuple[str, bool]]:
 
 
 def _is_compared(case: Case) -> bool:
-    """Whether it has any ratio; the others show their times."""
+    """Whether the case has a ratio; otherwise its times are shown."""
     ratios = [case.ratio(arm) for arm in case.arms]
     return any(ratio is not None and ratio.refusal is None for ratio in ratios)
 

@@ -1,7 +1,7 @@
-"""The published settings of each pair of modality and objective at base size, made comparable: nothing is dropped.
+"""The published settings of each modality and objective at base size, without randomness.
 
-Numbers come from the recipes; dropout, drop path, layer drop and the noise in hidden places are off, so that two
-programs with the same weights have to agree.
+Numbers come from the recipes; dropout, drop path, layer drop and the noise at masked positions are off, so that two
+programs with the same weights must agree.
 """
 
 import torch
@@ -30,7 +30,7 @@ _SEED = 0
 
 
 def base_config(modality: str, objective: str, *overrides: str) -> DictConfig:
-    """The recipe of a pair with everything random in the step turned off; `overrides` as on a command line."""
+    """The recipe for a modality and objective, without randomness in the step; `overrides` as on a command line."""
     off = [f"modality.encoder.{name}=0.0" for name in ("dropout", "attention_dropout", "activation_dropout")]
     off.append("modality.encoder.drop_path=0.0")
     if modality != "vision":
@@ -44,13 +44,13 @@ def base_config(modality: str, objective: str, *overrides: str) -> DictConfig:
 
 
 def base_objective(cfg: DictConfig) -> Data2Vec:
-    """Student, teacher, decoder and loss, with weights that are the same in every call."""
+    """Student, teacher, decoder and loss, with the same weights in every call."""
     torch.manual_seed(_SEED)
     return build(cfg.objective)
 
 
 def base_update(cfg: DictConfig) -> Update:
-    """The recipe's optimizer."""
+    """The recipe's optimizer settings."""
     return Update(
         lr=cfg.optimizer.lr,
         betas=tuple(cfg.optimizer.betas),
@@ -67,7 +67,7 @@ def base_batch(cfg: DictConfig, ours: Data2Vec, *, samples: int, length: int) ->
         cfg: from `base_config`.
         ours: from `base_objective`.
         samples: B.
-        length: of each, samples of sound or tokens; images have the size of the encoder.
+        length: length of each sample, in audio samples or tokens; images have the size of the encoder.
     """
     collator = build_collator(cfg, encoder=ours.student)
     generator = torch.Generator().manual_seed(_SEED)

@@ -1,4 +1,4 @@
-"""Measuring: a table on the screen, every single number in a file, and a picture."""
+"""The benchmark command: prints tables, and writes all measurements to a file and a chart."""
 
 import dataclasses
 import json
@@ -44,13 +44,13 @@ from data2vec_train.training.run_directory import command_line
 log = logging.getLogger(__name__)
 
 RESULTS, PICTURE = "benchmark.json", "benchmark.png"
-FORMAT = 1  # of the results; counted up when a field changes its meaning
+FORMAT = 1  # version of the results; increased when the meaning of a field changes
 
 
 def benchmark(cfg: DictConfig) -> None:
     """Measure what `cfg.what` names.
 
-    Writes `benchmark.json` and `benchmark.png` into Hydra's run directory; what is found is also there when a later
+    Writes `benchmark.json` and `benchmark.png` into Hydra's run directory; they are also written when a later
     measurement fails.
 
     Raises:
@@ -63,7 +63,7 @@ def benchmark(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    # Lightning comes with it.
+    # Imported here because it imports Lightning.
     from data2vec_train.training.precision import choose_precision
 
     bench = Bench(
@@ -101,7 +101,7 @@ def benchmark(cfg: DictConfig) -> None:
 
 @contextmanager
 def _other_configs() -> Iterator[None]:
-    """Hydra composes one config at a time: this command's makes room for those of training commands, and comes back."""
+    """Clear, then restore Hydra's global state, so that training configs can be composed within this command."""
     state = GlobalHydra.get_state()
     GlobalHydra.instance().clear()
     try:
@@ -151,7 +151,7 @@ def _matmul_rates(cfg: DictConfig, bench: Bench) -> list[float]:
 
 
 def _chosen(value: object, names: Iterable[str]) -> list[str]:
-    """One name, a list of them, or "all"."""
+    """The names as a list, from one name, a list, or "all"."""
     if value == "all":
         return list(names)
     return [value] if isinstance(value, str) else list(value)
@@ -201,14 +201,14 @@ def _step_run(
     arithmetic: Arithmetic,
     arm: str,
 ) -> StepRun:
-    """A step at the published settings, ours compiled as `how` says; also called in a process of its own."""
+    """A step at the published settings, ours compiled according to `how`; may run in a new process."""
     if arm == FP32:
         arithmetic = Arithmetic(arithmetic.device, "32-true")
     plain = ("attention.backend=eager",) if arm in (FP32, EAGER) else ()
     cfg = base_config(modality, objective, *settings, *plain)
     ours = base_objective(cfg).to(arithmetic.device)
     batch = base_batch(cfg, ours, samples=samples, length=length).to(arithmetic.device)
-    # The work of a step, and weights that stay the same however many there are.
+    # With a learning rate of 0 a step does all its work, but weights stay the same after any number of steps.
     update = dataclasses.replace(base_update(cfg), lr=0.0)
     if arm == ORIGINAL:
         return StepRun(original_step(modality, objective, ours=ours, batch=batch, update=update), batch, arithmetic)
@@ -249,7 +249,7 @@ def _seed_table(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
 
 
 def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
-    # Lightning comes with these.
+    # Imported here because they import Lightning.
     from data2vec_train.training.assemble import build_data, quiet_libraries
     from data2vec_train.training.records import build_sources
 
@@ -270,7 +270,7 @@ def _loader(cfg: DictConfig, bench: Bench) -> Iterator[Case]:
 
 
 def _check(overrides: list[str], *, on_this_machine: bool) -> None:
-    """Raise ConfigError with all that is wrong with a training command of these settings."""
+    """Raise ConfigError with all errors of a training command with these settings."""
     faults = find_faults(overrides, config_name="train", multirun=False, on_this_machine=on_this_machine)
     if faults:
         raise ConfigError("; ".join(faults))

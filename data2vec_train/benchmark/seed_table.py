@@ -1,8 +1,8 @@
 """The two tables of Hugging Face's page on Data2Vec: image models with eager attention, with sdpa, and ours.
 
-Weights are for the size of inference, as published ones are, and position biases are interpolated for training. The
-page trains on images of 1048 x 640, whose height no whole number of 16-pixel patches covers: 1040 rows are used here,
-which is what a patch convolution sees of 1048.
+Weights are made for the image size of inference, like published weights, and position biases are interpolated for
+training. The page trains on images of 1048 x 640; 1048 is not a multiple of the 16-pixel patch, so 1040 rows are used
+here, which is the part of 1048 rows that a patch convolution covers.
 """
 
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ def measure_seed_table(
     inference_batches: list[int],
     backend: str,
 ) -> Iterator[Case]:
-    """A case for training steps, one for each batch size of inference."""
+    """One case for training steps, and one for each inference batch size."""
     whole = [side // patch_px * patch_px for side in training_px]
     cut = "" if whole == training_px else f" (of {training_px[0]} x {training_px[1]}, which patches do not cover)"
     cases: list[tuple[Mode, str, list[int], int]] = [("step", f"training step{cut}", whole, training_batch)]
-    cases += [("inference", "inference", [inference_px, inference_px], one) for one in inference_batches]
+    cases += [("inference", "inference", [inference_px, inference_px], batch_size) for batch_size in inference_batches]
     with TemporaryDirectory(prefix="data2vec_benchmark_") as folder:
         write_weights(
             "vision", Path(folder), size=size, image_px=inference_px, patch_px=patch_px, max_tokens=0, vocab_size=0

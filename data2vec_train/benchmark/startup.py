@@ -1,4 +1,4 @@
-"""Seconds from the shell: until help, a mistake and a training step are answered, and what imports take."""
+"""Start-up times from the shell: until help, an error message and the first training step, and import times."""
 
 import os
 import re
@@ -15,29 +15,31 @@ from data2vec_train.benchmark.measurements import Arm, Case
 
 PROGRAM = [sys.executable, "-m", "data2vec_train"]
 ANSWERS = {"--help": (["--help"], 0), "a mistake": (["modality=visoin"], 2)}
-# What the demo says when, in the order in which it says it.
+# Stage -> start of the demo's output line that marks it, in order.
 STAGES = {"built": "run directory:", "first probe": "step 0/", "first training step": "step 1/"}
 IMPORTED = "data2vec_train.pretrain.run"
 
 
 def measure_startup(bench: Bench, *, demo: list[str], packages: int, timeout_s: float) -> Iterator[Case]:
-    """A case for answers, one for the demo's way to its first step, one for imports.
+    """One case for answers, one for the demo until its first step, one for imports.
 
     Args:
-        bench: how to measure; warm-ups fill the disk cache, and are one run.
-        demo: settings of the run whose first step is waited for.
-        packages: how many of those that take longest to import are named.
-        timeout_s: after which a run is given up.
+        bench: how to measure; the warm-up is one run, which fills the disk cache.
+        demo: settings of the run whose first step is measured.
+        packages: number of packages with the longest imports that are listed.
+        timeout_s: limit of a run.
 
     Raises:
-        RuntimeError: a command does not answer as it should.
+        RuntimeError: a command does not give the expected answer.
     """
-    answers = Case("startup", "until an answer", None, [Arm(f"python -m data2vec_train {one}") for one in ANSWERS])
+    answers = Case(
+        "startup", "until an answer", None, [Arm(f"python -m data2vec_train {arguments}") for arguments in ANSWERS]
+    )
     _answer(*ANSWERS["--help"], timeout_s)
     for _ in range(bench.effort.rounds):
         for arm, (arguments, status) in zip(answers.arms, ANSWERS.values(), strict=True):
             _note(arm, *_answer(arguments, status, timeout_s))
-    answers.notes.append("CPU seconds are those of the command")
+    answers.notes.append("CPU seconds are of the command")
     yield answers
     steps = Case("startup", f"{' '.join(['python -m data2vec_train', *demo])}, until", None)
     steps.arms = [Arm(stage) for stage in STAGES]
@@ -65,7 +67,7 @@ def _answer(arguments: list[str], status: int, timeout_s: float) -> tuple[float,
 
 
 def _stages(demo: list[str], timeout_s: float) -> list[float]:
-    """Seconds until each stage of one run, which is ended then."""
+    """Seconds until each stage of one run; the run is then killed."""
     with TemporaryDirectory(prefix="data2vec_benchmark_") as folder:
         own = ["trainer.log_every_n_steps=1", "callbacks.monitor.progress=lines", f"hydra.run.dir={folder}/run"]
         start, found = time.perf_counter(), []
@@ -85,18 +87,18 @@ def _stages(demo: list[str], timeout_s: float) -> list[float]:
             process.kill()
             process.wait()
         if waiting:
-            raise RuntimeError(f"the demo never said {waiting[0]!r}: {''.join(said)}{errors.read_text()}")
+            raise RuntimeError(f"the demo never printed {waiting[0]!r}: {''.join(said)}{errors.read_text()}")
     return found
 
 
 def _imports(rounds: int, packages: int, timeout_s: float) -> Case:
-    """Each package's own share, without what it imports of others."""
+    """Import time of each package, without its imports of other packages."""
     measured = [_own_seconds(timeout_s) for _ in range(rounds)]
-    total = [sum(one.values()) for one in measured]
+    total = [sum(seconds.values()) for seconds in measured]
     named = [name for name, _ in measured[0].most_common(packages)]
     case = Case("startup", f"import {IMPORTED}, by package", None)
-    case.arms = [Arm(name, [one[name] for one in measured], [0.0] * rounds) for name in named]
-    rest = [whole - sum(one[name] for name in named) for whole, one in zip(total, measured, strict=True)]
+    case.arms = [Arm(name, [seconds[name] for seconds in measured], [0.0] * rounds) for name in named]
+    rest = [whole - sum(seconds[name] for name in named) for whole, seconds in zip(total, measured, strict=True)]
     case.arms += [Arm("others", rest, [0.0] * rounds), Arm("all", total, [0.0] * rounds)]
     case.notes.append("python -X importtime, which itself slows imports down; CPU seconds are not measured")
     return case

@@ -1,4 +1,4 @@
-"""A whole pretraining step as something to be timed and compared: forward with teacher, backward, update."""
+"""A whole pretraining step that can be timed and compared: forward with teacher, backward, update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from data2vec_train.training.optim import adamw
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """Numbers of the optimizer, the same for every arm; `clip_norm` None = the norm is measured, nothing is clipped."""
+    """Settings of the optimizer, the same for every arm; `clip_norm` None = compute the norm but do not clip."""
 
     lr: float
     betas: tuple[float, float]
@@ -25,27 +25,27 @@ class Update:
 
 @dataclass(frozen=True)
 class StepArm:
-    """One program's step; `loss`, backward on it, and `update` in turn make a step of training.
+    """One program's training step: `loss`, its backward, and `update`.
 
-    Gradients and teacher weights go by our names, so that the arms of one comparison can be held against each other.
+    Gradients and teacher weights have our names, so that arms can be compared.
     """
 
     name: str
     model: nn.Module
-    loss: Callable[[], Tensor]  # () the mean over hidden tokens, as ours; one forward pass with the teacher's
-    optimise: Callable[[], None]  # clip, step of the optimizer, gradients away
-    average: Callable[[], None]  # one averaging step of the teacher
+    loss: Callable[[], Tensor]  # () mean over masked tokens, as ours; runs student and teacher forward
+    optimise: Callable[[], None]  # clip, optimizer step, clear gradients
+    average: Callable[[], None]  # one EMA step of the teacher
     gradients: Callable[[], dict[str, Tensor]]
-    teacher: Callable[[], dict[str, Tensor]]  # its averaged or copied weights, by the student's names
+    teacher: Callable[[], dict[str, Tensor]]  # the teacher's weights, by the student's names
 
     def update(self) -> None:
-        """All that follows the backward pass."""
+        """Everything after the backward pass."""
         self.optimise()
         self.average()
 
 
 def our_step(ours: Data2Vec, batch: Batch, update: Update) -> StepArm:
-    """The step of this program, as `module.py` makes it."""
+    """The step of this program, as in `training/module.py`."""
     ours.train()
     optimizer = adamw(
         [ours.student, ours.decoder],
@@ -79,12 +79,12 @@ def our_step(ours: Data2Vec, batch: Batch, update: Update) -> StepArm:
 
 
 class Steps:
-    """Counts optimizer steps: the averaging of the teacher depends on their number."""
+    """Counts optimizer steps, because the teacher's decay depends on the step number."""
 
     def __init__(self) -> None:
         self.finished = 0
 
     def next(self) -> int:
-        """The number of the step that ends now."""
+        """The number of the step that has just ended."""
         self.finished += 1
         return self.finished

@@ -21,12 +21,12 @@ def spread_text(values: list[float]) -> str:
 
 
 def case_lines(case: Case, *, peak: float, stated_peak: float | None = None) -> list[str]:
-    """A heading and a line for each arm; columns that would be empty are left out.
+    """A heading and one line for each arm; empty columns are left out.
 
     Args:
-        case: what was measured.
+        case: the measurements.
         peak: floating-point operations per second of this machine's matrix products.
-        stated_peak: a figure from elsewhere that rates are compared with too.
+        stated_peak: another peak to compare rates with, such as the vendor's.
     """
     last = f"times as fast as {case.reference}" if case.reference else ""
     heads = ["", "time", "CPU time", *_rate_names(case), "GFLOP", "GFLOP/s", "of peak"]
@@ -69,7 +69,7 @@ def _megabytes(count: int | None) -> str:
 
 
 def progress_line(case: Case) -> str:
-    """What to say as soon as a case is measured."""
+    """The line that is logged when a case is finished."""
     said = []
     for arm in case.arms:
         ratio = case.ratio(arm)
@@ -88,7 +88,7 @@ class Mean:
 
     ratio: float
     cases: int
-    unresolved: int  # of them
+    unresolved: int  # number of cases that are not resolved
 
     def __str__(self) -> str:
         doubt = f", {self.unresolved} of them not resolved" if self.unresolved else ""
@@ -96,9 +96,9 @@ class Mean:
 
 
 def overall(cases: list[Case]) -> dict[str, Mean]:
-    """Geometric means over cases, by what is compared: "encoder: ours against transformers sdpa".
+    """Geometric means over cases, by compared arms: "encoder: ours against transformers sdpa".
 
-    Left out where a case has no ratio, or where there is one case only.
+    Left out if a case has no ratio, or if there is only one case.
     """
     found: dict[str, list[Ratio]] = {}
     for case in cases:
@@ -107,10 +107,10 @@ def overall(cases: list[Case]) -> dict[str, Mean]:
                 found.setdefault(f"{case.kind}: {arm.name} against {case.reference}", []).append(ratio)
     return {
         name: Mean(
-            statistics.geometric_mean([Spread.of(one.wall).median for one in ratios]),
+            statistics.geometric_mean([Spread.of(ratio.wall).median for ratio in ratios]),
             len(ratios),
-            sum(not one.is_resolved for one in ratios),
+            sum(not ratio.is_resolved for ratio in ratios),
         )
         for name, ratios in found.items()
-        if len(ratios) > 1 and all(one.refusal is None for one in ratios)
+        if len(ratios) > 1 and all(ratio.refusal is None for ratio in ratios)
     }

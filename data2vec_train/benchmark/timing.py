@@ -1,4 +1,4 @@
-"""Measuring arms in turn: what else the machine does then disturbs all of them alike."""
+"""Measures arms in turn, so that other load on the machine affects all of them equally."""
 
 import gc
 import math
@@ -13,10 +13,10 @@ from data2vec_train.benchmark.measurements import Arm
 
 @dataclass(frozen=True)
 class Effort:
-    """How thoroughly to measure.
+    """Length of a measurement.
 
     Attributes:
-        rounds: how often every arm is measured.
+        rounds: number of measurements of every arm.
         warmups: calls of each arm before that.
         min_seconds: a measurement is the mean of as many calls as take this long.
     """
@@ -27,7 +27,7 @@ class Effort:
 
 
 def interleave(runs: dict[str, Callable[[], object]], *, effort: Effort, device: torch.device, arms: list[Arm]) -> None:
-    """Measure `runs` as a b c, a b c, ... and put what is found into the arms of the same names."""
+    """Measure `runs` in the order a b c, a b c, ... and add the times to the arms of the same names."""
     named = {arm.name: arm for arm in arms}
     for name, run in runs.items():
         for _ in range(effort.warmups):
@@ -49,7 +49,7 @@ def interleave(runs: dict[str, Callable[[], object]], *, effort: Effort, device:
 
 
 def timed(run: Callable[[], object], *, calls: int, device: torch.device) -> tuple[float, float]:
-    """Seconds by the clock and on the CPU of one call, means over `calls`; on a GPU between two of its events."""
+    """Wall and CPU seconds of one call, as means over `calls`; on a GPU the time between two CUDA events."""
     if device.type != "cuda":
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(calls):

@@ -1,4 +1,4 @@
-"""A whole pretraining step, ours and the original program's: teacher, forward, backward, clipping, optimizer, EMA."""
+"""A whole pretraining step, ours and the original's: teacher, forward, backward, clipping, optimizer, EMA."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from data2vec_train.plan.dry_run import step_flops
 from data2vec_train.plan.flops import count_flops
 
 OURS, ORIGINAL = "ours", "original"
-# Ours too, with plain attention and not compiled: in float32, or in the precision that was asked for.
+# Our step with plain attention and without compilation: in float32, or in the configured precision.
 FP32, EAGER = "fp32", "eager"
 PARTS = ("teacher, inside forward", "forward", "backward", "clipping and optimizer", "EMA")
 
 
 class StepRun:
-    """One program's step, ready to run: a call is a whole one."""
+    """One program's step, ready to run: a call is one whole step."""
 
     def __init__(self, arm: StepArm, batch: Batch, arithmetic: Arithmetic) -> None:
         self.arm, self.batch, self.arithmetic = arm, batch, arithmetic
@@ -35,15 +35,15 @@ class StepRun:
         self.arm.update()
 
     def forward(self) -> Tensor:
-        """The loss, in the arithmetic that was asked for."""
+        """The loss, in the arm's arithmetic."""
         with self.arithmetic.autocast():
             return self.arm.loss()
 
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss and gradients, copied; nothing is updated."""
+        """Loss and gradients, copied, without an update."""
         loss = self.forward()
         loss.backward()
-        found = {name: one.clone() for name, one in self.arm.gradients().items()}
+        found = {name: gradient.clone() for name, gradient in self.arm.gradients().items()}
         self.arm.model.zero_grad(set_to_none=True)
         return {"loss": loss.detach()}, found
 
@@ -56,24 +56,24 @@ def measure_step(
     beside: list[str],
     loss_tolerance: float,
 ) -> Iterator[Case]:
-    """A case that compares, and one with the parts of our step.
+    """One case that compares whole steps, and one with the parts of our step.
 
     Args:
         bench: how to measure.
-        name: of the model and its inputs.
+        name: name of the model and its inputs.
         make: name of an arm -> a picklable function that builds it.
-        beside: more arms, of `FP32` and `EAGER`; without the original program ratios are relative to the first.
-        loss_tolerance: largest difference of losses, as a share.
+        beside: more arms, of `FP32` and `EAGER`; without the original program, ratios are relative to the first.
+        loss_tolerance: largest difference of losses, as a fraction.
     """
     names = [ORIGINAL] * ("fairseq" in bench.peers) + [*beside, OURS]
-    case = Case("step", name, None, [Arm(one) for one in names])
+    case = Case("step", name, None, [Arm(arm_name) for arm_name in names])
     runs: dict[str, StepRun] = {}
     for arm in case.arms:
         try:
             runs[arm.name] = bench.build(arm, make(arm.name))
         except ConfigError as error:
             arm.refused = str(error)
-    case.reference = next((one for one in runs if one != OURS), None)
+    case.reference = next((arm_name for arm_name in runs if arm_name != OURS), None)
     expected = runs[case.reference or OURS].results()
     for arm in (arm for arm in case.arms if arm.name in runs):
         run = runs[arm.name]
@@ -89,7 +89,7 @@ def measure_step(
 
 
 def _flops(run: StepRun) -> int:
-    """Of our step, counted without computing it: what is compiled hides its operations from counters."""
+    """FLOPs of our step, counted on the meta device: FLOP counters cannot see into compiled code."""
     model = copy.deepcopy(run.arm.model).to("meta")
     return sum(step_flops(model, run.batch.to("meta"), low=torch.bfloat16, gpu=True).values())
 
@@ -111,7 +111,7 @@ def _agreements(
 
 
 def _parts(bench: Bench, name: str, run: StepRun) -> Case:
-    """Each part in turn within one step; the teacher, which is part of the forward pass, once more by itself."""
+    """Each part in turn within one step; the teacher, which is part of the forward pass, also by itself."""
     case = Case("step", name, None, [Arm(part) for part in PARTS])
     ours: Data2Vec = run.arm.model
     batch = run.batch

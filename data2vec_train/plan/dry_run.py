@@ -1,10 +1,10 @@
-"""A training step on the meta device: nothing is computed, and all that would be allocated is counted.
+"""A training step on the meta device: nothing is computed, but all allocations are counted.
 
-The algorithm and the layers are the ones that train, forward, backward and recomputation included. What the meta device
-would do otherwise than a GPU is made up for by `DeviceArithmetic`: autocast, the fused attention kernels, dropout
-masks of one byte. `Allocations` then keeps the books of an allocator, so that the peak holds temporary buffers as well.
+The algorithm and the layers are those of training, with forward, backward and recomputation. `DeviceArithmetic`
+corrects what the meta device does differently from a GPU: autocast, the fused attention kernels, dropout masks of one
+byte. `Allocations` counts as an allocator does, so the peak includes temporary buffers.
 
-Not seen: what a kernel allocates inside itself (workspaces of cuBLAS and cuDNN), and what a compiler would fuse.
+Not counted: allocations inside kernels (workspaces of cuBLAS and cuDNN), and savings by a compiler's fusion.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ GPU_BLOCK = 512  # bytes; PyTorch's allocator for GPUs rounds up to it
 FRONT_END, TEACHER, BLOCKS, DECODER = "front end", "teacher", "blocks", "decoder"
 LOSS, COPIES = "targets and loss", "low-precision weights"
 
-# What autocast runs in half precision, and on GPUs in single precision: of its lists (torch/csrc, autocast_mode.h) what
-# encoders and decoders may call.
+# Functions that autocast runs in half precision (_LOWERED), and on GPUs in single precision (_RAISED): the subset of
+# its lists (torch/csrc, autocast_mode.h) that encoders and decoders may call.
 _LOWERED = {"linear", "conv1d", "conv2d", "conv3d", "bmm", "mm", "matmul", "__matmul__", "__rmatmul__", "addmm"}
 _LOWERED |= {"baddbmm", "einsum", "scaled_dot_product_attention"}
 _RAISED = {"layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "cumprod"}
@@ -46,14 +46,14 @@ _RAISED |= {"smooth_l1_loss", "mse_loss", "l1_loss", "exp", "log", "pow", "rsqrt
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that are made while it is on: `live` now, `peak` the most there were since `peak` was set.
+    """Counts the bytes of tensors created while the mode is active: `live` now, `peak` since `peak` was last set.
 
     Args:
-        existing: tensors that are there already and stay, and do not count.
+        existing: tensors that exist already and are not counted.
         block: sizes are rounded up to a multiple of this many bytes.
 
     Attributes:
-        part: what tensors are booked for that are made now.
+        part: the part that new tensors are assigned to.
     """
 
     def __init__(self, *, existing: Iterable[Tensor], block: int) -> None:
@@ -62,10 +62,10 @@ class Allocations(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.part = LOSS
-        self._existing = {_address(one) for one in existing}
-        self._parts: dict[int, str] = {}  # of storages
+        self._existing = {_address(tensor) for tensor in existing}
+        self._parts: dict[int, str] = {}  # address of a storage -> part
         self._sizes: dict[int, int] = {}
-        self._watched: dict[int, weakref.ref] = {}  # what tells when a storage is gone
+        self._watched: dict[int, weakref.ref] = {}  # their callbacks run when a storage is freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -89,11 +89,11 @@ class Allocations(TorchDispatchMode):
         self.live -= self._sizes.pop(address)
 
     def rebook(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Book tensors for another part."""
-        self._parts |= {address: part for one in tensors if (address := _address(one)) in self._parts}
+        """Assign tensors to another part."""
+        self._parts |= {address: part for tensor in tensors if (address := _address(tensor)) in self._parts}
 
     def by_part(self) -> dict[str, int]:
-        """Part -> bytes of what is there now."""
+        """Part -> bytes of its live tensors."""
         sums: dict[str, int] = {}
         for address, part in self._parts.items():
             sums[part] = sums.get(part, 0) + self._sizes[address]
@@ -105,18 +105,18 @@ def _address(tensor: Tensor) -> int:
 
 
 class DeviceArithmetic(TorchFunctionMode):
-    """Makes the meta device choose types and kernels as a GPU or a CPU does.
+    """Makes the meta device choose dtypes and kernels as a GPU or a CPU does.
 
     Args:
-        low: type of autocast, None = off.
-        gpu: whether it is a GPU.
+        low: dtype of autocast, None = off.
+        gpu: whether the planned device is a GPU.
     """
 
     def __init__(self, *, low: torch.dtype | None, gpu: bool) -> None:
         super().__init__()
         self.low = low
         self.gpu = gpu
-        self.copies: dict[int, Tensor] | None = {}  # id of a trained weight -> it in low precision; None = not kept
+        self.copies: dict[int, Tensor] | None = {}  # id of a trained weight -> low-precision copy; None = no copies
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -170,7 +170,7 @@ def _attend(
 
 @contextmanager
 def _planned_attention(*, low: torch.dtype | None, gpu: bool) -> Iterator[None]:
-    """Let backends refuse what they would refuse on the planned device, and stand in for those that have kernels."""
+    """Make backends refuse what they would refuse on the planned device, and replace those without a meta kernel."""
     device = "cuda" if gpu else "cpu"
 
     def choose(
@@ -199,7 +199,7 @@ def _planned_attention(*, low: torch.dtype | None, gpu: bool) -> Iterator[None]:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: None, dropout_p: float, *, gpu: bool
 ) -> Tensor:
-    if key_mask is not None:  # real keys are brought to the front, in copies
+    if key_mask is not None:  # copies of keys and values, with real ones moved to the front
         order = key_mask.int().argsort(dim=1, descending=True, stable=True)[:, None, :, None].expand_as(k)
         k, v = k.gather(2, order), v.gather(2, order)
     return _attend(q, k, v, dropout_p=dropout_p, gpu=gpu)
@@ -208,7 +208,7 @@ def _flash(
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Bias | Tensor | None, dropout_p: float
 ) -> Tensor:
-    """Keeps what FlashAttention keeps, in any precision: its own result, and a number for each query."""
+    """Stores what FlashAttention stores, in any precision: its result, and one number for each query."""
     mixed = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[0]
     if bias is None:
         return mixed
@@ -216,7 +216,7 @@ def _flex(
 
 
 class _Learned(torch.autograd.Function):
-    """Nothing, but that a bias gets a gradient of its size."""
+    """Identity whose backward allocates a gradient of the bias's size."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, learned: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class _Learned(torch.autograd.Function):
 
 
 def resized(batch: Batch, *, samples: int, masks_per_sample: int) -> Batch:
-    """A batch on the meta device that is like `batch`, with another number of samples and of masks for each."""
+    """A batch on the meta device like `batch`, with another number of samples and of masks per sample."""
     was_samples, was_masks_per_sample, num_tokens = batch.masks.masked.shape
     rows = samples * masks_per_sample
 
@@ -264,14 +264,14 @@ def resized(batch: Batch, *, samples: int, masks_per_sample: int) -> Batch:
 
 
 def tensors_of(record: Batch | Masks | nn.Module | torch.optim.Optimizer) -> list[Tensor]:
-    """Those of a batch, a module's weights and buffers, or an optimizer's state."""
+    """The tensors of a batch, the weights and buffers of a module, or the state of an optimizer."""
     if isinstance(record, nn.Module):
         return [*record.parameters(), *record.buffers()]
     if isinstance(record, torch.optim.Optimizer):
-        return [one for state in record.state.values() for one in state.values() if isinstance(one, Tensor)]
+        return [tensor for state in record.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
     fields = [getattr(record, field.name) for field in dataclasses.fields(record)]
-    nested = [one for field in fields if isinstance(field, Masks) for one in tensors_of(field)]
-    return [one for one in fields if isinstance(one, Tensor)] + nested
+    nested = [tensor for field in fields if isinstance(field, Masks) for tensor in tensors_of(field)]
+    return [field for field in fields if isinstance(field, Tensor)] + nested
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,13 +280,13 @@ def tensors_of(record: Batch | Masks | nn.Module | torch.optim.Optimizer) -> lis
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What forward and backward of one micro-batch allocate, in bytes; weights and inputs are not in it.
+    """Bytes that forward and backward of one micro-batch allocate, without weights and inputs.
 
     Attributes:
-        held: part -> what it leaves in memory for the backward pass when the forward pass is over.
-        forward_peak: the most at one time during the forward pass, where gradients of the step before still exist.
-        backward_peak: the most at one time during the backward pass, new gradients included.
-        gradients: those of all weights.
+        held: part -> bytes kept for the backward pass at the end of the forward pass.
+        forward_peak: maximum during the forward pass, where the gradients of the previous step still exist.
+        backward_peak: maximum during the backward pass, including new gradients.
+        gradients: bytes of all gradients.
     """
 
     held: dict[str, int]
@@ -296,7 +296,7 @@ class StepMemory:
 
     @property
     def activations(self) -> int:
-        """All that the backward pass needs."""
+        """Bytes of everything that the backward pass needs."""
         return sum(self.held.values())
 
 
@@ -307,35 +307,35 @@ def step_memory(
 
     Args:
         objective: on the meta device.
-        batch: likewise.
-        low: type of autocast, None = off.
-        gpu: count as a GPU allocates; else as a CPU.
-        accumulates: gradients of earlier micro-batches of the step are there already, and are added to.
+        batch: on the meta device.
+        low: dtype of autocast, None = off.
+        gpu: count as a GPU allocates; otherwise as a CPU.
+        accumulates: gradients of earlier micro-batches exist already, and new ones are added to them.
     """
-    trained = [one for one in objective.parameters() if one.requires_grad]
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if accumulates else None
-    gradients = [one.grad for one in trained if accumulates]
+    gradients = [parameter.grad for parameter in trained if accumulates]
     existing = [*tensors_of(objective), *gradients, *tensors_of(batch)]
     allocations = Allocations(existing=existing, block=GPU_BLOCK if gpu else 1)
     arithmetic = DeviceArithmetic(low=low, gpu=gpu)
     with allocations, _planned_attention(low=low, gpu=gpu):
         with arithmetic, _parts(objective, partial(_booked, allocations)):
             loss = objective(batch).loss
-        # Autocast keeps its copies of trained weights until here; those that the backward pass needs stay.
+        # Autocast frees its copies of trained weights here; those that the backward pass needs stay alive.
         allocations.rebook(arithmetic.copies.values(), COPIES)
         arithmetic.copies = None
         held = allocations.by_part()
         forward_peak, allocations.peak = allocations.peak, allocations.live
         _backward(objective, loss, arithmetic)
-    made = sum(one.grad.nbytes for one in trained if one.grad is not None)
+    made = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     for parameter in trained:
         parameter.grad = None
     return StepMemory(held, forward_peak, allocations.peak, made)
 
 
 def _booked(allocations: Allocations, part: str, call: Callable[[], Any]) -> Any:
-    """The result of a call whose tensors are booked for `part`."""
+    """The result of a call; its tensors are assigned to `part`."""
     before, allocations.part = allocations.part, part
     result = call()
     allocations.part = before
@@ -344,7 +344,7 @@ def _booked(allocations: Allocations, part: str, call: Callable[[], Any]) -> Any
 
 @contextmanager
 def _parts(objective: Data2Vec, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Have `around(part, call)` make each part's calls."""
+    """Route the calls of each part through `around(part, call)`."""
     student = objective.student
     places = [
         (student, "embed", FRONT_END),
@@ -369,7 +369,7 @@ def _wrapped(owner: nn.Module, name: str, around: Callable[[Callable[[], Any]], 
 
 
 def _backward(objective: Data2Vec, loss: Tensor, arithmetic: DeviceArithmetic) -> None:
-    """The backward pass; a block that is computed again in it finds the arithmetic of its forward pass."""
+    """The backward pass; recomputed blocks use the same arithmetic as in the forward pass."""
 
     def again(call: Callable[[], Any]) -> Any:
         with arithmetic:
@@ -384,7 +384,7 @@ def _backward(objective: Data2Vec, loss: Tensor, arithmetic: DeviceArithmetic) -
 def step_flops(objective: Data2Vec, batch: Batch, *, low: torch.dtype | None, gpu: bool) -> dict[str, int]:
     """Part, and "backward" -> floating-point operations of one micro-batch on the meta device.
 
-    Where activations are recomputed, the backward pass holds the repetition.
+    With activation checkpointing, "backward" includes the recomputation.
     """
     counts = dict.fromkeys((FRONT_END, TEACHER, BLOCKS, DECODER), 0)
 

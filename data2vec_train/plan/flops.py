@@ -1,13 +1,13 @@
-"""How many floating-point operations a computation takes: two for each multiplication of its matrix products.
+"""The number of floating-point operations of a computation: two for each multiplication in its matrix products.
 
     matmul (n, k) x (k, m)      2 n k m
-    convolution                 2 x positions x weights, forward and for each gradient; grouped ones hold fewer weights
-    attention                   2 matmuls forward, 4 backward, whichever kernel computes it
+    convolution                 2 x positions x weights, forward and for each gradient; grouped ones have fewer weights
+    attention                   2 matmuls forward, 4 backward, for every kernel
 
-Additions, norms and activations are left out, as everywhere else. Works on meta tensors, where nothing is computed.
-Two things differ from `torch.utils.flop_counter`, which this builds on: its backward of a convolution in G groups
-counts (1 + G) / 2 times the work, and its backward of fused attention counts the scores that the kernel computes
-again, so that the same model would seem to work harder with one backend than with another.
+Additions, norms and activations are not counted, as is usual. Works on meta tensors, where nothing is computed.
+This differs in two points from `torch.utils.flop_counter`, which it uses: torch counts (1 + G) / 2 times the work for
+the backward pass of a convolution in G groups, and it counts the scores that fused attention recomputes in its backward
+pass, so that the count of a model would depend on the attention backend.
 """
 
 import math
@@ -22,7 +22,7 @@ _ATEN = torch.ops.aten
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of one call; what the call does besides, it does."""
+    """Floating-point operations of one call; the call runs with all its side effects."""
     return sum(flops_by_operation(function).values())
 
 
@@ -36,7 +36,7 @@ def flops_by_operation(function: Callable[[], Any]) -> dict[str, int]:
 
 
 class _NoModules(nullcontext):
-    """Instead of torch's, which tells modules apart by hooks and fails in a teacher with a student's tokens."""
+    """Replaces torch's module tracker, which uses hooks and fails if a teacher processes tokens of a student."""
 
     parents = ("Global",)
 
@@ -61,7 +61,7 @@ def _convolution_backward(
 
 
 def _attention(q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, **__: object) -> int:
-    """Queries (B, H, Q, Dh) with S keys, and the weights with S values."""
+    """Scores of queries (B, H, Q, Dh) with S keys, and the weighted sum of S values."""
     return 2 * math.prod(q_shape[:3]) * k_shape[2] * (q_shape[3] + v_shape[3])
 
 
@@ -70,17 +70,17 @@ def _attention_backward(_grad_shape: list[int], *shapes: Any, **_: object) -> in
 
 
 def _without_recomputed_scores(formula: Callable[..., int]) -> Callable[..., int]:
-    """Torch's own count of a backward pass, less the first of its five matmuls; they are all of one size."""
+    """Torch's count of a backward pass without the first of its five matmuls, which all have the same size."""
 
     def count(*args: Any, **kwargs: Any) -> int:
         return formula(*args, **kwargs) * 4 // 5
 
-    count._get_raw = True  # the counter hands it tensors; the formula takes their shapes by itself
+    count._get_raw = True  # the counter passes tensors, from which the formula takes the shapes
     return count
 
 
 def _corrected() -> dict[Any, Callable[..., int]]:
-    """Operation -> formula; made anew, since kernels register theirs when they are imported."""
+    """Operation -> formula; built for each call, because kernels register their formulas when they are imported."""
     fused = {op: formula for op, formula in flop_registry.items() if "att" in str(op) and str(op).endswith("backward")}
     return {
         _ATEN.convolution_backward: _convolution_backward,

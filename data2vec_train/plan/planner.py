@@ -1,12 +1,12 @@
-"""Arithmetic of plans: what a training step needs on some hardware, what would fit, how long a run takes.
+"""Arithmetic of plans: the memory of a training step on some hardware, what fits, how long a run takes.
 
     allocated   weights + teacher + optimizer + gradients + activations + inputs + working memory + workspaces
                 (+ buckets of DDP, + gathered weights of FSDP)
-    needed      allocated + gaps between tensors + what CUDA takes for itself
+    needed      allocated + fragmentation + memory of the CUDA context
     seconds     micro-batches x FLOPs / (matmul rate x utilisation) + bytes of optimizer and teacher / bandwidth
 
-All bytes but the reserve come from a dry run. Working memory is what exists at the worst moment besides that which is
-named: buffers of the teacher's pass and of the backward pass. Time of messages between devices is not in it.
+All bytes except the reserve come from a dry run. Working memory is everything else that exists at the peak: buffers of
+the teacher's forward pass and of the backward pass. Communication between devices is not included in the time.
 """
 
 import math
@@ -22,12 +22,12 @@ from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.plan.dry_run import StepMemory, resized, step_flops, step_memory, tensors_of
 
 GIB = 2**30
-MOST_SAMPLES = 1 << 20  # more than this is not looked for
+MOST_SAMPLES = 1 << 20  # upper limit of the search
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One kind of device; see `configs/hardware`."""
+    """One kind of device; see `configs/hardware` for the units."""
 
     name: str
     gpu: bool
@@ -39,7 +39,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Reserve:
-    """Memory that no dry run sees; see `configs/plan.yaml`."""
+    """Memory that a dry run cannot count; see `configs/plan.yaml`."""
 
     workspace_gib: float
     context_gib: float
@@ -48,16 +48,16 @@ class Reserve:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What can be changed so that a run fits.
+    """The settings that can be changed to make a run fit.
 
     Attributes:
-        samples: of a micro-batch on one device.
+        samples: samples of a micro-batch on one device.
         masks_per_sample: M.
-        low: type of autocast, None = off.
-        checkpointing: blocks are computed again in the backward pass.
+        low: dtype of autocast, None = off.
+        checkpointing: whether blocks are recomputed in the backward pass.
         strategy: "single", "ddp" or "fsdp".
-        devices: altogether.
-        accumulate: micro-batches of a step.
+        devices: total number of devices.
+        accumulate: micro-batches per step.
     """
 
     samples: int
@@ -71,7 +71,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, and the dry run that they come from."""
+    """Bytes on one device, and the dry run that they are computed from."""
 
     parts: dict[str, int]
     fragmentation: int
@@ -80,24 +80,24 @@ class Memory:
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` would say."""
+        """The value that `torch.cuda.max_memory_allocated` would return."""
         return sum(self.parts.values())
 
     @property
     def needed(self) -> int:
-        """What the device has to have."""
+        """The memory that the device must have."""
         return self.allocated + self.fragmentation + self.context
 
 
 class Planner:
-    """Answers what training `objective` takes.
+    """Memory and time of training `objective`.
 
     Args:
         objective: on the meta device.
-        batch: a few samples, to have their shapes.
-        optimizer: of the objective, with the state that it has after a step.
+        batch: a few samples, which give the shapes.
+        optimizer: the optimizer of the objective, with its state after one step.
         hardware: one device.
-        reserve: what is added.
+        reserve: memory to add.
     """
 
     def __init__(
@@ -116,26 +116,26 @@ class Planner:
         self.reserve = reserve
         self.weights = _bytes(objective.student, objective.decoder)
         self.teacher = _bytes(objective.teacher)
-        self.moments = sum(one.nbytes for one in tensors_of(optimizer))
-        self.transformers = [one for one in objective.student.modules() if isinstance(one, Transformer)]
+        self.moments = sum(tensor.nbytes for tensor in tensors_of(optimizer))
+        self.transformers = [module for module in objective.student.modules() if isinstance(module, Transformer)]
         for transformer in self.transformers:
             transformer.layer_drop = 0.0  # the worst case: no block is skipped
         objective.train()
 
     def _like(self, setup: Setup, samples: int) -> Batch:
-        """Makes the objective as the setup has it, and a batch for it."""
+        """Apply the setup to the objective, and make a batch for it."""
         self.objective.masks_per_sample = setup.masks_per_sample
         for transformer in self.transformers:
             transformer.activation_checkpointing = setup.checkpointing
         return resized(self.batch, samples=samples, masks_per_sample=setup.masks_per_sample)
 
     def _memory(self, setup: Setup) -> Memory:
-        """Of one device."""
+        """Memory of one device."""
         batch = self._like(setup, setup.samples)
         accumulates = setup.accumulate > 1
         step = step_memory(self.objective, batch, low=setup.low, gpu=self.hardware.gpu, accumulates=accumulates)
-        inputs = sum(one.nbytes for one in tensors_of(batch))
-        # The gradients of the step before are still there in the forward pass, of this one in the backward pass.
+        inputs = sum(tensor.nbytes for tensor in tensors_of(batch))
+        # Gradients of the previous step still exist in the forward pass, those of this step in the backward pass.
         peak = max(step.gradients + step.forward_peak, step.backward_peak + (step.gradients if accumulates else 0))
         shards = setup.devices if setup.strategy == "fsdp" else 1
         parts = {
@@ -158,8 +158,8 @@ class Planner:
 
     @cached_property
     def _gathered(self) -> int:
-        """Whole weights under FSDP: two blocks, the second being fetched, and what belongs to no block."""
-        blocks = [_bytes(one) for one in blocks_of(self.objective.student)]
+        """Bytes of gathered weights under FSDP: two blocks, one of them prefetched, and all weights outside blocks."""
+        blocks = [_bytes(block) for block in blocks_of(self.objective.student)]
         return self.weights - sum(blocks) + 2 * max(blocks, default=0)
 
     def flops(self, setup: Setup) -> dict[str, int]:
@@ -167,9 +167,9 @@ class Planner:
         return step_flops(self.objective, self._like(setup, 1), low=setup.low, gpu=self.hardware.gpu)
 
     def seconds(self, setup: Setup, *, flops_per_sample: int, tflops: float, utilisation: float) -> float:
-        """Of one optimizer step."""
+        """Duration of one optimizer step."""
         compute = setup.accumulate * setup.samples * flops_per_sample / (tflops * 1e12 * utilisation)
-        trained = sum(one.nbytes for one in self.objective.parameters() if one.requires_grad)
+        trained = sum(parameter.nbytes for parameter in self.objective.parameters() if parameter.requires_grad)
         # Weights and moments are read and written, gradients read; the teacher is read and written, the student read.
         moved = 3 * trained + 2 * self.moments + 3 * self.teacher
         shards = setup.devices if setup.strategy == "fsdp" else 1
@@ -177,17 +177,17 @@ class Planner:
 
     @property
     def limit(self) -> int:
-        """Bytes of the device."""
+        """Memory of the device in bytes."""
         return round(self.hardware.memory_gib * GIB)
 
 
 def largest_that_fits(needed: Callable[[int], int], limit: int, *, near: int) -> int:
-    """The largest n with needed(n) <= limit, 0 when there is none.
+    """The largest n with needed(n) <= limit, or 0.
 
     Args:
-        needed: grows, and almost linearly.
+        needed: an increasing, almost linear function.
         limit: see above.
-        near: where to begin, at least 1.
+        near: first n to try, at least 1.
     """
     low, high = 0, MOST_SAMPLES + 1  # fits, does not
     at, before = near, 2 * near
@@ -201,4 +201,4 @@ def largest_that_fits(needed: Callable[[int], int], limit: int, *, near: int) ->
 
 
 def _bytes(*modules: torch.nn.Module) -> int:
-    return sum(one.nbytes for module in modules for one in tensors_of(module))
+    return sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

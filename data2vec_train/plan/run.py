@@ -1,4 +1,4 @@
-"""Planning: what a training command needs of a device, what fits, how long it takes; without a GPU and without data."""
+"""The plan command: the memory that a training command needs, what fits, how long it takes; without GPU and data."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from data2vec_train.training.assemble import build_collator, global_batch
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
-# What the trainer calls a precision -> its name in `hardware.tflops`, and the type of autocast; "auto" is one of these.
+# Precision of the trainer -> its name in `hardware.tflops`, and the dtype of autocast; "auto" becomes one of these.
 PRECISIONS = {
     "32-true": ("fp32", None),
     "32-tf32": ("tf32", None),
@@ -34,14 +34,14 @@ PRECISIONS = {
     "16-mixed": ("fp16", torch.float16),
     "fp8-mixed": ("bf16", torch.bfloat16),
 }
-_DRAWN = 8  # samples whose masks are drawn, to know how much they hide
+_DRAWN = 8  # number of samples whose masks are drawn, to measure the masked fraction
 
 
 def plan(cfg: DictConfig) -> None:
     """Print the plan and write it into Hydra's run directory.
 
     Raises:
-        ConfigError: the run does not fit; the message says what would.
+        ConfigError: the run does not fit; the message lists changes that make it fit.
     """
     facts = make_plan(cfg)
     for line in lines_of(facts):
@@ -54,7 +54,7 @@ def plan(cfg: DictConfig) -> None:
 
 
 def make_plan(cfg: DictConfig) -> dict[str, Any]:
-    """All that is known about the run, as it stands in `plan.json`."""
+    """All facts about the run, as written to `plan.json`."""
     if cfg.init_from is not None:
         from data2vec_train.training.init_from import config_from_pretrained
 
@@ -125,8 +125,8 @@ def make_plan(cfg: DictConfig) -> dict[str, Any]:
         "assumptions": _assumptions(cfg, objective, setup),
     }
     if setup.masks_per_sample > 1:
-        one = planner.memory(replace(setup, masks_per_sample=1)).step.activations
-        facts["activations"]["per_mask"] = (memory.step.activations - one) // (setup.masks_per_sample - 1)
+        with_one_mask = planner.memory(replace(setup, masks_per_sample=1)).step.activations
+        facts["activations"]["per_mask"] = (memory.step.activations - with_one_mask) // (setup.masks_per_sample - 1)
         facts["largest_masks_per_sample"] = largest_that_fits(
             lambda n: planner.memory(replace(setup, masks_per_sample=n)).needed,
             planner.limit,
@@ -145,7 +145,7 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
     """Empty samples of the largest size, with masks from the masker of the run.
 
     Raises:
-        ConfigError: an encoder of a plugin, whose inputs nobody knows.
+        ConfigError: the encoder comes from a plugin, so its inputs are unknown.
     """
     modality, encoder = cfg.modality, objective.student
     batching = build(modality.batching)
@@ -157,12 +157,15 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
     elif isinstance(encoder, TextEncoder):
         inputs = [torch.zeros(modality.block_tokens, dtype=torch.int64)] * samples
         if not modality.cross_documents:
-            inputs[-1] = inputs[-1][1:]  # then the batch has padding, and attention a mask
+            inputs[-1] = inputs[-1][1:]  # one shorter sample, so that the batch has padding and attention a mask
     else:
         raise ConfigError(
-            f"a plan knows the inputs of images, sound and text, and {type(encoder).__name__} is none of their encoders"
+            f"modality={modality.name}: a plan supports the encoders of vision, audio and text, not "
+            f"{type(encoder).__name__}"
         )
-    return build_collator(cfg, encoder=encoder)([Sample(one, 0, number, None, ()) for number, one in enumerate(inputs)])
+    return build_collator(cfg, encoder=encoder)(
+        [Sample(tensor, 0, number, None, ()) for number, tensor in enumerate(inputs)]
+    )
 
 
 def _stepped_optimizer(cfg: DictConfig, objective: Data2Vec) -> torch.optim.Optimizer:
@@ -176,22 +179,22 @@ def _stepped_optimizer(cfg: DictConfig, objective: Data2Vec) -> torch.optim.Opti
 
 
 def _setup(cfg: DictConfig, objective: Data2Vec, hardware: Hardware) -> tuple[Setup, str]:
-    """What the config asks for, and the name of its precision in `hardware.tflops`.
+    """The setup of the config, and the name of its precision in `hardware.tflops`.
 
     Raises:
-        ConfigError: a precision that plans do not know, or that the hardware does not have.
+        ConfigError: plans do not support the precision, or the hardware does not have it.
     """
     trainer = cfg.precision.trainer
     if trainer == "auto":
         trainer = "bf16-mixed" if (hardware.tflops.get("bf16") or 0) > hardware.tflops["fp32"] else "32-true"
     if trainer not in PRECISIONS:
         raise ConfigError(
-            f"precision.trainer={trainer}: a plan knows auto, {', '.join(PRECISIONS)}; choose one of them"
+            f"precision.trainer={trainer}: a plan supports auto, {', '.join(PRECISIONS)}; choose one of them"
         )
     rate, low = PRECISIONS[trainer]
     if hardware.tflops.get(rate) is None:
         known = [name for name, value in hardware.tflops.items() if value is not None]
-        raise ConfigError(f"precision={rate}: {hardware.name} has no {rate}; it has {' and '.join(known)}")
+        raise ConfigError(f"precision={rate}: {hardware.name} does not support {rate}; choose {' or '.join(known)}")
     devices = cfg.strategy.devices
     devices = hardware.devices if devices in ("auto", -1) else devices
     devices = len(devices) if isinstance(devices, list) or OmegaConf.is_list(devices) else int(devices)
@@ -209,7 +212,7 @@ def _setup(cfg: DictConfig, objective: Data2Vec, hardware: Hardware) -> tuple[Se
 
 
 def _samples(cfg: DictConfig) -> int:
-    """Of the largest size in a batch of one device."""
+    """Samples of the largest size in the batch of one device."""
     batching, size = build(cfg.modality.batching), cfg.data.batch_size_per_device
     if batching is None:
         return size
@@ -233,22 +236,22 @@ def _sample_size(cfg: DictConfig, encoder: ModalityEncoder) -> str:
 
 
 def _assumptions(cfg: DictConfig, objective: Data2Vec, setup: Setup) -> list[str]:
-    """What was not looked at."""
-    made = [f"time: a step reaches {cfg.utilisation:.0%} of the matmul rate, which nobody has measured here"]
+    """What the plan does not compute."""
+    made = [f"time: a step reaches {cfg.utilisation:.0%} of the matmul rate, which was not measured"]
     if isinstance(objective.student, TextEncoder):
-        made.append(f"text: a vocabulary of {cfg.modality.vocab_size:,} tokens, and every block is full")
+        made.append(f"text: a vocabulary of {cfg.modality.vocab_size:,} tokens, and full blocks")
     if isinstance(objective.student, WaveformEncoder):
         made.append("sound: every recording is as long as modality.max_seconds allows")
     if cfg.modality.encoder.get("layer_drop", 0) > 0:
-        made.append("no block is skipped, although layer drop would skip some")
+        made.append("layer drop skips no block")
     if cfg.precision.trainer == "fp8-mixed":
         made.append("fp8: memory and time are those of bf16")
     if cfg.attention.backend == "auto":
-        made.append("attention=auto: flash or flex where they can do it, else sdpa; a run measures which is fastest")
+        made.append("attention=auto: flash or flex if supported, else sdpa; a run measures which is fastest")
     if cfg["compile"]:
         made.append("compile: memory and time are those of a model that is not compiled")
     if setup.devices > 1:
-        made.append("messages between devices take no time")
+        made.append("communication between devices takes no time")
     return made
 
 
@@ -279,7 +282,7 @@ def _refusal(cfg: DictConfig, planner: Planner, setup: Setup, facts: dict[str, A
 
 
 def _batch_setting(cfg: DictConfig, setup: Setup, most: int) -> str:
-    """The setting that makes the largest batch that fits, and what keeps the step as it is."""
+    """The setting for the largest batch that fits, with the accumulation that keeps the samples per step."""
     by_length = cfg.modality.name == "audio" and cfg.data.batch_size_per_device is None
     setting = (
         f"modality.batch_seconds={most * cfg.modality.max_seconds:g}"
@@ -299,7 +302,7 @@ def _gib(size: float) -> str:
 
 
 def lines_of(facts: dict[str, Any]) -> list[str]:
-    """The plan as a table."""
+    """The plan as lines of a table."""
     memory, time, activations = facts["memory"], facts["time"], facts["activations"]
     where = f"{facts['devices']} x {facts['hardware']}, {facts['strategy']}"
     lines = [
@@ -329,8 +332,8 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     rows.append(["device hours", f"{time['device_hours']:.1f}"])
     widths = [max(len(row[column]) for row in rows if row) for column in (0, 1)]
     lines += [f"{row[0].ljust(widths[0])}  {row[1].rjust(widths[1])}" if row else "" for row in rows]
-    return [*lines, "", *(f"assumed: {one}" for one in facts["assumptions"])]
+    return [*lines, "", *(f"assumed: {assumption}" for assumption in facts["assumptions"])]
 
 
 def _count(module: torch.nn.Module) -> int:
-    return sum(one.numel() for one in module.parameters())
+    return sum(parameter.numel() for parameter in module.parameters())
