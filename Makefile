@@ -1,4 +1,4 @@
-# make help lists the targets. Everything happens in .venv, which the first target that needs it creates.
+# make help lists the targets. All commands run in .venv, which is created by the first target that needs it.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -19,35 +19,35 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Pretrain on the embedded digits (at most 5 minutes on 2 cores) and name the report
+demo: $(READY)  ## Pretrain on the included digits (at most 5 minutes on 2 cores) and print the report's path
 	$(RUN) -m data2vec_train modality=vision
 
-demo-audio: $(READY)  ## The same with the embedded speech
+demo-audio: $(READY)  ## The same with the included speech
 	$(RUN) -m data2vec_train modality=audio
 
-demo-text: $(READY)  ## The same with the embedded texts
+demo-text: $(READY)  ## The same with the included texts
 	$(RUN) -m data2vec_train modality=text
 
 test: $(READY)  ## Run the fast tests, two files at a time
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY)  ## Run all tests, the ones that train for minutes too
+test-slow: $(READY)  ## Run all tests, including those that train for minutes
 	$(RUN) -m pytest
 
-stress: $(READY)  ## Kill, signal and starve runs for about an hour; every one has to end in the same bits
+stress: $(READY)  ## Kill and signal runs and fill their disks for about an hour; results must be bit-identical
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.kills --kills 200 --folder $(STRESS)/kills
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.saves --kills 200 --full-disks 20 --folder $(STRESS)/saves
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.signals --signals 50 --folder $(STRESS)/signals
 	OMP_NUM_THREADS=1 $(RUN) -m tests.stress.sweeps --kills 10 --folder $(STRESS)/sweeps
 
 # Planned for one H200: 4 minutes of tests, 20 s for each of the 7 models and 15 s for each command to start, 30 s for
-# attention. Times are of few rounds; a figure to be quoted should have more: make bench-gpu ROUNDS=9
+# attention. Times are of few rounds; use more for a figure that is published: make bench-gpu ROUNDS=9
 ROUNDS ?= 3
 PEAK := peak.side=8192 peak.repeats=10 peak.stated_tflops=790
 STEP := what=step against=[] size=base precision=bf16 attention=auto compile=true step.beside=[fp32,eager] \
 	rounds=$(ROUNDS) tolerance=0.1 step.loss_tolerance=0.02 $(PEAK)
 
-bench-gpu: $(READY)  ## Tests and timings on an NVIDIA GPU with 80 GB or more, in at most 9 minutes
+bench-gpu: $(READY)  ## Test and time on an NVIDIA GPU with 80 GB or more, in at most 9 minutes
 	$(RUN) -m pytest tests/gpu
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=vision step.batch_size=64
 	$(RUN) -m data2vec_train.benchmark $(STEP) modalities=vision step.batch_size=64 step.objectives=[data2vec2] \
@@ -63,7 +63,7 @@ lint: $(READY)  ## Check style, spelling and dead code
 	$(RUN) -m codespell_lib data2vec_train configs recipes tests README.md Makefile
 	$(RUN) -m vulture
 
-format: $(READY)  ## Rewrite the code in the project's format
+format: $(READY)  ## Format the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
