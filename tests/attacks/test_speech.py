@@ -79,11 +79,11 @@ TRANSCRIPTS = {
     "a list of words": (["a", "b"], "empty"),
     "invisible letters only": ("\u200b\ufeff\u2060", "empty"),
     "white space of many kinds only": ("\u00a0\u3000\t\r\n", "empty"),
-    "a blank written out": ("a<pad>b", "holds <pad>"),
-    "a start of text written out": ("<s>ab</s>", "holds <s>"),
-    "an unknown symbol written out": ("<unk>", "holds <unk>"),
-    "a word delimiter in the text": ("a|b", "holds |"),
-    "a table of markdown": ("| a |", "holds |"),
+    "a blank written out": ("a<pad>b", "contains <pad>"),
+    "a start of text written out": ("<s>ab</s>", "contains <s>"),
+    "an unknown symbol written out": ("<unk>", "contains <unk>"),
+    "a word delimiter in the text": ("a|b", "contains |"),
+    "a table of markdown": ("| a |", "contains |"),
     "control characters around letters": ("a\x00\x07b", ""),
     "half of a surrogate pair": ("a\ud800b", ""),
     "an emoji of several": ("a 👩\u200d👩\u200d👧 b", ""),
@@ -214,7 +214,7 @@ def test_symbols_as_objects_an_empty_symbol_and_a_space_as_symbol(tmp_path):
 def test_a_word_delimiter_that_stands_in_transcripts():
     task = ctc(vocabulary="keep")
     task._use(CTCTokenizer({"<pad>": 0, "<unk>": 1, "▁": 2, "a": 3}, word_delimiter="▁"))
-    assert "holds ▁" in task.spelt("a▁a")[1]
+    assert "contains ▁" in task.spelt("a▁a")[1]
     assert task.spelt("a a")[0] == [3, 2, 3]
 
 

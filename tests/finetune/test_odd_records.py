@@ -138,7 +138,7 @@ def test_held_out_speakers_have_to_make_pairs(command, rows, capsys):
     every = [row | {"kind": f"speaker {number // 2}"} for number, row in enumerate(rows("speaker"))]
     assert command("speaker", "data.test_source=null", steps=1, rows=every)[0] == 2
     error = capsys.readouterr().err
-    assert re.search(r"held-out records: \d of \d speakers; an equal error rate needs", error)
+    assert re.search(r"held-out records: \d recordings of \d speakers; an equal error rate needs", error)
     assert "raise data.held_out_fraction" in error
 
 

@@ -72,8 +72,8 @@ def test_records_that_cannot_be_spelt_are_listed_in_training_and_in_the_test(com
     found = listed(run_dir)
     assert "blanks between equal ones" in found["ctc.parquet:0"]
     assert "its transcript is empty" in found["ctc.parquet:1"]
-    assert "holds |" in found["ctc.parquet:2"]
-    assert "holds <pad>" in found["ctc.parquet:4"]
+    assert "contains |" in found["ctc.parquet:2"]
+    assert "contains <pad>" in found["ctc.parquet:4"]
     assert "has Ž" in found["test.parquet:5"]
     assert {"test.parquet:0", "test.parquet:1", "test.parquet:2", "test.parquet:4"} < found.keys()
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -320,7 +320,7 @@ def test_scripts_without_spaces_are_judged_by_letters():
     "wrong", [{"unicode": "nfc"}, {"case": "title"}, {"language": "Turkish"}, {"metric": "per"}, {"vocabulary": "all"}]
 )
 def test_settings_that_mean_nothing(wrong):
-    with pytest.raises(ConfigError, match=f"head.{next(iter(wrong))} is"):
+    with pytest.raises(ConfigError, match=f"head.{next(iter(wrong))}=.*expected"):
         ctc(**wrong)
 
 
