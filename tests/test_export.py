@@ -146,7 +146,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
         ),
         (("checkpoint=README.md", "out=x", "weights=both"), "weights: expected one of student, teacher, got 'both'"),
         (("checkpoint=README.md", "outt=x"), "no setting called 'outt'; did you mean out?"),
-        (("checkpoint=README.md", "out=x"), "README.md is no whole checkpoint of torch.save"),
+        (("checkpoint=README.md", "out=x"), "README.md is not an intact checkpoint of torch.save"),
     ],
 )
 def test_commands_that_cannot_work_get_one_line(settings, message, run_program):

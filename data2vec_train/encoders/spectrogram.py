@@ -19,7 +19,7 @@ from data2vec_train.encoders.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class PatchCount:
-    """How many patches a spectrogram has; frames that fill no patch at its end are left out."""
+    """Number of patches of a spectrogram; frames at its end that do not fill a patch are left out."""
 
     patch: int
     columns: int  # W
@@ -35,13 +35,13 @@ class SpectrogramEncoder(VisionEncoder):
     Args:
         mel_bins: F.
         patch: side of a patch, in frames and mel bins; must divide `mel_bins`.
-        max_frames: length for which positions are kept; those of longer inputs are computed when they come.
+        max_frames: length for which positions are stored; those of longer inputs are computed in each forward pass.
         dim: width D.
         depth: number of blocks, the prenet included.
-        prenet_depth: first blocks that never serve as targets (EAT: none).
+        prenet_depth: number of first blocks that never serve as targets (EAT: none).
         num_heads: attention heads.
         ffn_dim: inner width of the feed-forward part.
-        norm_eps: of all layer norms.
+        norm_eps: epsilon of all layer norms.
         activation: of the feed-forward part.
         class_token: whether to prepend one.
         mask_token: whether there is a learned vector for hidden patches (mask mode "replace").
@@ -50,7 +50,7 @@ class SpectrogramEncoder(VisionEncoder):
         activation_dropout: inside the feed-forward part.
         drop_path: stochastic depth of the last block.
         activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
-        attention: backend, see `encoders.attention`.
+        attention: backend, see `encoders/backends.py`.
 
     Raises:
         ValueError: sizes that cannot be built, such as patches that do not tile the mel bins.
@@ -144,7 +144,7 @@ class SpectrogramEncoder(VisionEncoder):
         top_k_layers: int = 0,
         context: ForwardContext | None = None,
     ) -> EncoderOutput:
-        """See `ModalityEncoder.contextualize`."""
+        """Mix positions; arguments as in `ModalityEncoder.contextualize`."""
         columns = self.grid[1]
         return super().contextualize(
             tokens,

@@ -2,7 +2,7 @@
 
 
 def grid_of(num_tokens: int, grid: tuple[int | None, int] | None) -> tuple[int, int] | None:
-    """`grid` with its rows counted: None rows are as many as the tokens fill. None for a sequence."""
+    """`grid`, with rows of None replaced by the number of rows that the tokens fill; None for a sequence."""
     if grid is None:
         return None
     rows, columns = grid

@@ -28,7 +28,7 @@ from data2vec_train.weights.outputs import ModelOutput
 
 
 def encoder_arguments(config: Data2VecAudioConfig) -> dict[str, Any]:
-    """What `WaveformEncoder` is to be built with."""
+    """Arguments of `WaveformEncoder`."""
     if config.encoder is not None:
         return {**config.encoder, "attention": config.attn_implementation}
     has_mask_token = config.keep_mask_token
@@ -70,7 +70,7 @@ def encoder_arguments(config: Data2VecAudioConfig) -> dict[str, Any]:
 
 
 class Adapter(nn.Module):
-    """Strided convolutions with gated linear units after the encoder: fewer frames, perhaps another width."""
+    """Strided convolutions with gated linear units after the encoder: fewer frames, optionally another width."""
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
 
 
 class AdapterLayer(nn.Module):
-    """One of them."""
+    """A strided convolution with gated linear units."""
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__()
@@ -114,10 +114,10 @@ def spans(
 
     Args:
         shape: rows and size.
-        fraction: of each row, if spans did not overlap.
+        fraction: share of each row that spans would hide if they did not overlap.
         length: of a span.
-        min_spans: for each row.
-        real: how much of each row may be hidden, from the start; None = all.
+        min_spans: least number of spans in each row.
+        real: number of positions at the start of each row that may be hidden; None = all.
 
     Raises:
         ConfigError: a span is longer than a row.
@@ -146,7 +146,7 @@ def spans(
 
 
 class AudioPretrainedModel(PretrainedModel):
-    """What the speech classes share."""
+    """Base of the speech classes."""
 
     config_class = Data2VecAudioConfig
     base_model_prefix = "data2vec_audio"
@@ -170,7 +170,7 @@ class AudioPretrainedModel(PretrainedModel):
             config.keep_mask_token = "masked_spec_embed" in names
 
     def get_input_embeddings(self) -> nn.Module:
-        """Speech has none: transformers raises here, too.
+        """Speech models have no token embedding; transformers raises here, too.
 
         Raises:
             NotImplementedError: always.
@@ -178,7 +178,7 @@ class AudioPretrainedModel(PretrainedModel):
         raise NotImplementedError("speech models have no token embedding")
 
     def freeze_feature_encoder(self) -> None:
-        """Keep the convolutions on the waveform as they are."""
+        """Freeze the convolutions on the waveform."""
         self.get_encoder().embedder.features.requires_grad_(False)
 
     def init_weights(self) -> None:
@@ -202,7 +202,7 @@ class AudioPretrainedModel(PretrainedModel):
     def _get_feat_extract_output_lengths(self, input_lengths: Tensor | int, add_adapter: bool | None = None) -> Any:
         """Samples -> frames after the front end, and after the adapter if there is one.
 
-        transformers counts the adapter's frames as if its kernel was 3 (TRANSFORMERS.md 1.1).
+        transformers counts the adapter's frames as if its kernel were 3 (TRANSFORMERS.md 1.1).
         """
         lengths = self.get_encoder().token_count(input_lengths)
         if self.config.add_adapter if add_adapter is None else add_adapter:
@@ -220,7 +220,7 @@ class AudioPretrainedModel(PretrainedModel):
 
 
 class Data2VecAudioModel(AudioPretrainedModel):
-    """Waveforms to features; `hf_compat` aside, what padding holds and how much there is of it changes nothing."""
+    """Waveforms to features; without `hf_compat`, the amount and content of padding change nothing."""
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__(config)
@@ -230,7 +230,7 @@ class Data2VecAudioModel(AudioPretrainedModel):
             self.init_weights()
 
     def encoder_names(self) -> dict[str, str]:
-        """See `PretrainedModel.encoder_names`."""
+        """{Hugging Face's name: ours, relative to the encoder}."""
         return hf_audio(self.encoder.state_dict())
 
     def forward(
@@ -250,13 +250,14 @@ class Data2VecAudioModel(AudioPretrainedModel):
             attention_mask: (B, S), 1 = real; padding at the end.
             mask_time_indices: (B, T) bool, frames to hide, in training and evaluation. transformers ignores it when
                 `config.apply_spec_augment` is off (TRANSFORMERS.md, fault 10), we do so with `hf_compat` only.
-            output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
-            output_hidden_states: also return the first block's input and every block's output; numbers choose some.
-            return_dict: False = a tuple of what is not None.
-            mask_feature_indices: (B, D) bool, channels to set to 0 in all frames, in training and evaluation; ours.
+            output_attentions: also return weights (B, H, T, T) of every block, with any attention backend.
+            output_hidden_states: also return the first block's input and every block's output; numbers select some.
+            return_dict: False = a tuple of the fields that are not None.
+            mask_feature_indices: (B, D) bool, channels to set to 0 in all frames, in training and evaluation; not in
+                transformers.
 
         Raises:
-            ConfigError: frames are to be hidden, and the model has no mask token.
+            ConfigError: frames are to be hidden, but the model has no mask token.
         """
         encoder = self.encoder
         features, mask = encoder.local_features(input_values, None if attention_mask is None else attention_mask.bool())
@@ -292,9 +293,9 @@ class Data2VecAudioModel(AudioPretrainedModel):
         if hidden is not None:
             if self.encoder.mask_token is None and config.encoder is None:
                 raise ConfigError(
-                    "frames are to be hidden, and the model has no mask token: set mask_time_prob above 0"
+                    "frames are to be hidden, but the model has no mask token; set mask_time_prob above 0"
                 )
-            # 2.0 has no mask token; what is hidden from it is zero, or noise around it (ALGORITHM.md 4.1).
+            # 2.0 has no mask token: hidden frames become 0 (in the originals 0 or noise, ALGORITHM.md 4.1).
             token = tokens.new_zeros(()) if self.encoder.mask_token is None else self.encoder.mask_token
             tokens = torch.where(hidden.bool()[..., None], token.to(tokens.dtype), tokens)
         if channels is None and random and config.mask_feature_prob > 0:
@@ -353,7 +354,7 @@ class Data2VecAudioForCTC(AudioPretrainedModel):
 
 
 class LayeredAudioModel(AudioPretrainedModel):
-    """A base model, and perhaps a learned average of its layers."""
+    """A base model, optionally with a learned average of its layers."""
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__(config)
@@ -361,7 +362,7 @@ class LayeredAudioModel(AudioPretrainedModel):
         self.layer_sum = LayerSum(num_layers=config.num_hidden_layers + 1) if config.use_weighted_layer_sum else None
 
     def names(self, *, own: bool | None = None) -> dict[str, str]:
-        """See `PretrainedModel.names`."""
+        """{name in files: name in `state_dict`} of every tensor; files leave out `layer_sum.`."""
         return {theirs.removeprefix("layer_sum."): ours for theirs, ours in super().names(own=own).items()}
 
     def _features(
@@ -377,7 +378,7 @@ class LayeredAudioModel(AudioPretrainedModel):
             features = self.layer_sum(outputs.hidden_states)
         mask = None
         if attention_mask is not None:
-            # The average of layers has as many frames as the layers, whatever an adapter makes of the last one.
+            # The average of layers has as many frames as the layers; an adapter changes the last one only.
             adapted = None if self.layer_sum is None else False
             mask = self._get_feature_vector_attention_mask(features.shape[1], attention_mask, add_adapter=adapted)
         hidden_states = (
@@ -401,9 +402,9 @@ class Data2VecAudioForSequenceClassification(LayeredAudioModel):
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **more: Any
     ) -> ModelOutput | tuple:
-        """`logits` (B, C), and with labels the `loss` that `config.problem_type` asks for.
+        """`logits` (B, C), and with labels the `loss` of `config.problem_type`; None = inferred from the labels.
 
-        transformers knows cross entropy only (TRANSFORMERS.md, fault 7), as do we with `hf_compat`. `more` goes to
+        transformers always uses cross entropy (TRANSFORMERS.md, fault 7), as do we with `hf_compat`. `more` goes to
         `Data2VecAudioModel.forward`.
         """
         return_dict = more.pop("return_dict", None)
@@ -467,7 +468,7 @@ class Data2VecAudioForXVector(LayeredAudioModel):
     ) -> ModelOutput | tuple:
         """`embeddings` and `logits`, both (B, E), and with labels (B,) the additive-margin `loss`.
 
-        With padding, transformers forgets the dilation of the time-delay layers and so counts some padded frames
+        With padding, transformers ignores the dilation of the time-delay layers and so counts some padded frames
         (TRANSFORMERS.md 1.1); `hf_compat` does the same. `more` goes to `Data2VecAudioModel.forward`.
         """
         return_dict = more.pop("return_dict", None)
@@ -483,7 +484,7 @@ class Data2VecAudioForXVector(LayeredAudioModel):
 
 def _no_adapter(model: PretrainedModel, config: Data2VecAudioConfig) -> None:
     if config.add_adapter:
-        raise ConfigError(f"{type(model).__name__} works without an adapter; set add_adapter=False")
+        raise ConfigError(f"{type(model).__name__} supports no adapter; set add_adapter=False")
 
 
 def _init_linear(config: Data2VecAudioConfig) -> Any:

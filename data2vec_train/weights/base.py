@@ -1,4 +1,4 @@
-"""What the fifteen Hugging Face classes share: files in, files out, and the switches of a model.
+"""Base of the fifteen Hugging Face classes: reading and writing files, and the settings of a model.
 
 A model is one of our encoders under `encoder`, with heads beside it. Its tensors have our names in memory and Hugging
 Face's in files; `names` is the table between the two.
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Layers = bool | int | list[int]  # which hidden states to return
 
-# In files of the wild, of no use to anybody: computed, or all zero.
+# Present in some released files; unused, since they can be computed or are all zero.
 COMPUTED = ("relative_position_index", "embeddings.position_ids", "embeddings.token_type_ids")
 
 
@@ -41,7 +41,7 @@ class PretrainedModel(nn.Module):
     config_class: ClassVar[type[Data2VecConfig]]
     base_model_prefix: ClassVar[str]
     main_input_name: ClassVar[str]
-    # Beginnings of Hugging Face names that a file of another class of the family may lack, or have in excess.
+    # Prefixes of Hugging Face names that a file of another class of the family may lack, or have in excess.
     heads: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Data2VecConfig) -> None:
@@ -53,8 +53,8 @@ class PretrainedModel(nn.Module):
         config.check()
         _check_backend(config.attn_implementation)
         self.config = config
-        self.source: Path | None = None  # folder with files that say how inputs are prepared
-        self.preparation: tuple[Any, ...] = ()  # or what prepares them, for weights that come without such files
+        self.source: Path | None = None  # folder with preprocessing files
+        self.preparation: tuple[Any, ...] = ()  # or preprocessors, for weights that come without such files
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts
@@ -66,30 +66,32 @@ class PretrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
-        return next(one.dtype for one in self.parameters() if one.is_floating_point())
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the model has learnt; tied tensors count once."""
-        return sum(one.numel() for one in self.parameters() if one.requires_grad or not only_trainable)
+        """Number of parameters; tied tensors count once."""
+        return sum(
+            parameter.numel() for parameter in self.parameters() if parameter.requires_grad or not only_trainable
+        )
 
     def get_encoder(self) -> ModalityEncoder:
-        """Our encoder inside."""
+        """The encoder."""
         return self.base_model.encoder
 
     def freeze_base_model(self) -> None:
-        """Train the head alone."""
+        """Freeze the base model, so that only the head is trained."""
         self.base_model.requires_grad_(False)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass instead of keeping them.
 
-        The argument exists for callers of transformers; recomputation is always of torch's non-reentrant kind.
+        The argument exists for compatibility with transformers; recomputation is always non-reentrant.
         """
         self._set_checkpointing(True)
 
@@ -111,7 +113,7 @@ class PretrainedModel(nn.Module):
         """Change the attention backend of all blocks.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: it does not exist.
         """
         _check_backend(name)
         for module in self.modules():
@@ -120,11 +122,11 @@ class PretrainedModel(nn.Module):
         self.config.attn_implementation = name
 
     def get_input_embeddings(self) -> nn.Module:
-        """What turns inputs into tokens."""
+        """The module that turns inputs into tokens."""
         return self.get_encoder().embedder
 
     def tie_weights(self) -> None:
-        """Make tensors that the config ties one and the same; nothing to do for most models."""
+        """Tie the tensors that the config declares as tied; most models have none."""
 
     def init_weights(self) -> None:
         """Fresh weights as transformers draws them (TRANSFORMERS.md 3)."""
@@ -153,7 +155,7 @@ class PretrainedModel(nn.Module):
     def names(self, *, own: bool | None = None) -> dict[str, str]:
         """{name in files: name in `state_dict`} of every tensor.
 
-        Files of models that transformers cannot build (`config.encoder` is set) have our names; `own` overrules this.
+        Files of models that transformers cannot build (`config.encoder` is set) have our names; `own` overrides this.
         """
         own = self.config.encoder is not None if own is None else own
         prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
@@ -170,7 +172,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: Data2VecConfig, **run_time: Any) -> Self:
-        """A model with fresh weights; `run_time` may say `attn_implementation`, `hf_compat`, `dtype`."""
+        """A model with fresh weights; `run_time` may set `attn_implementation`, `hf_compat`, `dtype`."""
         dtype = run_time.pop("dtype", None)
         config = copy.deepcopy(config)
         for name, value in run_time.items():
@@ -196,12 +198,12 @@ class PretrainedModel(nn.Module):
     ) -> Self:
         """The model in a folder that `save_pretrained` wrote, ours or transformers'; in evaluation mode.
 
-        A file of another class of the family will do: parts of the head that it lacks are newly initialised, those that
-        this class has no place for are left out, and the log names both. A file of this class has to be complete.
+        The file may be of another class of the family: parts of the head that it lacks are newly initialised, those
+        that this class does not have are left out, and the log names both. A file of this class has to be complete.
 
         Args:
             path: the folder.
-            config: instead of the folder's.
+            config: replaces the folder's.
             attn_implementation: attention backend.
             dtype: of the weights; "auto" = as in the file.
             device_map: "auto" = the first GPU if there is one, else the CPU; or a device, or {"": device}.
@@ -211,7 +213,7 @@ class PretrainedModel(nn.Module):
             **changes: to fields of the config, such as `num_labels`.
 
         Raises:
-            ConfigError: there is no such model, or a setting cannot be met.
+            ConfigError: there is no such model, or a setting is not supported.
             WeightMismatch: tensors are missing, in excess, or of another shape.
         """
         dtype = changes.pop("torch_dtype", dtype)  # its name in transformers 4
@@ -228,7 +230,7 @@ class PretrainedModel(nn.Module):
             config, tensors, where=str(weights_file(path)), ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         model.source = Path(path)
-        chosen = next((one.dtype for one in tensors.values() if one.is_floating_point()), None)
+        chosen = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
         chosen = chosen if dtype == "auto" else dtype
         model = model.placed(dtype=chosen, device_map=device_map).eval()
         if report.fresh or report.left_out:
@@ -243,17 +245,17 @@ class PretrainedModel(nn.Module):
         attn_implementation: str | None = None,
         hf_compat: bool = False,
     ) -> Self:
-        """The model with other weights' type, device or attention backend; see `from_pretrained`.
+        """The model with another dtype, device or attention backend; see `from_pretrained`.
 
         Raises:
-            ConfigError: a setting that cannot be met; `hf_compat`, which a built model cannot change.
+            ConfigError: a setting is not supported; `hf_compat`, which a built model cannot change.
         """
         if hf_compat:
-            raise ConfigError("hf_compat is for folders: save the model with save_pretrained, and load that")
+            raise ConfigError("hf_compat is for folders: save the model with save_pretrained, and load that folder")
         if attn_implementation is not None:
             self.set_attn_implementation(attn_implementation)
         placed = self.to(device=_device_of(device_map), dtype=None if dtype in (None, "auto") else _dtype_of(dtype))
-        beyond = next((name for name, one in placed.named_parameters() if not one.isfinite().all()), None)
+        beyond = next((name for name, parameter in placed.named_parameters() if not parameter.isfinite().all()), None)
         if beyond is not None:
             raise ConfigError(f"dtype={dtype}: {beyond} holds numbers that are too large for it; choose float32")
         return placed
@@ -267,7 +269,7 @@ class PretrainedModel(nn.Module):
         where: str,
         ignore_mismatched_sizes: bool = False,
     ) -> tuple[Self, LoadReport]:
-        """A model of this class with these tensors, by the names they have in files."""
+        """A model of this class with these tensors, by their names in files."""
         check_size(lambda: cls._build(config, tensors), tensors, where)
         model = cls._build(config, tensors)
         names = model.names()
@@ -277,12 +279,12 @@ class PretrainedModel(nn.Module):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         elif model.base_model is not model and not has_prefix:
             tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-        # Tied tensors are written once, and old files hold them twice.
+        # Tied tensors are written once, but old files hold them twice.
         for name, other in model.aliases().items():
             if other in tensors:
                 tensors.setdefault(name, tensors[other])
-        loose = tuple(prefix + one for one in cls.heads) + cls.heads
-        # A file of this very class has all that belongs to it, and nothing else.
+        loose = tuple(prefix + head for head in cls.heads) + cls.heads
+        # A file of this class has to have all of its tensors and no others.
         own = config.architectures == [cls.__name__]
         report = put_into(
             model,
@@ -298,12 +300,12 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def _build(cls, config: Data2VecConfig, tensors: dict[str, Tensor]) -> Self:
-        """A model that these tensors can go into."""
+        """A model that fits these tensors."""
         return cls(config)
 
     @classmethod
     def _adapt(cls, config: Data2VecConfig, names: set[str]) -> None:
-        """Let the config ask for what the file holds, where transformers' configs are silent about it."""
+        """Set fields of the config that follow from the file's tensors and that transformers' configs lack."""
 
     def aliases(self) -> dict[str, str]:
         """{name in files: the name under which the same tensor is written}."""
@@ -313,7 +315,7 @@ class PretrainedModel(nn.Module):
         """Write model.safetensors and config.json, which transformers reads too unless `config.encoder` is set.
 
         Args:
-            folder: made if it does not exist.
+            folder: created if it does not exist.
             state_dict: tensors to write instead of the model's own.
         """
         from safetensors.torch import save_file
@@ -337,14 +339,14 @@ class PretrainedModel(nn.Module):
     def _forward_context(
         self, output_attentions: bool | None, output_hidden_states: Layers | None, **more: Any
     ) -> ForwardContext:
-        """What to collect on the way; None = as the config says."""
+        """What the forward pass collects; None = as set in the config."""
         config = self.config
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return ForwardContext(
             keep_attentions=config.output_attentions if output_attentions is None else output_attentions,
             keep_hidden_states=wanted is not False,
-            # transformers leaves no trace of a block that layer drop skipped, and then averages fewer layers than it
-            # has weights for: an error (TRANSFORMERS.md, fault 5).
+            # transformers keeps no hidden state of a block that layer drop skips, so that it averages fewer layers than
+            # it has weights for and fails (TRANSFORMERS.md, fault 5).
             omit_dropped=config.hf_compat,
             **more,
         )
@@ -354,22 +356,22 @@ class PretrainedModel(nn.Module):
 
 
 def hidden_states_of(context: ForwardContext, wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
-    """The first block's input and every block's output, (B, S, D) each; None when they were not asked for."""
+    """The first block's input and every block's output, (B, S, D) each; None if they were not collected."""
     return choose_layers(context.hidden_states, wanted) if context.keep_hidden_states else None
 
 
 def choose_layers(layers: Sequence[Tensor], wanted: Layers | None) -> tuple[Tensor | None, ...] | None:
-    """All layers, or with numbers the others replaced by None; -1 is the last. None for False."""
+    """All layers; with numbers, the other layers are replaced by None (-1 is the last). None for False."""
     if wanted is False:
         return None
     if wanted is None or wanted is True:
         return tuple(layers)
     chosen = {index % len(layers) for index in ([wanted] if isinstance(wanted, int) else wanted)}
-    return tuple(one if index in chosen else None for index, one in enumerate(layers))
+    return tuple(layer if index in chosen else None for index, layer in enumerate(layers))
 
 
 def attentions_of(context: ForwardContext) -> tuple[Tensor, ...] | None:
-    """Attention weights of every block, (B, H, Q, S) each; None when they were not asked for."""
+    """Attention weights of every block, (B, H, Q, S) each; None if they were not collected."""
     return tuple(context.attentions) if context.keep_attentions else None
 
 
@@ -381,7 +383,9 @@ def _check_backend(name: str) -> None:
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype={dtype!r} is no floating-point type; expected float32, bfloat16, float16 or 'auto'")
+        raise ConfigError(
+            f"dtype={dtype!r} is not a floating-point type; expected float32, bfloat16, float16 or 'auto'"
+        )
     return found
 
 
@@ -398,5 +402,5 @@ def _device_of(device_map: str | int | torch.device | dict | None) -> torch.devi
         return torch.device(device_map)
     except RuntimeError as error:
         raise ConfigError(
-            f"device_map={device_map!r} is no device; expected 'auto' or a device such as 'cuda:0'"
+            f"device_map={device_map!r} is not a device; expected 'auto' or a device such as 'cuda:0'"
         ) from error

@@ -1,4 +1,4 @@
-"""What a config file may say, checked before anything is built: types, ranges, and sizes against the file's tensors."""
+"""Checks of config files before anything is built: types, ranges, and sizes against the file's tensors."""
 
 import math
 import types
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from data2vec_train.encoders.layers import ACTIVATIONS
 from data2vec_train.errors import ConfigError
 
-MOST_LAYERS = 1024  # of one kind, and numbers in a list: no published model has 100
+MOST_LAYERS = 1024  # most layers of one kind, and most entries of a list; no published model has 100
 MOST_LABELS = 2**18
 LARGEST = 2**31 - 1
 # A config may describe a head that the file lacks, but not a model of another order of size than the file.
@@ -38,11 +38,11 @@ _ACTIVATIONS = {"activation", "conv_activation", "hidden_act", "feat_extract_act
 
 
 def check_values(values: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
-    """Compare settings with the types they are declared with, and with what their names allow.
+    """Check settings against their declared types and the ranges that belong to their names.
 
     Args:
         values: by name.
-        hints: {name: type}; only these are looked at.
+        hints: {name: type}; only these are checked.
         where: for the message.
 
     Raises:
@@ -58,7 +58,7 @@ def build_encoder(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Any:
     """The encoder with these arguments, which may come from a file.
 
     Raises:
-        ConfigError: there are too many or too few of them, or no such encoder can be built.
+        ConfigError: arguments are missing or unknown, or the encoder cannot be built with them.
     """
     hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
     missing = sorted(set(hints) - set(kind.__init__.__kwdefaults__ or ()) - set(arguments))
@@ -73,12 +73,12 @@ def build_encoder(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Any:
         return kind(**arguments)
     except ConfigError:
         raise
-    except (ValueError, RuntimeError) as error:  # sizes that do not go together: the constructor says which
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit together: the constructor names them
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
 def check_size(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Compare the size of a model with that of the tensors it is for, before memory is taken for it.
+    """Compare the size of a model with that of its tensors, before memory is allocated for it.
 
     Args:
         make: builds the model.
@@ -90,19 +90,19 @@ def check_size(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], whe
     """
     with torch.device("meta"), _Unfilled():
         model = make()
-    wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
-    held = sum(one.numel() for one in tensors.values())
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(tensor.numel() for tensor in tensors.values())
     if wanted > GROWTH * held + SLACK:
         raise ConfigError(
-            f"{where} describes a model of {wanted:,} numbers, and the weights beside it hold {held:,}: one of the "
-            "two is of another model"
+            f"{where} describes a model of {wanted:,} numbers, but the weights beside it hold {held:,}: one of the "
+            "two belongs to another model"
         )
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills tensors with random numbers: without memory there is nothing to fill.
+    """Skips operations that fill tensors with random numbers, which meta tensors do not need.
 
-    torch would load its compiler, for seconds, to learn the shape of what such an operation gives.
+    For such an operation torch would load its compiler, which takes seconds, to infer the shape of the result.
     """
 
     def __torch_function__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -112,7 +112,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _fault(name: str, value: Any, hint: Any) -> str | None:
-    """What was expected instead; None when the value is in order."""
+    """What was expected instead; None if the value is valid."""
     if not _fits(value, hint):
         return _described(hint)
     if name in _ACTIVATIONS and value not in ACTIVATIONS:
@@ -120,17 +120,17 @@ def _fault(name: str, value: Any, hint: Any) -> str | None:
     many = isinstance(value, (list, tuple))
     if many and len(value) > MOST_LAYERS:
         return f"at most {MOST_LAYERS} entries"
-    for one in value if many else [value]:
-        if isinstance(one, bool) or not isinstance(one, (int, float)):
+    for entry in value if many else [value]:
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
             continue
-        lowest, highest, text = _range(name, isinstance(one, int) and hint is not float)
-        if not lowest <= one <= highest:
+        lowest, highest, text = _range(name, isinstance(entry, int) and hint is not float)
+        if not lowest <= entry <= highest:
             return text
     return None
 
 
 def _range(name: str, whole: bool) -> tuple[float, float, str]:
-    """Lowest and highest value, and both in words."""
+    """Lowest and highest value, and a description of the range."""
     if name in _EPSILONS:
         return math.nextafter(0, 1), 1, "a number above 0, at most 1"
     if name in _BELOW_1:
@@ -153,12 +153,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inside)
+        return any(_fits(value, option) for option in inside)
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in inside)
+        return any(value == option and type(value) is type(option) for option in inside)
     if isinstance(origin, type) and issubclass(origin, Sequence):
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        return is_list and (len(value) > 0 or inside[0] is str) and all(_fits(one, inside[0]) for one in value)
+        return is_list and (len(value) > 0 or inside[0] is str) and all(_fits(entry, inside[0]) for entry in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is float:
@@ -171,7 +171,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _described(hint: Any) -> str:
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(one) for one in inside)
+        return " or ".join(_described(option) for option in inside)
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}"
     if isinstance(origin, type) and issubclass(origin, Sequence):

@@ -1,7 +1,7 @@
 """Configurations of Hugging Face's Data2Vec models: the same names, defaults and files.
 
-Fields are those of transformers 5.23 (TRANSFORMERS.md 2). What a config.json holds beyond them is kept and written
-back. Three fields are ours:
+Fields are those of transformers 5.23 (TRANSFORMERS.md 2). Other entries of a config.json are kept and written back.
+Four fields are ours:
 
     encoder          arguments of our encoder, for models that the other fields cannot describe (data2vec 2.0)
     attn_implementation, hf_compat, keep_mask_token      how to run the model; never written
@@ -21,10 +21,10 @@ CONFIG_NAME = "config.json"
 
 @dataclass(kw_only=True)
 class Data2VecConfig:
-    """What the three configs share.
+    """Base of the three configs.
 
     Attributes:
-        hf_compat: behave as transformers 5.23 does where that is wrong or surprising; each place says what it changes.
+        hf_compat: behave as transformers 5.23 even where that is wrong or surprising; each place says what it changes.
         keep_mask_token: whether the encoder has a vector for hidden tokens; None = as the config's other fields say.
     """
 
@@ -44,7 +44,7 @@ class Data2VecConfig:
     attn_implementation: str = "sdpa"
     hf_compat: bool = False
     keep_mask_token: bool | None = None
-    unknown: dict[str, Any] = field(default_factory=dict)  # what a file holds beyond these fields
+    unknown: dict[str, Any] = field(default_factory=dict)  # other entries of the file
 
     def __post_init__(self) -> None:
         self.check()
@@ -57,12 +57,12 @@ class Data2VecConfig:
             self.label2id = {name: number for number, name in self.id2label.items()}
 
     def check(self) -> None:
-        """Look at every field, before anything is built from them.
+        """Check every field, before anything is built from the config.
 
         Raises:
             ConfigError: a value of another type, or one that no model can have.
         """
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         check_values(values, _hints(type(self)), type(self).__name__)
 
     @classmethod
@@ -75,7 +75,7 @@ class Data2VecConfig:
         found = content.get("model_type", cls.model_type)
         if found not in (cls.model_type, cls.own_type()):
             raise ConfigError(f"a config of model type {found!r}; {cls.__name__} reads {cls.model_type!r}")
-        known = {one.name for one in fields(cls)} - _RUN_TIME
+        known = {setting.name for setting in fields(cls)} - _RUN_TIME
         given = {name: value for name, value in content.items() if name in known}
         skipped = {"model_type", "torch_dtype", *known}
         if "dtype" not in given and content.get("torch_dtype"):
@@ -95,10 +95,10 @@ class Data2VecConfig:
         """The config in `folder`/config.json, with `changes` to its fields.
 
         Raises:
-            ConfigError: there is none, it cannot be read, or a change names no field.
+            ConfigError: there is none, it cannot be read, or a change names an unknown field.
         """
         content = read_config(folder)
-        unknown = set(changes) - {one.name for one in fields(cls)}
+        unknown = set(changes) - {setting.name for setting in fields(cls)}
         if unknown:
             raise ConfigError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
         run_time = {name: changes.pop(name) for name in _RUN_TIME & set(changes)}
@@ -113,8 +113,10 @@ class Data2VecConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What a config.json holds."""
-        content = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _RUN_TIME}
+        """The content of a config.json."""
+        content = {
+            setting.name: getattr(self, setting.name) for setting in fields(self) if setting.name not in _RUN_TIME
+        }
         if self.encoder is None:
             del content["encoder"]
         del content["num_labels"]  # follows from id2label
@@ -135,11 +137,11 @@ def _numbered(names: dict[Any, Any]) -> dict[int, str]:
     """Class names by number, from a JSON object, whose keys are texts.
 
     Raises:
-        ConfigError: the numbers are not 0 to n - 1, or a name is none.
+        ConfigError: the numbers are not 0 to n - 1, or a name is not a text.
     """
     numbers = {str(number): number for number in range(len(names))}
-    if {str(key) for key in names} != set(numbers) or not all(isinstance(one, (str, int)) for one in names.values()):
-        raise ConfigError(f"id2label names the classes 0 to n - 1, each by a text; got {str(names)[:60]}")
+    if {str(key) for key in names} != set(numbers) or not all(isinstance(name, (str, int)) for name in names.values()):
+        raise ConfigError(f"id2label must name the classes 0 to n - 1, each by a text; got {str(names)[:60]}")
     return {numbers[str(key)]: name for key, name in names.items()}
 
 
@@ -307,8 +309,8 @@ def config_class_of(
         ConfigError: it belongs to another kind of model.
     """
     found = content.get("model_type")
-    for one in classes:
-        if found in (one.model_type, one.own_type()):
-            return one
-    known = ", ".join(one.model_type for one in classes)
+    for kind in classes:
+        if found in (kind.model_type, kind.own_type()):
+            return kind
+    known = ", ".join(kind.model_type for kind in classes)
     raise ConfigError(f"a model of type {found!r}; expected one of {known}")

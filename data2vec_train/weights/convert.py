@@ -1,4 +1,4 @@
-"""Weights in and out: whatever a file is, it becomes one of the fifteen classes, and they become files."""
+"""Loading and saving weights: files of every supported kind to the fifteen classes, and these to files."""
 
 import copy
 import shutil
@@ -46,12 +46,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# What stands beside weights and says how inputs are prepared.
+# Files beside weights that describe how inputs are prepared.
 PREPROCESSING = (
     "preprocessor_config.json",
     "processor_config.json",
     *TOKENIZER_FILES,
-    "finetuning.json",  # of a head: what `predict` needs to know
+    "finetuning.json",  # of a head: facts that `predict` needs
 )
 PREPROCESSING_FOLDER = "preprocessing"  # of a run directory
 MODEL_FOLDER = "model"  # of a run directory of fine-tuning
@@ -74,11 +74,11 @@ LOOSE = {
 class Family:
     """The classes of a modality."""
 
-    encoder: str  # what a config calls our encoder
+    encoder: str  # our encoder's class, as configs name it
     base: type[PretrainedModel]
     heads: dict[str, type[PretrainedModel]]
     arguments: Callable[[Any], dict[str, Any]]  # config -> arguments of the encoder
-    config: Callable[[dict[str, Any]], Data2VecConfig]  # and back, as far as it goes
+    config: Callable[[dict[str, Any]], Data2VecConfig]  # arguments of the encoder -> config, where it can hold them
 
 
 def _audio_config(arguments: dict[str, Any]) -> Data2VecAudioConfig:
@@ -152,7 +152,7 @@ def _vision_config(arguments: dict[str, Any]) -> Data2VecVisionConfig:
 
 
 def _spread(depth: int) -> list[int]:
-    """Four blocks for segmentation, of 12: 3, 5, 7, 11."""
+    """Indices of four blocks for segmentation; of 12 blocks 3, 5, 7, 11."""
     return [max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
@@ -180,15 +180,15 @@ FAMILIES = {
     ),
 }
 CLASSES: dict[str, type[PretrainedModel]] = {
-    one.__name__: one
+    kind.__name__: kind
     for module in (audio, text, vision, plugin)
-    for one in vars(module).values()
-    if isinstance(one, type) and issubclass(one, PretrainedModel) and one.__name__.startswith("Data2Vec")
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, PretrainedModel) and kind.__name__.startswith("Data2Vec")
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In
+# Loading
 
 
 def load_pretrained(
@@ -199,24 +199,24 @@ def load_pretrained(
     dtype: torch.dtype | str | None = "float32",
     **options: Any,
 ) -> PretrainedModel:
-    """The model in a file or folder, in evaluation mode, as the class of transformers' that it is.
+    """The model in a file or folder, in evaluation mode, as one of the fifteen classes.
 
     A folder is one of transformers' or one that `save_pretrained` wrote. A file is a checkpoint of a pretraining run,
     or one of the original programs: fairseq's 1.0 and 2.0 of all modalities, and the BEiT-based 1.0 images. Nothing in
-    a file is executed. data2vec 2.0, which transformers does not have, comes as the same classes with our encoder
-    inside.
+    a file is executed. data2vec 2.0, which transformers does not have, is loaded into the same classes with our
+    encoder.
 
     Args:
         path: the file or folder; a run directory stands for its newest checkpoint, after fine-tuning for model/.
         weights: of a checkpoint, the student's or the teacher's.
-        num_heads: attention heads, for a file that does not say and whose width is none of the published ones.
-        dtype: of the weights, which are float32 whatever the file has, unless this says otherwise; "auto" = as in the
-            file. `torch_dtype` is the same, as in transformers 4.
+        num_heads: number of attention heads, for a file that does not hold it and whose width is not a published one.
+        dtype: of the weights, by default float32 whatever the file has; "auto" = as in the file. `torch_dtype`, the
+            name in transformers 4, is the same.
         **options: see `PretrainedModel.from_pretrained`, such as `device_map`, `attn_implementation`.
 
     Raises:
-        ConfigError: there is nothing of the kind at `path`, it is broken, it asks for code to be run, or its weights
-            are no finite floating-point numbers.
+        ConfigError: there are no weights at `path`, the file is broken or asks to run code, or weights are not finite
+            floating-point numbers.
         WeightMismatch: tensors are missing, in excess, or of another shape.
     """
     path = Path(path).expanduser()
@@ -255,7 +255,7 @@ def _class_for(content: dict[str, Any], folder: Path) -> type[PretrainedModel]:
 
 def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
     """The class without a head for a config."""
-    return next(one for name, one in CLASSES.items() if one.config_class is config_class and name.endswith("Model"))
+    return next(kind for name, kind in CLASSES.items() if kind.config_class is config_class and name.endswith("Model"))
 
 
 def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, where: str) -> PretrainedModel:
@@ -281,11 +281,11 @@ def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, 
     try:
         model = _without_pooler(kind, config)
     except TypeError as error:
-        raise ConfigError(f"{where}: {target} cannot be built with what the file says ({error})") from error
+        raise ConfigError(f"{where}: {target} cannot be built with the file's arguments ({error})") from error
     put_into(
         model,
         {f"encoder.{name}": f"encoder.{name}" for name in model.encoder.state_dict()},
-        {f"encoder.{name}": one for name, one in tensors.items()},
+        {f"encoder.{name}": tensor for name, tensor in tensors.items()},
         where=where,
     )
     return model
@@ -294,9 +294,9 @@ def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, 
 def describe(
     modality: str, arguments: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Data2VecConfig, dict[str, Tensor]]:
-    """A config for an encoder, and its tensors with what transformers' models have in addition.
+    """A config for an encoder, and its tensors with those that transformers' models have in addition.
 
-    Where transformers can build the encoder, the config is one of theirs; else `config.encoder` holds the arguments.
+    If transformers can build the encoder, the config is one of theirs; else `config.encoder` holds the arguments.
     """
     family = FAMILIES[modality]
     arguments = {name: value for name, value in arguments.items() if name != "_target_"}
@@ -304,7 +304,7 @@ def describe(
         arguments["num_token_types"] = 1
         tensors = tensors | {"embedder.types.weight": torch.zeros(1, arguments["dim"])}
     if modality == "vision" and arguments["norm_first"] and arguments["positions"] == "sincos":
-        # transformers knows learned positions only: fixed ones are learned ones that do not change.
+        # transformers has learned positions only, so that fixed ones are stored as learned ones.
         arguments["positions"] = "learned"
         tensors = tensors | {"learned_positions": _fixed_as_learned(arguments)}
     config = family.config(arguments)
@@ -314,9 +314,7 @@ def describe(
 
 
 def _needs_a_square(arguments: dict[str, Any]) -> bool:
-    """Whether transformers would take its positions for those of a square, or its biases the wrong way round
-    (TRANSFORMERS.md, fault 4).
-    """
+    """Whether non-square images give wrong positions or biases in transformers (TRANSFORMERS.md, fault 4)."""
     size = arguments.get("image_px", 0)
     height, width = (size, size) if isinstance(size, int) else size
     return height != width and (arguments["relative_bias"] != "none" or arguments["positions"] == "learned")
@@ -327,7 +325,7 @@ def refusal_of_transformers(model: PretrainedModel) -> str | None:
     encoder = model.get_encoder()
     if isinstance(encoder, VisionEncoder) and _needs_a_square(FAMILIES["vision"].arguments(model.config)):
         height, width = encoder.image_size
-        return f"images of {height}x{width} pixels: transformers has positions and relative biases of squares only"
+        return f"images of {height}x{width} pixels: transformers has positions and relative biases for squares only"
     if model.config.encoder is not None:
         return (
             "transformers has data2vec 1.0 only (and text 2.0, which has the same architecture), and cannot build this "
@@ -361,13 +359,13 @@ def with_image_size(model: PretrainedModel, image_px: int | list[int]) -> Pretra
     has_pooler = getattr(model, "pooler", None) is not None
     made = type(model)(config, add_pooling_layer=True) if has_pooler else type(model)(config)
     inside = "encoder." if model.base_model is model else f"{model.base_model_prefix}.encoder."
-    made.load_state_dict(model.state_dict() | {inside + name: one for name, one in state.items()})
+    made.load_state_dict(model.state_dict() | {inside + name: tensor for name, tensor in state.items()})
     made.source, made.preparation = model.source, model.preparation
     return made.to(device=encoder.embedder.project.weight.device, dtype=model.dtype).train(model.training)
 
 
 def _are_fixed(learned: Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether learned positions were fixed ones before `describe` had to call them learned."""
+    """Whether learned positions were fixed ones before `describe` stored them as learned."""
     return torch.equal(learned.float(), _fixed_as_learned(arguments))
 
 
@@ -377,7 +375,7 @@ def _fixed_as_learned(arguments: dict[str, Any]) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     before = torch.zeros(int(arguments["class_token"]), arguments["dim"])
     if arguments["dim"] % 4:
-        return before[None]  # there are none of this width
+        return before[None]  # sine-cosine positions need a width divisible by 4
     return torch.cat([before, sincos_grid((height // patch, width // patch), arguments["dim"])])[None]
 
 
@@ -386,7 +384,7 @@ def _essence(arguments: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("conv_dim"), int):
         kept["conv_dim"] = [kept["conv_dim"]] * len(kept["conv_kernel"])
     kept.setdefault("cross_attention", False)
-    # The value that scales start from says nothing about a trained model, only whether there are any.
+    # In a trained model it matters whether there are scales, but not their initial value.
     kept["layer_scale"] = kept.get("layer_scale") is not None
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
@@ -395,7 +393,7 @@ def _without_pooler(kind: type[PretrainedModel], config: Data2VecConfig) -> Pret
     return kind(config, add_pooling_layer=False) if kind is text.Data2VecTextModel else kind(config)
 
 
-# What trains with which regularisation: our name -> the field of each family's config.
+# Rates of regularisation: our name -> the field of each family's config.
 RATES: dict[str, dict[str, str]] = {
     "audio": {
         "dropout": "hidden_dropout",
@@ -428,16 +426,16 @@ def with_head(
     keep_head: bool = False,
     start_head: Callable[[PretrainedModel], None] | None = None,
 ) -> tuple[PretrainedModel, list[str]]:
-    """A model of another class of the family with this one's encoder, and what is new in it, in sentences.
+    """A model of another class of the family with this one's encoder, and a sentence on each part that is new.
 
     Args:
-        model: what to start from.
-        class_name: of the fifteen.
+        model: model with the encoder.
+        class_name: one of the fifteen.
         settings: fields of its config.
         rates: dropout and the like by our names, see `RATES`; those that the family does not have must be 0.
         random_weights: keep the architecture only, and draw its weights as before pretraining.
-        keep_head: the head's weights come along, if `model` has one of the same shape.
-        start_head: changes what a new head starts with.
+        keep_head: keep the head's weights, if `model` has a head of the same class and shape.
+        start_head: changes the initial weights of a new head.
 
     Raises:
         ConfigError: the class is of another family, or a rate of another modality.
@@ -445,7 +443,7 @@ def with_head(
     kind = CLASSES[class_name]
     modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
     if kind.config_class is not type(model.config) or modality is None:
-        raise ConfigError(f"{class_name} cannot go on a {type(model).__name__}: it is for another modality")
+        raise ConfigError(f"{class_name} does not fit a {type(model).__name__}: it is for another modality")
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
@@ -467,7 +465,7 @@ def with_head(
     if random_weights:
         encoder = type(encoder)(**FAMILIES[modality].arguments(config))
     missing, excess = made.get_encoder().load_state_dict(encoder.state_dict(), strict=False)
-    # A norm after the last block gives way to the one in the head; a vector for hidden frames may be new.
+    # The norm of the head replaces the norm after the last block; the vector for hidden frames may be new.
     wrong = [name for name in (*missing, *excess) if name != "mask_token" and not name.startswith("final_norm.")]
     if wrong:
         raise ConfigError(f"the encoder of {type(model).__name__} does not fit {class_name}: {', '.join(wrong[:5])}")
@@ -475,12 +473,14 @@ def with_head(
     if random_weights:
         notes.append("encoder: random weights")
     inner = f"{made.base_model_prefix}.encoder."
-    ours = {name: one for name, one in made.state_dict().items() if not name.startswith(inner)}
-    theirs = {name: one for name, one in model.state_dict().items() if name in ours}
+    ours = {name: tensor for name, tensor in made.state_dict().items() if not name.startswith(inner)}
+    theirs = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
     same = type(model) is kind and keep_head and not random_weights
-    if same and {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}:
+    if same and {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }:
         made.load_state_dict(theirs, strict=False)
-        notes.append("the head goes on from its own weights")
+        notes.append("the head keeps its weights")
     else:
         notes.append("the head is new")
         if start_head is not None:
@@ -492,15 +492,15 @@ def with_head(
 
 @dataclass(frozen=True)
 class Start:
-    """What a pretraining run can begin with."""
+    """What a pretraining run can start from."""
 
     model: PretrainedModel  # the student
-    teacher: PretrainedModel | None  # None when the file has none
-    decoder: dict[str, Tensor]  # by our names; empty when the file has none
+    teacher: PretrainedModel | None  # None if the file has none
+    decoder: dict[str, Tensor]  # by our names; empty if the file has none
 
 
 def load_start(path: str | Path) -> Start:
-    """Everything in a file or folder that pretraining can go on with; see `load_pretrained`."""
+    """Everything in a file or folder that pretraining can start from; see `load_pretrained`."""
     model = load_pretrained(path)
     found = Path(path).expanduser()
     found = checkpoints.resolve(found) or found
@@ -522,7 +522,7 @@ def encoder_description(model: PretrainedModel) -> tuple[str, dict[str, Any], di
     Token types, which pretraining does not have, are added to the positions: every token is of type 0.
 
     Raises:
-        ConfigError: the encoder is none of ours.
+        ConfigError: the encoder is not one of ours.
     """
     modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
     if modality is None:
@@ -537,11 +537,11 @@ def encoder_description(model: PretrainedModel) -> tuple[str, dict[str, Any], di
     if learned is not None and _are_fixed(learned, arguments):
         arguments["positions"] = "sincos"
         del tensors["learned_positions"]
-    return modality, arguments, {name: one.float() for name, one in tensors.items()}
+    return modality, arguments, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _from_run(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:
-    """A checkpoint of ours."""
+    """The model in a checkpoint of a pretraining run."""
     try:
         modality = with_current_names(content["config"]["modality"])
         node = dict(modality["encoder"])
@@ -563,7 +563,7 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
 
 
 def _preparation_in(node: Any, where: str) -> tuple[Any, ...]:
-    """How a run prepared its inputs, from the config in its checkpoints, which may lie far from the run's folder."""
+    """How a run prepared its inputs, from the config in its checkpoint, which may be outside the run's folder."""
     if not isinstance(node, dict):
         return ()
     arguments = dict(node)
@@ -576,7 +576,7 @@ def _preparation_in(node: Any, where: str) -> tuple[Any, ...]:
 
 
 def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> PretrainedModel:
-    """A checkpoint of ours with a head."""
+    """The model in a checkpoint of a fine-tuning run."""
     if weights == "teacher":
         raise ConfigError(f"{where} is a fine-tuned model and has no teacher; choose weights=student")
     try:
@@ -598,11 +598,11 @@ def _from_finetuning(content: dict[str, Any], where: str, weights: Weights) -> P
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _from_original(content: dict[str, Any], where: str, weights: Weights, num_heads: int | None) -> PretrainedModel:
-    """A checkpoint of fairseq or of the BEiT-based code."""
+    """The model in a checkpoint of fairseq or of the BEiT-based code."""
     original = fairseq.take_apart(content, where)
     if original.head and weights == "teacher":
         raise ConfigError(f"{where} is a fine-tuned model and has no teacher; choose weights=student")
@@ -612,7 +612,7 @@ def _from_original(content: dict[str, Any], where: str, weights: Weights, num_he
     positions = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
     if arguments.get("positions") == "sincos":
         names.pop(positions, None)
-        tensors = {name: one for name, one in tensors.items() if name != positions}
+        tensors = {name: tensor for name, tensor in tensors.items() if name != positions}
     elif arguments.get("positions") == "learned":
         names[positions] = "learned_positions"
         found = tensors[positions]
@@ -632,21 +632,21 @@ def _from_original(content: dict[str, Any], where: str, weights: Weights, num_he
     model = _without_pooler(kind, config)
     inside = "encoder." if model.base_model is model else f"{model.base_model_prefix}.encoder."
     names = {theirs: inside + ours for theirs, ours in names.items()}
-    # What transformers' models have in addition, and the head, go by the names of `model.names`.
+    # Tensors that transformers' models have in addition, and the head, have the names of `model.names`.
     own = {ours: theirs for theirs, ours in model.names(own=True).items()}
     for name, tensor in more.items():
         names[f"+{name}"] = inside + name
         tensors = tensors | {f"+{name}": tensor}
     for name, tensor in original.head.items():
         theirs = name if name in own.values() else f"{model.base_model_prefix}.{name}"
-        ours = next((one for one, file_name in own.items() if file_name == theirs), None)
+        ours = next((own_name for own_name, file_name in own.items() if file_name == theirs), None)
         if ours is not None:
             names[theirs] = ours
         tensors = tensors | {theirs: tensor}
     put_into(
         model,
         names,
-        {name: one for name, one in tensors.items() if name in names or not fairseq.is_for_pretraining(name)},
+        {name: tensor for name, tensor in tensors.items() if name in names or not fairseq.is_for_pretraining(name)},
         where=where,
     )
     model.preparation = _preparation_of(original, arguments, model.config)
@@ -659,7 +659,7 @@ def _preparation_of(original: fairseq.Original, arguments: dict[str, Any], confi
         letters = (CTCTokenizer(),) if "lm_head.weight" in original.head and config.vocab_size == 32 else ()
         return (AudioFeatureExtractor(), *letters)
     if original.modality == "vision":
-        # 1.0 is BEiT's code, with its statistics; 2.0 takes those of ImageNet.
+        # 1.0 uses BEiT's code and statistics; 2.0 uses those of ImageNet.
         of_imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
         same = arguments["channels"] == 3
         more = of_imagenet if original.version == 2 else {}
@@ -678,29 +678,29 @@ def _head_of(original: fairseq.Original, family: Family) -> tuple[type[Pretraine
         }
     if "classifier.out_proj.weight" in head:
         return family.heads["SequenceClassification"], {"num_labels": head["classifier.out_proj.weight"].shape[0]}
-    raise ConfigError(f"a fine-tuned head that is not known here: {', '.join(head)}")
+    raise ConfigError(f"unknown fine-tuned head: {', '.join(head)}; expected one for CTC, images or sentences")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Out
+# Saving
 
 
 def save_pretrained(model: PretrainedModel, folder: str | Path, *, preprocessing: str | Path | None = None) -> None:
-    """Write weights and config, and beside them the files that say how inputs are prepared.
+    """Write weights and config, and beside them the files that describe how inputs are prepared.
 
     transformers' Auto classes read the folder, unless the encoder is one that transformers cannot build (2.0 for
     speech and images): then its model type starts with `data2vec_train`, and `load_pretrained` reads it.
 
     Args:
         model: one of the fifteen classes.
-        folder: made if it does not exist.
+        folder: created if it does not exist.
         preprocessing: folder with a preprocessor or tokenizer to copy; None = the one the model was loaded from.
 
     Raises:
-        ConfigError: the model is none of ours.
+        ConfigError: the model is not one of ours.
     """
     if not isinstance(model, PretrainedModel):
-        hint = "; wrap it with hf.convert.wrap" if isinstance(model, ModalityEncoder) else ""
+        hint = "; wrap it with weights.convert.wrap" if isinstance(model, ModalityEncoder) else ""
         raise ConfigError(f"save_pretrained takes one of the fifteen classes, got {type(model).__name__}{hint}")
     folder = Path(folder)
     model.save_pretrained(folder)
@@ -710,16 +710,16 @@ def save_pretrained(model: PretrainedModel, folder: str | Path, *, preprocessing
 def write_preprocessing(model: PretrainedModel, folder: Path, *, source: str | Path | None = None) -> None:
     """Put a preprocessor and tokenizer into `folder`: those in `source`, else those that belong to the model's weights.
 
-    Files that are there already stay as they are.
+    Existing files are not changed.
     """
     source = model.source if source is None else Path(source)
     if source is None:
-        for one in model.preparation:
-            one.save_pretrained(folder)
+        for part in model.preparation:
+            part.save_pretrained(folder)
         return
     names = PREPROCESSING
     if isinstance(model.config, Data2VecTextConfig) and has_tokenizer(source):
-        # Not as a copy: those of a run of before name a class that makes other ids of them.
+        # Not copied: files of older runs name a class that gives other ids.
         names = tuple(name for name in names if name not in TOKENIZER_FILES)
         if not has_tokenizer(folder):
             tokenizer = TextTokenizer.from_pretrained(source)

@@ -1,7 +1,7 @@
 """Checkpoints of the original programs: fairseq's 1.0 and 2.0 for all modalities, and the BEiT-based 1.0 images.
 
-What a file is follows from the names of its tensors, most sizes from their shapes; the rest is in its config, if it
-holds one. Sources: ALGORITHM.md 5 and `checkpoint_names.json`.
+The kind of a file follows from the names of its tensors, most sizes from their shapes, the rest from its config, if it
+holds one. Sources: ALGORITHM.md 5 and `tests/golden/checkpoint_names.json`.
 """
 
 import ast
@@ -27,17 +27,17 @@ _WITHOUT_MEANING = (r".*\.version", r"version", r".*relative_position_index", r"
 
 @dataclass
 class Original:
-    """A checkpoint of an original program, taken apart.
+    """The parts of a checkpoint of an original program.
 
-    Tensors have the names of the file without what is in front of all of them.
+    Tensors have the names of the file without the prefix that all of them share.
     """
 
     modality: str  # audio, text or vision
     version: int  # 1 or 2
     tensors: dict[str, Tensor]  # the student
-    teacher: dict[str, Tensor]  # what the file says of the teacher; the rest is the student's
-    settings: dict[str, Any]  # of the model, {} when the file has none
-    head: dict[str, Tensor] = field(default_factory=dict)  # a fine-tuned one, by the names that `HEADS` has
+    teacher: dict[str, Tensor]  # tensors in the file; the teacher's other tensors are the student's
+    settings: dict[str, Any]  # of the model, {} if the file has none
+    head: dict[str, Tensor] = field(default_factory=dict)  # a fine-tuned one, by our names in `_HEAD_NAMES`
 
 
 # Fine-tuned heads: their name (pattern) -> ours in one of the fifteen classes
@@ -51,7 +51,7 @@ _HEAD_NAMES = (
         "SequenceClassification",
     ),
 )
-# Beginnings of tensors that pretraining needs and a model without its decoder does not, or that nobody needs.
+# Names of tensors that only pretraining needs (the decoder's), or that are unused.
 _PRETRAINING = (
     r"modality_encoders\.\w+\.decoder\..*",
     r"(recon_proj|shared_decoder|final_proj|regression_head|lm_head)\..*",
@@ -69,11 +69,11 @@ def take_apart(content: dict[str, Any], where: str) -> Original:
     """Recognise a checkpoint of an original program.
 
     Raises:
-        ConfigError: it is of no kind that is known here.
+        ConfigError: it is not of a known kind.
     """
     flat = _flat(content)
     if flat is None:
-        raise ConfigError(f"{where}: no checkpoint of data2vec that is known here; top keys: {', '.join(content)}")
+        raise ConfigError(f"{where}: not a known kind of data2vec checkpoint; top keys: {', '.join(content)}")
     tensors, teacher = flat
     settings = plain(content.get("cfg") or {})
     if not settings and content.get("args") is not None:
@@ -81,7 +81,7 @@ def take_apart(content: dict[str, Any], where: str) -> Original:
     settings = settings.get("model") or {} if isinstance(settings, dict) else {}
     settings = settings if isinstance(settings, dict) else {}
 
-    tensors = {name: one for name, one in tensors.items() if not _any(_WITHOUT_MEANING, name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _any(_WITHOUT_MEANING, name)}
     head: dict[str, Tensor] = {}
     body: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -94,28 +94,28 @@ def take_apart(content: dict[str, Any], where: str) -> Original:
             head[found[1].format(*found[0].groups())] = tensor
     for prefix in ("w2v_encoder.w2v_model.", "model.", "encoder.w2v_model."):
         if any(name.startswith(prefix) for name in body):
-            body = {name.removeprefix(prefix): one for name, one in body.items()}
+            body = {name.removeprefix(prefix): tensor for name, tensor in body.items()}
     if any(name.startswith("encoder.sentence_encoder.") for name in body):
-        body = {name.removeprefix("encoder."): one for name, one in body.items()}
+        body = {name.removeprefix("encoder."): tensor for name, tensor in body.items()}
 
     kind = _kind_of(body)
     if kind is None:
         raise ConfigError(
-            f"{where}: its tensors are those of no data2vec model; expected names such as mask_emb, "
+            f"{where}: its tensors belong to no known data2vec model; expected names such as mask_emb, "
             "encoder.sentence_encoder.*, patch_embed.proj.* or modality_encoders.*, got " + ", ".join(list(body)[:5])
         )
     modality, version = kind
     if version == 2:
         used = {"audio": "AUDIO", "text": "TEXT", "vision": "IMAGE"}[modality]
         body = {
-            name: one
-            for name, one in body.items()
+            name: tensor
+            for name, tensor in body.items()
             if not name.startswith("modality_encoders.") or name.startswith(f"modality_encoders.{used}.")
         }
         _older_spellings(body, used)
-    body = {name: one.float() if one.is_floating_point() else one for name, one in body.items()}
-    teacher = {name: one.float() for name, one in teacher.items() if not _any(_WITHOUT_MEANING, name)}
-    return Original(modality, version, body, teacher, settings, {name: one.float() for name, one in head.items()})
+    body = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in body.items()}
+    teacher = {name: tensor.float() for name, tensor in teacher.items() if not _any(_WITHOUT_MEANING, name)}
+    return Original(modality, version, body, teacher, settings, {name: tensor.float() for name, tensor in head.items()})
 
 
 def with_teacher(original: Original, where: str) -> dict[str, Tensor]:
@@ -123,19 +123,19 @@ def with_teacher(original: Original, where: str) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: the file holds no teacher.
-        WeightMismatch: the teacher's tensors are none of the student's.
+        WeightMismatch: the names of the teacher's tensors do not match the student's.
     """
     if not original.teacher:
         raise ConfigError(f"{where} holds no teacher; choose weights=student")
     for prefix in ("", "encoder.", "sentence_encoder.", "blocks."):
-        renamed = {prefix + name: one for name, one in original.teacher.items()}
+        renamed = {prefix + name: tensor for name, tensor in original.teacher.items()}
         if set(renamed) <= set(original.tensors):
             return original.tensors | renamed
     raise WeightMismatch(f"{where}: the teacher's tensors are not those of the student, such as {list(renamed)[:3]}")
 
 
 def names_of(original: Original, arguments: dict[str, Any]) -> dict[str, str]:
-    """{name in the file: name in the encoder} for the encoder that `arguments` describe, decoder aside."""
+    """{name in the file: name in the encoder} for the encoder that `arguments` describe, without the decoder."""
     depth, prenet = arguments["depth"], arguments["prenet_depth"]
     if original.modality == "audio":
         shape = dict(conv_layers=len(arguments["conv_kernel"]), position_depth=arguments["position_depth"])
@@ -165,7 +165,7 @@ def names_of(original: Original, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def decoder_of(original: Original) -> dict[str, Tensor]:
-    """The decoder's tensors by our names; empty when the file has none."""
+    """The decoder's tensors by our names; empty if the file has none."""
     if original.version == 1:
         table = tables.fairseq_text_v1(depth=0) | tables.beit_vision(depth=0, relative_bias="none")
         table |= tables.fairseq_audio_v1(depth=0, conv_layers=0, position_depth=0)
@@ -188,7 +188,7 @@ def decoder_of(original: Original) -> dict[str, Tensor]:
 
 
 def is_for_pretraining(name: str) -> bool:
-    """Whether a tensor belongs to the decoder of pretraining, or to nothing that is still used."""
+    """Whether a tensor belongs to the decoder of pretraining, or is unused."""
     return _any(_PRETRAINING, name)
 
 
@@ -197,10 +197,10 @@ def is_for_pretraining(name: str) -> bool:
 
 
 def encoder_arguments(original: Original, where: str, *, num_heads: int | None = None) -> dict[str, Any]:
-    """What the encoder of a checkpoint is to be built with; dropout is that of the originals' configs.
+    """Arguments to build the encoder of a checkpoint with; dropout is that of the originals' configs.
 
     Raises:
-        WeightMismatch: a tensor that tells a size is missing.
+        WeightMismatch: a tensor that determines a size is missing.
         ConfigError: a size can neither be read from a shape nor from the file's config.
     """
     try:
@@ -222,10 +222,10 @@ def _audio(original: Original, where: str, num_heads: int | None) -> dict[str, A
     convolutions = [tensors[f"{front}.{layer}.0.weight"] for layer in range(_count(tensors, front))]
     if not convolutions:
         raise KeyError(f"{front}.0.0.weight")
-    kernels = tuple(one.shape[2] for one in convolutions)
+    kernels = tuple(weight.shape[2] for weight in convolutions)
     strides = _WAV2VEC_STRIDES.get(kernels)
     if spec:
-        strides = tuple(int(one[2]) for one in _spec_of(spec, where))
+        strides = tuple(int(layer[2]) for layer in _spec_of(spec, where))
     if strides is None or len(strides) != len(kernels):
         raise ConfigError(f"{where}: the strides of the front end (kernels {kernels}) are not in the file's config")
     positions = f"{inside}relative_positional_encoder" if second else "encoder.pos_conv"
@@ -238,7 +238,7 @@ def _audio(original: Original, where: str, num_heads: int | None) -> dict[str, A
     scales = tensors[f"{inside}alibi_scale"].shape[0] if second else 0
     return {
         "channels": 1,
-        "conv_dim": [one.shape[0] for one in convolutions],
+        "conv_dim": [weight.shape[0] for weight in convolutions],
         "conv_kernel": list(kernels),
         "conv_stride": list(strides),
         "conv_bias": False,
@@ -344,7 +344,7 @@ def _vision(original: Original, where: str, num_heads: int | None) -> dict[str, 
 
 
 def _positions_of(found: Tensor, grid: tuple[int, int]) -> str:
-    """Fixed positions are computed anew, since files round them to half precision; others are kept as they are."""
+    """Either "sincos", computed again because files round fixed positions to half precision, or "learned"."""
     same = found.shape[1] == grid[0] * grid[1] and found.shape[2] % 4 == 0
     if same and torch.allclose(found[0], sincos_grid(grid, found.shape[2]), atol=1e-3):
         return "sincos"
@@ -365,8 +365,8 @@ def _heads(settings: dict[str, Any], dim: int, where: str) -> int:
                 return place[name]
     if dim not in _HEADS:
         raise ConfigError(
-            f"{where}: the file has no config, and the number of attention heads of a model of width {dim} cannot be "
-            "told from its tensors; give num_heads"
+            f"{where}: the file has no config, and the number of attention heads of a model of width {dim} does not "
+            "follow from its tensors; give num_heads"
         )
     return _HEADS[dim]
 
@@ -379,12 +379,14 @@ def _spec_of(spec: str, where: str) -> list[tuple[int, int, int]]:
             listed, _, times = part.partition("*")
             layers += ast.literal_eval(listed.strip()) * int(times or 1)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"{where}: the front end {spec!r} cannot be understood") from error
+        raise ConfigError(
+            f"{where}: the front end {spec!r} cannot be parsed; expected a list such as '[(512, 10, 5)]'"
+        ) from error
     return layers
 
 
 def _count(tensors: dict[str, Tensor], prefix: str) -> int:
-    """How many numbers follow `prefix.`."""
+    """Number of different indices after `prefix.`."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match.group(1) for name in tensors if (match := pattern.match(name))})
 
@@ -403,16 +405,16 @@ def _kind_of(tensors: dict[str, Tensor]) -> tuple[str, int] | None:
 
 
 def _flat(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """Student and teacher tensors as they stand in the file; None when this is not one of theirs."""
+    """Student and teacher tensors, named as in the file; None if this is not a checkpoint of theirs."""
     for top in ("model", "module"):
         inside = content.get(top)
-        if isinstance(inside, dict) and inside and any(isinstance(one, Tensor) for one in inside.values()):
-            tensors = {name: one for name, one in inside.items() if isinstance(one, Tensor)}
-            teacher = next((one for name, one in inside.items() if name.endswith("_ema")), None)
+        if isinstance(inside, dict) and inside and any(isinstance(value, Tensor) for value in inside.values()):
+            tensors = {name: value for name, value in inside.items() if isinstance(value, Tensor)}
+            teacher = next((value for name, value in inside.items() if name.endswith("_ema")), None)
             if teacher is None:
                 teacher = content.get("model_ema")
             teacher = teacher if isinstance(teacher, dict) else {}
-            return tensors, {name: one for name, one in teacher.items() if isinstance(one, Tensor)}
+            return tensors, {name: value for name, value in teacher.items() if isinstance(value, Tensor)}
     return None
 
 

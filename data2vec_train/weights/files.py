@@ -15,13 +15,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ConfigError: there is no such file, or it holds none.
+        ConfigError: there is no such file, or it holds no JSON object.
     """
     if not path.is_file():
         raise ConfigError(f"{path.parent} has no {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    # Bytes that are no text, no JSON, or a number of thousands of digits; braces in braces by the thousand.
+    # Bytes that are not text or not JSON, a number with thousands of digits, or thousands of nested braces.
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error})") from error
     except OSError as error:
@@ -32,13 +32,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as JSON; folders are made."""
+    """Write an object as JSON; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def stacked(values: list[np.ndarray], kind: str | None) -> Any:
-    """Samples as one tensor ("pt"), one array ("np"), or as they are (None).
+    """Samples as one tensor ("pt"), one array ("np"), or unchanged (None).
 
     Raises:
         ValueError: another kind, or samples that differ in shape.
@@ -49,5 +49,5 @@ def stacked(values: list[np.ndarray], kind: str | None) -> Any:
         raise ValueError(f"return_tensors is 'pt', 'np' or None, got {kind!r}")
     shapes = {value.shape for value in values}
     if len(shapes) > 1:
-        raise ValueError(f"samples of different shapes make no tensor: {sorted(shapes)[:3]}; set padding=True")
+        raise ValueError(f"samples of different shapes cannot be stacked: {sorted(shapes)[:3]}; set padding=True")
     return torch.from_numpy(np.stack(values)) if kind == "pt" else np.stack(values)

@@ -1,4 +1,4 @@
-"""Writing text with a causal language model: greedy, or sampling with temperature, top-k and top-p."""
+"""Text generation with a causal language model: greedy, or sampling with temperature, top-k and top-p."""
 
 import torch
 from torch import Tensor
@@ -23,35 +23,35 @@ def generate(
     use_cache: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Prompts (B, T) int64 continued, (B, T'); a row that has ended goes on with padding.
+    """Continue prompts (B, T) int64 to (B, T'); rows that have ended are filled with padding.
 
-    Positions count real tokens, as in a plain forward pass. transformers counts them from 0 here and from
-    `pad_token_id` + 1 there, so that its `generate` disagrees with its own forward pass (TRANSFORMERS.md, fault 2);
-    `config.hf_compat` does the same.
+    Positions count real tokens, as in the forward pass. transformers counts them from 0 in `generate` and from
+    `pad_token_id` + 1 in the forward pass, so that the two disagree (TRANSFORMERS.md, fault 2); `config.hf_compat`
+    does the same.
 
     Args:
         model: a `Data2VecTextForCausalLM` that is a decoder.
         input_ids: prompts; shorter ones are padded on the left.
         attention_mask: (B, T), 1 = real; None = everything that is not padding.
-        max_new_tokens: how many tokens to write at most; default 20.
-        max_length: how long prompt and text may be together, instead of `max_new_tokens`.
+        max_new_tokens: largest number of new tokens; default 20.
+        max_length: largest length of prompt and new tokens together, instead of `max_new_tokens`.
         do_sample: draw tokens; else take the likeliest.
-        temperature: divides logits; below 1 = bolder.
+        temperature: divides logits; below 1 = likely tokens become likelier.
         top_k: draw among the k likeliest.
         top_p: draw among the likeliest that together have this probability.
         eos_token_id: ends a row; None = the config's, -1 = never.
-        pad_token_id: what ended rows go on with; None = the config's.
-        use_cache: keep keys and values of what was read, instead of reading it again for every token.
+        pad_token_id: fills rows that have ended; None = the config's.
+        use_cache: keep keys and values of earlier tokens, instead of computing them again for every token.
         generator: of random numbers, None = torch's own.
 
     Raises:
-        ValueError: a model that is no decoder, settings out of range, a prompt with padding on the right, or no room
-            for a single token.
+        ValueError: a model that is not a decoder, settings out of range, a prompt with padding on the right, or no
+            room for a single token.
     """
     _check(temperature, top_k, top_p, max_new_tokens, max_length)
     config = model.config
     if not config.is_decoder:
-        raise ValueError("the model sees the tokens that it is to write: load it with is_decoder=True")
+        raise ValueError("the model is not a decoder, so that tokens see later ones; load it with is_decoder=True")
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
     end = config.eos_token_id if eos_token_id is None else eos_token_id
     mask = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask.bool()
@@ -72,7 +72,7 @@ def generate(
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(min(num_new, room)):
         counted = mask.cumsum(dim=1) - 1 + first_position
-        # Padding has the row of padding in the table of positions, or 1 in transformers.
+        # Padding has the padding row of the table of positions, or 1 in transformers.
         before = 1 if config.hf_compat else model.get_encoder().embedder.pad_id
         positions = torch.where(mask, counted, before)[:, -fed.shape[1] :]
         output = model(

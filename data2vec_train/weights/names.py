@@ -1,10 +1,10 @@
-"""Parameter names of other programs against ours, one bijection per family, used in both directions.
+"""Tables between parameter names of other programs and ours: one bijection per family, used in both directions.
 
-Each function returns {their name: our name}. For the original programs, ours are relative to `Data2Vec`, with
-`student.` and `decoder.` in front; a teacher's are the student's with `teacher.encoder.` instead. For Hugging Face's
-models they are relative to the encoder. Where they keep query, key and value apart, ours is `name#q`, `name#k`,
-`name#v`: rows of one tensor, see `to_ours` and `to_theirs`.
-Sources: ALGORITHM.md 5, `checkpoint_names.json`; for Hugging Face TRANSFORMERS.md 3, and its `hf_state`.
+Each function returns {their name: our name}. For the original programs, ours are relative to `Data2Vec`, with the
+prefix `student.` or `decoder.`; a teacher's are the student's with `teacher.encoder.` instead. For Hugging Face's
+models they are relative to the encoder. If their query, key and value are separate tensors, ours are `name#q`,
+`name#k`, `name#v`: rows of one tensor, see `to_ours` and `to_theirs`.
+Sources: ALGORITHM.md 5, TRANSFORMERS.md 3, `checkpoint_names.json` and `hf_state.json.gz` in `tests/golden`.
 """
 
 import re
@@ -117,10 +117,10 @@ def fairseq_text_v2(*, depth: int, decoder_depth: int, projection_layers: int) -
 
 
 def to_ours(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under our names; queries, keys and values that they keep apart are put together.
+    """`tensors` under our names; separate queries, keys and values are concatenated.
 
     Raises:
-        KeyError: a tensor that has no name of ours, or part of a fused tensor is missing.
+        KeyError: a tensor has no name of ours, or part of a fused tensor is missing.
     """
     ours: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -134,10 +134,10 @@ def to_ours(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def to_theirs(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` of ours under their names, in the order of `names`; fused queries, keys and values are taken apart.
+    """`tensors` of ours under their names, in the order of `names`; fused queries, keys and values are split.
 
     Raises:
-        KeyError: a tensor that `names` speaks of is missing.
+        KeyError: a tensor in `names` is missing.
     """
     theirs: dict[str, Tensor] = {}
     for name, ours in names.items():
@@ -148,7 +148,7 @@ def to_theirs(names: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face: ours, theirs; {} stands for what both have
+# Hugging Face: ours, theirs; {} stands for the part that both share
 
 
 _HF_AUDIO = (
@@ -209,7 +209,7 @@ def hf_audio(ours: Iterable[str]) -> dict[str, str]:
     """Hugging Face's speech models, for an encoder whose tensors have the names `ours`.
 
     Raises:
-        KeyError: the encoder has a tensor that theirs has no place for.
+        KeyError: the encoder has a tensor that theirs does not have.
     """
     return _by_rules(_HF_AUDIO, {name: name for name in ours}, ("q", "k", "v"))
 
@@ -230,7 +230,7 @@ def hf_vision(ours: Iterable[str], *, relative_bias: str) -> dict[str, str]:
 
 
 def _by_rules(rules: Iterable[tuple[str, str]], keys: dict[str, str], parts: tuple[str, str, str]) -> dict[str, str]:
-    """{theirs: ours} for {ours: what the rules know it as}."""
+    """{theirs: ours} for {ours: its name in the rules}."""
     compiled = [(re.compile(re.escape(a).replace(re.escape("{}"), r"(\w+)")), b) for a, b in rules]
     names = {}
     for ours, key in keys.items():

@@ -1,4 +1,4 @@
-"""What the Hugging Face classes return."""
+"""The outputs of the Hugging Face classes."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 class ModelOutput(dict):
     """Named results in a fixed order: `out.logits`, `out["logits"]`, `out[0]`, `out.to_tuple()`.
 
-    A field that is None exists as an attribute, and neither as a key nor in the tuple.
+    A field that is None exists as an attribute, but neither as a key nor in the tuple.
     """
 
     def __init__(self, **fields: Any) -> None:

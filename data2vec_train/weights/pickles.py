@@ -1,8 +1,8 @@
-"""Reading a pickled checkpoint without running anything it holds.
+"""Reading a pickled checkpoint without running code from it.
 
-A pickle names functions to call. Here only those that build tensors and plain containers are called. Classes of other
-programs (fairseq, omegaconf, argparse, ...) become `Stranger`, which keeps what it is given and does nothing. Anything
-else of Python's own or torch's is refused: no checkpoint of a model needs it.
+A pickle names functions to call. Only those that build tensors and plain containers are called here. Classes of other
+programs (fairseq, omegaconf, argparse, ...) become `Stranger`, which stores its arguments and does nothing. All other
+functions of Python's library and of torch are refused: no checkpoint of a model needs them.
 """
 
 import _compat_pickle
@@ -26,8 +26,8 @@ _HARMLESS: dict[tuple[str, str], Any] = {
     ("collections", "defaultdict"): collections.defaultdict,
     ("collections", "Counter"): collections.Counter,
     **{
-        ("builtins", one.__name__): one
-        for one in (int, float, bool, str, bytes, complex, dict, list, tuple, set, frozenset, slice, bytearray, object)
+        ("builtins", kind.__name__): kind
+        for kind in (int, float, bool, str, bytes, complex, dict, list, tuple, set, frozenset, slice, bytearray, object)
     },
 }
 _TORCH = {
@@ -42,7 +42,8 @@ _TORCH = {
     ("torch.storage", "UntypedStorage"),
     ("torch.storage", "TypedStorage"),
 }
-# Of Python's own modules, these only describe things, as a `Stranger` does; `__main__` is whoever wrote the file.
+# Modules of Python's library whose classes only describe things and become `Stranger`; `__main__` is the program that
+# wrote the file.
 _DESCRIPTIONS = {
     "__main__",
     "argparse",
@@ -57,7 +58,7 @@ _DESCRIPTIONS = {
 
 
 class Stranger(dict):
-    """An object of another program: what it was built with, and its state, without its behaviour."""
+    """An object of another program: its arguments and its state, without its behaviour."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__()
@@ -68,18 +69,18 @@ class Stranger(dict):
         slots = {}
         if isinstance(state, tuple) and len(state) == 2:
             state, slots = state
-        for one in (state, slots):
-            if isinstance(one, dict):
-                self.update(one)
-            elif one is not None:
-                self.arguments = (*self.arguments, one)
+        for part in (state, slots):
+            if isinstance(part, dict):
+                self.update(part)
+            elif part is not None:
+                self.arguments = (*self.arguments, part)
 
-    def append(self, one: Any) -> None:
-        """What a list would do."""
-        self.arguments = (*self.arguments, one)
+    def append(self, item: Any) -> None:
+        """Add an item, as a list does."""
+        self.arguments = (*self.arguments, item)
 
     def extend(self, several: Any) -> None:
-        """What a list would do."""
+        """Add items, as a list does."""
         self.arguments = (*self.arguments, *several)
 
     def __hash__(self) -> int:
@@ -101,7 +102,7 @@ class Refused(pickle.UnpicklingError):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Files may spell Python's own names as Python 2 did.
+        # Files may use Python 2's names of its library.
         if (module, name) in _compat_pickle.NAME_MAPPING:
             module, name = _compat_pickle.NAME_MAPPING[module, name]
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
@@ -112,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        # numpy's own are strangers too: the state of a dtype can be made to say that bytes are pointers.
+        # numpy's classes become strangers too: a forged state of a dtype can declare bytes to be pointers.
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
             return _latin
         if top in ("torch", "builtins") or (top in sys.stdlib_module_names and module not in _DESCRIPTIONS):
@@ -137,10 +138,10 @@ _SAFE_PICKLE.UnpicklingError = pickle.UnpicklingError
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint written by torch.save, tensors on the CPU, nothing of it executed.
+    """The content of a checkpoint written by torch.save, tensors on the CPU; nothing in it is executed.
 
     Raises:
-        ConfigError: there is no such file, it is broken, it holds no mapping, or it asks for code.
+        ConfigError: there is no such file, it is broken, it holds no mapping, or it asks to run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,23 +152,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
     except Refused as error:
         raise ConfigError(f"{path} was refused, and nothing in it was run: {error}") from error
-    # What a broken pickle raises depends on where it breaks.
+    # Which error a broken pickle raises depends on where it is broken.
     except _BROKEN as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} is no whole checkpoint of torch.save ({first})") from error
+        raise ConfigError(f"{path} is not an intact checkpoint of torch.save ({first})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping as checkpoints are")
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping, as in checkpoints")
     return content
 
 
 def _other_kind(path: Path) -> str | None:
-    """What torch.load would hand to a reader of programs, or unpack, rather than to our unpickler."""
+    """Why torch.load would not pass the file to our unpickler: it is a program or a tar; None if it would."""
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except zipfile.BadZipFile:
-            return None  # said when it is read
+            return None  # `read_checkpoint` reports it
         # A TorchScript archive runs its own `__setstate__`, which can write files.
         is_script = any(name.endswith("constants.pkl") or "/code/" in name for name in names)
         return "it is a TorchScript program; save its state_dict with torch.save" if is_script else None
@@ -178,7 +179,7 @@ def _other_kind(path: Path) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """A setting of a checkpoint as plain containers: omegaconf nodes, namespaces and enums are taken apart."""
+    """A setting of a checkpoint as plain containers: omegaconf nodes, namespaces and enums are unpacked."""
     if isinstance(value, Tensor) or value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Stranger):
@@ -186,10 +187,10 @@ def plain(value: Any) -> Any:
             if inside in value:
                 return plain(value[inside])
         if value:
-            return {str(name): plain(one) for name, one in value.items()}
-        return plain(value.arguments[0]) if len(value.arguments) == 1 else [plain(one) for one in value.arguments]
+            return {str(name): plain(item) for name, item in value.items()}
+        return plain(value.arguments[0]) if len(value.arguments) == 1 else [plain(item) for item in value.arguments]
     if isinstance(value, dict):
-        return {str(name): plain(one) for name, one in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return str(value)

@@ -1,4 +1,4 @@
-"""A model around an encoder that somebody else wrote: a modality of a plugin."""
+"""A model around the encoder of a plugin."""
 
 import sys
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class PluginConfig(Data2VecConfig):
 
     @classmethod
     def own_type(cls) -> str:
-        """Transformers can read none of these."""
+        """The model type itself: transformers can read none of these files."""
         return cls.model_type
 
 
 class Data2VecPluginModel(PretrainedModel):
-    """Inputs of whatever kind the encoder takes, to features."""
+    """Inputs of any kind that the encoder takes, to features."""
 
     config_class = PluginConfig
     base_model_prefix = "data2vec_plugin"
@@ -47,10 +47,10 @@ class Data2VecPluginModel(PretrainedModel):
 
 
 def encoder_class(target: str) -> Any:
-    """The class that a file names, which has to be imported already: files do not get code to run.
+    """The class that a file names; it has to be imported already, so that a file cannot make code run.
 
     Raises:
-        ConfigError: it is not, or it is no encoder.
+        ConfigError: it is not imported, or not an encoder.
     """
     module, _, name = target.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)

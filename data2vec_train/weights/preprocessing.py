@@ -1,4 +1,4 @@
-"""From recordings and images to what models eat, exactly as transformers prepares them, and its files.
+"""Prepares recordings and images for models exactly as transformers does, and reads and writes its files.
 
     AudioFeatureExtractor   Wav2Vec2FeatureExtractor     preprocessor_config.json
     ImageProcessor          BeitImageProcessorPil        preprocessor_config.json
@@ -31,7 +31,7 @@ PREPROCESSOR_NAME, PROCESSOR_NAME = "preprocessor_config.json", "processor_confi
 
 
 def is_described(folder: Path, parts: Sequence[str]) -> bool:
-    """Whether a folder says how inputs are prepared; see `read_preparation`."""
+    """Whether a folder describes how inputs are prepared; see `read_preparation`."""
     nested = folder / PROCESSOR_NAME
     return (folder / PREPROCESSOR_NAME).is_file() or (
         nested.is_file() and any(part in read_json(nested) for part in parts)
@@ -41,15 +41,15 @@ def is_described(folder: Path, parts: Sequence[str]) -> bool:
 def read_preparation(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     """How inputs are prepared for the weights in a folder, by the names of transformers.
 
-    What processor_config.json has for the part goes before preprocessor_config.json, as in transformers; where the two
-    disagree, the log says so.
+    processor_config.json has precedence over preprocessor_config.json, as in transformers; a warning is logged if the
+    two disagree.
 
     Args:
         folder: with either file, or both.
         parts: keys of processor_config.json that may hold the settings.
 
     Raises:
-        ConfigError: there are none, or they are no object.
+        ConfigError: there are no settings, or they are not a JSON object.
     """
     old, new = folder / PREPROCESSOR_NAME, folder / PROCESSOR_NAME
     nested = read_json(new) if new.is_file() else {}
@@ -63,7 +63,7 @@ def read_preparation(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
         for name in sorted(set(found) & set(other)):
             if found[name] != other[name]:
                 log.warning(
-                    "%s says %s=%s, and %s says %s; the first counts, as in transformers",
+                    "%s says %s=%s, but %s says %s; the first is used, as in transformers",
                     *(new, name, found[name], old.name, other[name]),
                 )
     return {name: value for name, value in found.items() if value is not None}
@@ -75,9 +75,9 @@ class AudioFeatureExtractor:
     Args:
         sampling_rate: of the recordings, Hz.
         do_normalize: give each recording mean 0 and variance 1.
-        return_attention_mask: whether to say what is padding. transformers' default is False, which suits other
-            models: data2vec's front end has layer norms and wants the mask.
-        padding_value: what shorter recordings are filled up with, after normalising.
+        return_attention_mask: whether to return the mask of real samples. transformers' default is False, but data2vec
+            needs the mask, because its front end has layer norms.
+        padding_value: fills shorter recordings, after normalising.
         feature_size: 1, a waveform.
     """
 
@@ -117,19 +117,21 @@ class AudioFeatureExtractor:
         Args:
             raw_speech: one waveform or a list of them, mono: arrays, tensors or lists of numbers.
             padding: True or "longest", "max_length", or False.
-            max_length: samples, for truncating and for padding to.
-            truncation: cut what is longer than `max_length`.
+            max_length: samples, for truncation and padding.
+            truncation: cut recordings to `max_length`.
             pad_to_multiple_of: round lengths up to a multiple.
-            return_attention_mask: None = as the extractor was made. Without a mask, mean and variance are those of the
-                padded row, and padding is normalised too: what transformers does.
+            return_attention_mask: None = the extractor's setting. Without a mask, mean and variance are those of the
+                padded row, and padding is normalised too, as in transformers.
             return_tensors: "pt", "np" or None.
-            sampling_rate: of these recordings; a check.
+            sampling_rate: of these recordings, to compare with the extractor's.
 
         Raises:
             ValueError: another sampling rate, several channels, or settings that contradict each other.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            raise ValueError(f"recordings at {sampling_rate} Hz, and the model wants {self.sampling_rate} Hz: resample")
+            raise ValueError(
+                f"recordings at {sampling_rate} Hz, but the model expects {self.sampling_rate} Hz; resample them"
+            )
         rows = self._rows(raw_speech)
         if truncation and max_length is None:
             raise ValueError("truncation needs max_length")
@@ -186,9 +188,9 @@ class AudioFeatureExtractor:
         content = read_preparation(Path(folder), cls.parts)
         kind = content.get("feature_extractor_type", cls.theirs)
         if kind != cls.theirs:
-            raise ConfigError(f"{folder}: inputs of a {kind}; expected {cls.theirs}, which takes waveforms")
+            raise ConfigError(f"{folder}: the feature extractor is a {kind}; expected {cls.theirs}, for waveforms")
         if content.get("padding_side", "right") != "right":
-            raise ConfigError("recordings are padded on the right; padding_side says otherwise")
+            raise ConfigError(f"{folder}: padding_side is not right; recordings are padded on the right")
         hints = get_type_hints(cls.__init__)
         given = {name: value for name, value in content.items() if name in hints}
         check_values(given, hints, f"{folder}, how recordings are prepared")
@@ -203,26 +205,24 @@ class AudioFeatureExtractor:
 
 
 class ImageProcessor:
-    """Images to a normalised batch: resize (bicubic, aspect not kept), perhaps crop, rescale, normalise.
+    """Images to a normalised batch: resize (bicubic, aspect not kept), optionally crop, rescale, normalise.
 
     Args:
         size: height and width, or one number for both, pixels; None = leave the size.
         resample: PIL's number of the filter, 3 = bicubic.
         crop_size: height and width of a crop from the middle; None = no crop.
-        rescale_factor: 8-bit values are multiplied by this; None = not.
+        rescale_factor: 8-bit values are multiplied by this; None = no rescaling.
         image_mean: of each channel, after rescaling; None = do not normalise.
-        image_std: likewise.
+        image_std: of each channel; None if `image_mean` is.
         do_reduce_labels: in segmentation maps, 0 becomes 255 (no class), the others decrease by 1.
         hf_compat: resize segmentation maps bicubically, which invents classes (TRANSFORMERS.md, fault 8), instead of
-        taking the
-            nearest pixel.
+            taking the nearest pixel.
         fit: "stretch" resizes both sides to `size`; "cover", which transformers does not have, says that a model was
-            trained on `data.vision.ImageTransform`, which keeps the aspect and cuts the middle out. It is a note for
-            our programs: `__call__` stretches.
-        channels: of the images; a mean or deviation of one number is that of all of them. None = as many as the mean
-            has.
-        max_value: the stored value that `data.vision.decode_image` makes 255, a note as `fit` is.
-        pages: which pages of a TIFF it takes, likewise.
+            trained with `data.image.ImageTransform`, which keeps the aspect and crops the middle. It is a note for our
+            programs: `__call__` stretches.
+        channels: number of channels; a mean or deviation of one number is used for all. None = as many as the mean has.
+        max_value: the stored value that `data.image.decode_image` maps to 255; a note, like `fit`.
+        pages: the pages of a TIFF that are read; a note, like `fit`.
     """
 
     parts = ("image_processor",)
@@ -263,15 +263,15 @@ class ImageProcessor:
 
         Args:
             images: one or several: PIL images, or 8-bit arrays or tensors (H, W, C), (C, H, W) or (H, W).
-            segmentation_maps: as many, (H, W).
+            segmentation_maps: as many maps, (H, W).
             return_tensors: "pt", "np", or None = lists of arrays.
 
         Raises:
-            ValueError: something that is no image, or other channels than the mean and deviation have.
+            ValueError: an input that is not an image, or other channels than the mean and deviation have.
         """
-        output: dict[str, Any] = {"pixel_values": [self._image(one) for one in _several(images, 3)]}
+        output: dict[str, Any] = {"pixel_values": [self._image(image) for image in _several(images, 3)]}
         if segmentation_maps is not None:
-            output["labels"] = [self._map(one) for one in _several(segmentation_maps, 2)]
+            output["labels"] = [self._map(classes) for classes in _several(segmentation_maps, 2)]
         return {name: stacked(values, return_tensors) for name, values in output.items()}
 
     def _image(self, image: Any) -> np.ndarray:
@@ -284,7 +284,7 @@ class ImageProcessor:
         if x.shape[0] != channels:
             raise ValueError(f"an image with {x.shape[0]} channels; expected {channels}, as the mean has")
         x = x.astype(np.float32)
-        mean, std = (np.array(one, dtype=np.float32)[:, None, None] for one in (self.image_mean, self.image_std))
+        mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.image_mean, self.image_std))
         return (x - mean) / std
 
     def _map(self, classes: Any) -> np.ndarray:
@@ -310,8 +310,8 @@ class ImageProcessor:
             return x
         height, width = self.crop_size
         more = [max(height - x.shape[1], 0), max(width - x.shape[2], 0)]
-        # Smaller images are surrounded with zeros, the larger half first.
-        x = np.pad(x, ((0, 0), *((math.ceil(one / 2), one // 2) for one in more)))
+        # Smaller images are padded with zeros on both sides, the larger half first.
+        x = np.pad(x, ((0, 0), *((math.ceil(pixels / 2), pixels // 2) for pixels in more)))
         top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
         return x[:, top : top + height, left : left + width]
 
@@ -329,8 +329,8 @@ class ImageProcessor:
         if len(target_sizes) != len(logits):
             raise ValueError(f"{len(target_sizes)} target sizes for {len(logits)} images")
         return [
-            F.interpolate(one[None], size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
-            for one, size in zip(logits, target_sizes, strict=True)
+            F.interpolate(image_logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
+            for image_logits, size in zip(logits, target_sizes, strict=True)
         ]
 
     @classmethod
@@ -412,7 +412,7 @@ def _several(images: Any, dimensions: int) -> list[Any]:
 
 
 def _pixels(image: "np.ndarray | Tensor | Image", channels: int) -> np.ndarray:
-    """(C, H, W) 8-bit."""
+    """An image as an 8-bit array (C, H, W)."""
     from PIL import Image
 
     if isinstance(image, Image.Image):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def encoder_arguments(config: Data2VecTextConfig) -> dict[str, Any]:
-    """What `TextEncoder` is to be built with."""
+    """Arguments of `TextEncoder`."""
     if config.encoder is not None:
         return {**config.encoder, "attention": config.attn_implementation}
     return {
@@ -53,7 +53,7 @@ def encoder_arguments(config: Data2VecTextConfig) -> dict[str, Any]:
 
 
 class TextPretrainedModel(PretrainedModel):
-    """What the text classes share."""
+    """Base of the text classes."""
 
     config_class = Data2VecTextConfig
     base_model_prefix = "data2vec_text"
@@ -61,16 +61,16 @@ class TextPretrainedModel(PretrainedModel):
     heads = ("pooler.", "lm_head.", "classifier.", "qa_outputs.")
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The table of tokens, (V, D)."""
+        """The token embedding, (V, D)."""
         return self.get_encoder().embedder.tokens
 
     def set_input_embeddings(self, table: nn.Embedding) -> None:
-        """Use another table of tokens."""
+        """Replace the token embedding."""
         self.get_encoder().embedder.tokens = table
         self.tie_weights()
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
-        """Cut the vocabulary, or append fresh symbols; the language head follows. Returns the table."""
+        """Shorten the vocabulary, or append new symbols, also in the language head; returns the token embedding."""
         old = self.get_input_embeddings()
         new = nn.Embedding(vocab_size, old.embedding_dim, padding_idx=old.padding_idx).to(old.weight)
         nn.init.normal_(new.weight, std=self.config.initializer_range)
@@ -94,7 +94,7 @@ class TextPretrainedModel(PretrainedModel):
 
 
 class Data2VecTextModel(TextPretrainedModel):
-    """Token ids to features; with `config.is_decoder` each token sees those before it only."""
+    """Token ids to features; with `config.is_decoder` each token sees only itself and earlier ones."""
 
     def __init__(self, config: Data2VecTextConfig, add_pooling_layer: bool = True) -> None:
         if config.add_cross_attention and not config.is_decoder:
@@ -107,11 +107,11 @@ class Data2VecTextModel(TextPretrainedModel):
 
     @classmethod
     def _build(cls, config: Data2VecTextConfig, tensors: dict[str, Tensor]) -> "Data2VecTextModel":
-        # transformers makes up a pooler for files that have none, and so a `pooler_output` that says nothing.
+        # For files without a pooler, transformers makes a random one, whose `pooler_output` has no meaning.
         return cls(config, add_pooling_layer=any("pooler." in name for name in tensors))
 
     def encoder_names(self) -> dict[str, str]:
-        """See `PretrainedModel.encoder_names`."""
+        """{Hugging Face's name: ours, relative to the encoder}."""
         return hf_text(self.encoder.state_dict())
 
     def forward(
@@ -138,13 +138,13 @@ class Data2VecTextModel(TextPretrainedModel):
             position_ids: (B, T) rows of the table of positions, where the first token has `pad_token_id` + 1. None =
                 count the tokens that are not padding.
             inputs_embeds: (B, T, D) instead of ids.
-            encoder_hidden_states: (B, T', D) for cross-attention; only decoders look at it.
+            encoder_hidden_states: (B, T', D) for cross-attention; only decoders use it.
             encoder_attention_mask: (B, T'), 1 = real.
-            past_key_values: what a decoder has read so far; new tokens are appended to it.
-            use_cache: whether a decoder returns `past_key_values`; None = as the config says.
-            output_attentions: also return weights (B, H, T, T) of every block, whatever the attention backend.
-            output_hidden_states: also return the first block's input and every block's output; numbers choose some.
-            return_dict: False = a tuple of what is not None.
+            past_key_values: a decoder's cache of earlier tokens; new tokens are appended to it.
+            use_cache: whether a decoder returns `past_key_values`; None = as set in the config.
+            output_attentions: also return weights (B, H, T, T) of every block, with any attention backend.
+            output_hidden_states: also return the first block's input and every block's output; numbers select some.
+            return_dict: False = a tuple of the fields that are not None.
 
         Raises:
             ValueError: not exactly one of ids and embeddings, or more tokens than there are positions.
@@ -162,7 +162,9 @@ class Data2VecTextModel(TextPretrainedModel):
         cache = KeyValueCache() if use_cache and past_key_values is None else past_key_values
         past = 0 if cache is None else cache.get_seq_length()
         if past + num_tokens > self.encoder.max_tokens:
-            raise ValueError(f"{past + num_tokens} tokens, and the model has positions for {self.encoder.max_tokens}")
+            raise ValueError(
+                f"got {past + num_tokens} tokens; the model has positions for at most {self.encoder.max_tokens}"
+            )
         if position_ids is None and input_ids is not None:
             real = input_ids != embedder.pad_id
             position_ids = (real.cumsum(dim=1) + past) * real + embedder.pad_id
@@ -198,7 +200,7 @@ class Data2VecTextModel(TextPretrainedModel):
 
 
 class HeadedTextModel(TextPretrainedModel):
-    """A base model that a head is put on."""
+    """A base model with a head."""
 
     pooled = False
 
@@ -214,10 +216,10 @@ class HeadedTextModel(TextPretrainedModel):
 
     def _init_linear(self, *modules: nn.Module) -> None:
         for module in modules:
-            for one in module.modules():
-                if isinstance(one, nn.Linear):
-                    nn.init.normal_(one.weight, std=self.config.initializer_range)
-                    nn.init.zeros_(one.bias)
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=self.config.initializer_range)
+                    nn.init.zeros_(layer.bias)
 
     @property
     def _head_dropout(self) -> float:
@@ -242,7 +244,7 @@ class LanguageModel(HeadedTextModel):
             self.lm_head.tie(self.get_input_embeddings().weight)
 
     def aliases(self) -> dict[str, str]:
-        """See `PretrainedModel.aliases`."""
+        """{name in files: the name under which the same tensor is written}, for tied embeddings."""
         if not self.config.tie_word_embeddings:
             return {}
         tokens = "data2vec_text.encoder.embedder.tokens.weight"
@@ -254,13 +256,13 @@ class LanguageModel(HeadedTextModel):
         return self.lm_head.decoder
 
     def set_output_embeddings(self, decoder: nn.Linear) -> None:
-        """Use another last linear map."""
+        """Replace the last linear map."""
         self.lm_head.decoder = decoder
         self.lm_head.bias = decoder.bias
 
 
 class Data2VecTextForMaskedLM(LanguageModel):
-    """Guess hidden tokens. data2vec never trained this head: the released model's is of little use."""
+    """Predicts hidden tokens. data2vec does not train this head: that of the released model has fresh weights."""
 
     def forward(
         self,
@@ -288,12 +290,12 @@ class Data2VecTextForMaskedLM(LanguageModel):
 
 
 class Data2VecTextForCausalLM(LanguageModel):
-    """Guess the next token; `generate` in `hf.generation` writes text with it."""
+    """Predicts the next token; `generate` continues texts."""
 
     def __init__(self, config: Data2VecTextConfig) -> None:
         super().__init__(config)
         if not config.is_decoder:
-            log.warning("%s without is_decoder=True: every token sees those after it", type(self).__name__)
+            log.warning("%s without is_decoder=True: every token sees later ones", type(self).__name__)
 
     def forward(
         self,
@@ -312,11 +314,11 @@ class Data2VecTextForCausalLM(LanguageModel):
         return_dict: bool | None = None,
         **more: Any,
     ) -> ModelOutput | tuple:
-        """`logits` (B, T, V), and with labels (B, T), -100 = none, the `loss` of guessing each from those before.
+        """`logits` (B, T, V), and with labels (B, T), -100 = none, the `loss` of predicting each from earlier tokens.
 
         The other arguments are those of `Data2VecTextModel.forward`; labels turn the cache off. Labels usually are the
-        ids themselves: they are shifted here. `logits_to_keep` keeps the last so many positions, or those at these
-        indices; 0 = all. `num_items_in_batch` divides the summed loss, instead of the mean: gradient accumulation.
+        ids themselves: they are shifted here. `logits_to_keep` is the number of last positions to return, or their
+        indices; 0 = all. With `num_items_in_batch` the loss is the sum divided by it, for gradient accumulation.
         """
         outputs = self.data2vec_text(
             input_ids,
@@ -351,12 +353,12 @@ class Data2VecTextForCausalLM(LanguageModel):
         return self._result(return_dict, output)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
-        """Continue texts; see `hf.generation.generate`."""
+        """Continue texts; see `weights.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
 
 class Data2VecTextForSequenceClassification(HeadedTextModel):
-    """A class, classes or a number for a text."""
+    """One class, several classes or a number for a text."""
 
     def __init__(self, config: Data2VecTextConfig) -> None:
         super().__init__(config)
@@ -374,10 +376,10 @@ class Data2VecTextForSequenceClassification(HeadedTextModel):
         return_dict: bool | None = None,
         **more: Any,
     ) -> ModelOutput | tuple:
-        """`logits` (B, C), and with labels the `loss` of `config.problem_type`; None = what labels look like.
+        """`logits` (B, C), and with labels the `loss` of `config.problem_type`; None = inferred from the labels.
 
-        The other arguments are those of `Data2VecTextModel.forward`. transformers writes what it infers into the
-        config, and later labels of another kind then fail; so do we with `hf_compat` only.
+        The other arguments are those of `Data2VecTextModel.forward`. transformers writes the inferred type into the
+        config, so that later labels of another kind fail; we do so with `hf_compat` only.
         """
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.data2vec_text(*given, **more, return_dict=True)
@@ -423,7 +425,7 @@ class Data2VecTextForTokenClassification(HeadedTextModel):
 
 
 class Data2VecTextForMultipleChoice(HeadedTextModel):
-    """Which of several texts is right."""
+    """Chooses one of several texts."""
 
     pooled = True
 
@@ -471,7 +473,7 @@ class Data2VecTextForMultipleChoice(HeadedTextModel):
 
 
 class Data2VecTextForQuestionAnswering(HeadedTextModel):
-    """Where an answer begins and ends."""
+    """Predicts where an answer begins and ends."""
 
     def __init__(self, config: Data2VecTextConfig) -> None:
         if config.num_labels != 2:
@@ -496,7 +498,7 @@ class Data2VecTextForQuestionAnswering(HeadedTextModel):
     ) -> ModelOutput | tuple:
         """`start_logits` and `end_logits`, both (B, T), and with `start_positions` and `end_positions` (B,) the `loss`.
 
-        The other arguments are those of `Data2VecTextModel.forward`. Positions outside of the text do not count.
+        The other arguments are those of `Data2VecTextModel.forward`. Positions outside of the text are ignored.
         """
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.data2vec_text(*given, **more, return_dict=True)

@@ -1,8 +1,8 @@
-"""From texts and transcripts to ids and back, exactly as transformers does it, and its files.
+"""Converts texts and transcripts to ids and back exactly as transformers does, and reads and writes its files.
 
     TextTokenizer   PreTrainedTokenizerFast       tokenizer.json, tokenizer_config.json
     CTCTokenizer    Wav2Vec2CTCTokenizer          vocab.json, tokenizer_config.json
-                    Wav2Vec2PhonemeCTCTokenizer   (symbols between spaces)
+                    Wav2Vec2PhonemeCTCTokenizer   (symbols separated by spaces)
 
 Letters: B texts, T tokens or frames, U symbols. Source: TRANSFORMERS.md 4.
 """
@@ -39,7 +39,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an ad
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Symbols of the released CTC models, by id; the first is also CTC's blank.
 LIBRISPEECH_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ")
-# How the special symbols of vocabularies for CTC are called.
+# Usual names of the special symbols in vocabularies for CTC.
 USUAL_SYMBOLS = {"pad": ("<pad>", "[PAD]"), "unk": ("<unk>", "[UNK]"), "bos": ("<s>",), "eos": ("</s>",)}
 PHONE_CLASSES = ("Wav2Vec2PhonemeCTCTokenizer", "Wav2Vec2PhonemeCTCTokenizerFast")
 
@@ -47,11 +47,11 @@ PHONE_CLASSES = ("Wav2Vec2PhonemeCTCTokenizer", "Wav2Vec2PhonemeCTCTokenizerFast
 class TextTokenizer:
     """A tokenizer that transformers reads with the same ids: `<s> A </s>`, or `<s> A </s></s> B </s>` for two texts.
 
-    `<s>` and `</s>` stand for whichever tokens begin and end a text in it. Make one with `from_pretrained`,
+    `<s>` and `</s>` stand for the tokenizer's tokens that begin and end a text. Make one with `from_pretrained`,
     `from_files` or `from_json`.
 
     Args:
-        inner: as `vocabulary.as_used` gives it.
+        inner: result of `vocabulary.as_used`.
         tokens: name of each special token: "bos_id" and so on.
         model_max_length: tokens, special ones included; None = not known.
     """
@@ -72,7 +72,7 @@ class TextTokenizer:
     def from_files(
         cls, vocab: str | Path, merges: str | Path, *, model_max_length: int | None = None
     ) -> "TextTokenizer":
-        """From vocab.json and merges.txt; `<mask>` takes the space before it.
+        """From vocab.json and merges.txt; `<mask>` absorbs the space before it.
 
         Raises:
             ConfigError: a file is missing or broken.
@@ -86,7 +86,7 @@ class TextTokenizer:
     ) -> "TextTokenizer":
         """From the content of a tokenizer.json; special tokens that it lacks are added.
 
-        Whatever it puts around texts is replaced by the tokens that begin and end a text, as in pretraining.
+        The tokens that it adds around texts are replaced by those that begin and end a text, as in pretraining.
 
         Args:
             content: of the file, from a source that is trusted.
@@ -105,8 +105,8 @@ class TextTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
         """From a folder with a tokenizer.json, or with vocab.json and merges.txt.
 
-        What the tokenizer puts around texts stays as it is where a tokenizer_config.json says that transformers wrote
-        it; otherwise it is the tokens that begin and end a text.
+        With a tokenizer_config.json, as transformers writes it, the tokenizer's own tokens around texts are kept;
+        otherwise they are those that begin and end a text.
 
         Raises:
             ConfigError: there is none, or it is broken.
@@ -125,15 +125,15 @@ class TextTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
 
-        transformers reads them as `PreTrainedTokenizerFast`, which takes tokenizer.json as it is. `RobertaTokenizer`
-        would build a byte-level BPE from its vocabulary, whatever kind it is.
+        transformers reads them as `PreTrainedTokenizerFast`, which uses tokenizer.json unchanged. `RobertaTokenizer`
+        would build a byte-level BPE from its vocabulary, whatever its kind.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.save(str(folder / "tokenizer.json"))
-        added = {one.content: one for one in self._inner.get_added_tokens_decoder().values()}
+        added = {entry.content: entry for entry in self._inner.get_added_tokens_decoder().values()}
         content: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
@@ -152,10 +152,10 @@ class TextTokenizer:
         write_json(folder / "tokenizer_config.json", content)
 
     def check_fits(self, config: Data2VecTextConfig) -> None:
-        """Whether its ids are rows of a model's embedding, and the same id pads.
+        """Check that all ids are rows of a model's embedding, and that both pad with the same id.
 
         Raises:
-            ConfigError: they are not.
+            ConfigError: they do not fit.
         """
         if self.vocab_size > config.vocab_size:
             raise ConfigError(
@@ -183,19 +183,19 @@ class TextTokenizer:
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
     ) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`: (B, T) int64 with `return_tensors`, else lists; of one text without B.
+        """`input_ids` and `attention_mask`: (B, T) int64 with `return_tensors`, else lists; for one text without B.
 
         Args:
             text: one or several.
             text_pair: as many second texts.
             padding: True or "longest", "max_length", or False; padding is on the right.
-            truncation: cut what is longer than `max_length`, the longer of two texts first.
+            truncation: cut texts to `max_length`, the longer of two texts first.
             max_length: tokens, special ones included; None = `model_max_length`.
             add_special_tokens: the ones around the text.
             return_tensors: "pt", "np" or None.
 
         Raises:
-            ValueError: settings that contradict each other, or rows that differ in length and should be a tensor.
+            ValueError: settings that contradict each other, or rows of different lengths that should be a tensor.
         """
         single = isinstance(text, str)
         texts = [text] if single else list(text)
@@ -209,26 +209,26 @@ class TextTokenizer:
             self._inner.no_truncation()
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encoded = self._inner.encode_batch(inputs, add_special_tokens=add_special_tokens)
-        rows = [one.ids for one in encoded]
+        rows = [encoding.ids for encoding in encoded]
         size = {True: max(map(len, rows)), "longest": max(map(len, rows)), "max_length": longest}.get(padding, 0)
         masks = [[1] * len(row) + [0] * (size - len(row)) for row in rows]
         rows = [row + [self.pad_token_id] * (size - len(row)) for row in rows]
         if return_tensors is None:
             return {"input_ids": rows[0], "attention_mask": masks[0]} if single else _ids(rows, masks)
         return {
-            name: stacked([np.array(one) for one in values], return_tensors)
+            name: stacked([np.array(row) for row in values], return_tensors)
             for name, values in _ids(rows, masks).items()
         }
 
     def windows(
         self, text: str, pair: str | None = None, *, max_length: int, stride: int | None = None
     ) -> list["tokenizers.Encoding"]:
-        """One text, or two, with the place of each token in them; several windows where `stride` says so.
+        """Encode one text, or two, with the place of each token in them; several windows if `stride` is given.
 
         Args:
-            text: the first; no more of one alone is encoded than a window needs.
+            text: the first; a single text is encoded only as far as a window needs.
             pair: the second.
-            max_length: of a window, tokens, special ones included; what is longer is cut.
+            max_length: tokens in a window, special ones included; longer texts are cut.
             stride: tokens that neighbouring windows of the second text share; None = only the first window.
 
         Raises:
@@ -243,17 +243,17 @@ class TextTokenizer:
         return [found] if stride is None else [found, *found.overflowing]
 
     def beginning(self, text: str, max_tokens: int) -> list[int]:
-        """Ids of the beginning of a text, with the token that starts it and without the one that ends it."""
+        """Ids of the beginning of a text, after the token that begins texts and without the one that ends them."""
         ids = self._ids(self._part(text, max_tokens))
         return [self.bos_token_id, *ids[: max_tokens - 1]]
 
     def end(self, text: str, max_tokens: int) -> list[int]:
-        """The same of the end of a text."""
+        """Ids of the end of a text, after the token that begins texts and without the one that ends them."""
         ids = self._ids(self._part(text, max_tokens, from_end=True))
         return [self.bos_token_id, *ids[max(len(ids) - max_tokens + 1, 0) :]]
 
     def _part(self, text: str, tokens: int, *, from_end: bool = False) -> str:
-        """So much of a text's beginning or end that its first or last tokens are those of the whole text."""
+        """Enough of a text's beginning or end that its first or last tokens are those of the whole text."""
         size = 16 * tokens + 1000
         while size < len(text):
             part = text[-size:] if from_end else text[:size]
@@ -269,7 +269,7 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Ids (T,) to a text."""
-        return self._inner.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)
+        return self._inner.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
         """Several rows of ids to texts."""
@@ -279,17 +279,17 @@ class TextTokenizer:
 def has_tokenizer(folder: Path) -> bool:
     """Whether `TextTokenizer.from_pretrained` finds files in a folder."""
     return (folder / "tokenizer.json").is_file() or all(
-        (folder / one).is_file() for one in ("vocab.json", "merges.txt")
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
     )
 
 
 def _put_around(inner: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:
-    """Make a tokenizer put the tokens that begin and end a text around texts."""
+    """Make a tokenizer add the tokens that begin and end a text around texts."""
     from tokenizers import processors
 
     begin, end = ((tokens[name], inner.token_to_id(tokens[name])) for name in ("bos_id", "eos_id"))
     pre_tokenizer = json.dumps(json.loads(inner.to_str())["pre_tokenizer"])
-    # Tokens of a byte-level BPE have the space before a word in them; their places in a text leave it out.
+    # Tokens of a byte-level BPE include the space before a word; their places in a text leave it out.
     inner.post_processor = processors.RobertaProcessing(
         end,
         begin,
@@ -299,28 +299,28 @@ def _put_around(inner: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> Non
 
 
 class CTCTokenizer:
-    """Symbols for CTC: text to ids, and frames' ids to text, as Wav2Vec2CTCTokenizer and its twin for phones have it.
+    """Symbols for CTC: text to ids, and frames' ids to text, as Wav2Vec2CTCTokenizer or its version for phones does.
 
-    A symbol may be several letters: texts are cut at such symbols first, the leftmost and longest one at a time, and
-    the white space around each is dropped; what is left is read letter by letter. With `phones`, symbols are what
-    stands between spaces. Texts are never turned into phones: `do_phonemize` of a folder counts for nothing.
+    A symbol may have several letters: texts are split at such symbols first, the leftmost and longest one at a time,
+    and the white space around each is dropped; the rest is read letter by letter. With `phones`, symbols are separated
+    by spaces. Texts are never converted to phones: `do_phonemize` of a folder is ignored.
 
     Args:
         vocabulary: symbol -> id; None = that of the released models.
-        do_lower_case: the vocabulary is in upper case: turn texts into it. Otherwise lower-case letters are unknown.
-        word_delimiter: what stands for a space; None = nothing does.
-        pad: the symbol of nothing, which is CTC's blank.
-        unk: the symbol of what has none.
-        bos: start of a text; texts do not get one.
-        eos: end of a text; likewise.
-        phones: symbols are what stands between spaces, as Wav2Vec2PhonemeCTCTokenizer reads texts.
-        space: what the word delimiter is read as.
-        added: symbols with ids beyond the vocabulary; special symbols that are in neither get the next ones.
+        do_lower_case: convert texts to upper case, for an upper-case vocabulary; else lower-case letters are unknown.
+        word_delimiter: symbol that stands for a space; None = none.
+        pad: the padding symbol, which is CTC's blank.
+        unk: symbol for unknown symbols.
+        bos: start of a text; not added to texts.
+        eos: end of a text; not added to texts.
+        phones: symbols are separated by spaces, as in Wav2Vec2PhonemeCTCTokenizer.
+        space: text that the word delimiter is decoded to.
+        added: symbols with ids beyond the vocabulary; special symbols that are in neither get the next ids.
         hf_compat: with `skip_special_tokens`, transformers also drops the blanks before it merges repeated symbols, so
             that LETTER is read as LETER; do the same.
 
     Raises:
-        ConfigError: ids that are no numbers, or no blank.
+        ConfigError: ids that are not numbers, or no blank.
     """
 
     def __init__(
@@ -341,15 +341,15 @@ class CTCTokenizer:
         self.hf_compat = hf_compat
         self.vocabulary = dict(vocabulary or {symbol: i for i, symbol in enumerate(LIBRISPEECH_SYMBOLS)})
         numbers = self.vocabulary | dict(added or {})
-        odd = next((one for one, number in numbers.items() if type(number) is not int or number < 0), None)
+        odd = next((symbol for symbol, number in numbers.items() if type(number) is not int or number < 0), None)
         if odd is not None:
-            raise ConfigError(f"the vocabulary says that {odd!r} is {numbers[odd]!r}; expected a number from 0")
+            raise ConfigError(f"the vocabulary gives {odd!r} the id {numbers[odd]!r}; expected a number from 0")
         for name, symbol in {"pad": pad, "unk": unk, "replace_word_delimiter_char": space}.items():
             if not isinstance(symbol, str):
                 raise ConfigError(f"the symbol {name} is {symbol!r}; expected a text")
         if pad not in self.vocabulary:
             raise ConfigError(
-                f"the vocabulary lacks {pad}, which is CTC's blank; name the symbol that is it as pad_token in "
+                f"the vocabulary lacks {pad}, which is CTC's blank; name the symbol of the blank as pad_token in "
                 "tokenizer_config.json"
             )
         self.do_lower_case = do_lower_case
@@ -357,31 +357,31 @@ class CTCTokenizer:
         self.pad, self.unk, self.bos, self.eos = pad, unk, bos, eos
         self.phones = phones
         self.space = space
-        self.added = {one: number for one, number in (added or {}).items() if one not in self.vocabulary}
+        self.added = {symbol: number for symbol, number in (added or {}).items() if symbol not in self.vocabulary}
         for symbol in self.special_symbols:
             if symbol not in self.vocabulary and symbol not in self.added:
                 self.added[symbol] = len(self.vocabulary) + len(self.added)
-        self.symbols = {number: one for one, number in (self.added | self.vocabulary).items()}
+        self.symbols = {number: symbol for symbol, number in (self.added | self.vocabulary).items()}
         self.pad_token_id = self.vocabulary[pad]
         self._cuts = self._pattern()
 
     @property
     def special_symbols(self) -> list[str]:
-        """Those that stand for no letter: start, end, unknown, blank, word delimiter."""
+        """The symbols that stand for no letter: start, end, unknown, blank, word delimiter."""
         found = [self.bos, self.eos, self.unk, self.pad, None if self.phones else self.word_delimiter]
-        return [one for one in dict.fromkeys(found) if one]
+        return [symbol for symbol in dict.fromkeys(found) if symbol]
 
     def _pattern(self) -> re.Pattern:
-        """What texts are cut at before they are read letter by letter."""
+        """Pattern of the symbols that texts are split at before they are read letter by letter."""
         whole = {*self.special_symbols, *filter(None, self.added)}
         if not self.phones:
-            whole |= {one for one in self.vocabulary if len(one) > 1}
+            whole |= {symbol for symbol in self.vocabulary if len(symbol) > 1}
         return re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True))))
 
     def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
         """`input_ids` of one text (U,), or of several, as lists."""
         if not isinstance(text, str):
-            return {"input_ids": [self._encode(one) for one in text]}
+            return {"input_ids": [self._encode(transcript) for transcript in text]}
         return {"input_ids": self._encode(text)}
 
     def _encode(self, text: str) -> list[int]:
@@ -389,7 +389,7 @@ class CTCTokenizer:
         return [unknown if number is None else number for number in map(self.id_of, self.split(text))]
 
     def id_of(self, symbol: str) -> int | None:
-        """The number of a symbol; None if there is none."""
+        """The id of a symbol; None if there is none."""
         return self.added.get(symbol, self.vocabulary.get(symbol))
 
     def split(self, text: str) -> list[str]:
@@ -399,15 +399,15 @@ class CTCTokenizer:
         for cut in self._cuts.finditer(text):
             pieces += [text[end : cut.start()], cut.group()]
             end = cut.end()
-        pieces.append(text[end:])  # texts at even places, symbols at odd ones
+        pieces.append(text[end:])  # texts at even indices, symbols at odd ones
         symbols: list[str] = []
-        for place, piece in enumerate(pieces):
-            if place % 2:
+        for index, piece in enumerate(pieces):
+            if index % 2:
                 symbols.append(piece)
                 continue
-            if place + 1 < len(pieces) and self._strips(pieces[place + 1]):
+            if index + 1 < len(pieces) and self._strips(pieces[index + 1]):
                 piece = piece.rstrip()
-            if place and self._strips(pieces[place - 1]):
+            if index and self._strips(pieces[index - 1]):
                 piece = piece.lstrip()
             symbols += self._letters(piece)
         return symbols
@@ -418,7 +418,7 @@ class CTCTokenizer:
 
     def _letters(self, text: str) -> list[str]:
         if self.phones:
-            return [one for one in text.strip().split(" ") if one.strip()]
+            return [phone for phone in text.strip().split(" ") if phone.strip()]
         text = text.upper() if self.do_lower_case else text
         return list(text if self.word_delimiter is None else text.replace(" ", self.word_delimiter))
 
@@ -434,16 +434,16 @@ class CTCTokenizer:
 
         Args:
             ids: the likeliest symbol of each frame.
-            skip_special_tokens: leave out start, end and unknown, too, before repetitions are counted.
-            group_tokens: count a repeated symbol once.
-            output_char_offsets: also say where each symbol starts and ends.
-            output_word_offsets: also say where each word starts and ends; with `phones`, each phone.
+            skip_special_tokens: leave out start, end and unknown, too, before repeated symbols are merged.
+            group_tokens: merge repeated symbols.
+            output_char_offsets: also return where each symbol starts and ends.
+            output_word_offsets: also return where each word starts and ends; with `phones`, each phone.
         """
-        numbers = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else [int(one) for one in ids]
+        numbers = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else [int(number) for number in ids]
         if skip_special_tokens:
-            special = [one for one in self.special_symbols if one != self.word_delimiter]
-            left_out = {self.id_of(one) for one in special if one != self.pad or self.hf_compat}
-            numbers = [one for one in numbers if one not in left_out]
+            special = [symbol for symbol in self.special_symbols if symbol != self.word_delimiter]
+            left_out = {self.id_of(symbol) for symbol in special if symbol != self.pad or self.hf_compat}
+            numbers = [number for number in numbers if number not in left_out]
         start = 0
         found: list[dict[str, Any]] = []
         for symbol, run in groupby(self.symbols.get(number, self.unk) for number in numbers):
@@ -454,7 +454,7 @@ class CTCTokenizer:
                 continue
             char = self.space if symbol == self.word_delimiter else symbol
             found += [{"char": char, "start_offset": first, "end_offset": last} for first, last in pieces]
-        text = (" " if self.phones else "").join(one["char"] for one in found).strip()
+        text = (" " if self.phones else "").join(entry["char"] for entry in found).strip()
         if self.do_lower_case:
             text = text.lower()
         if not (output_char_offsets or output_word_offsets):
@@ -463,7 +463,7 @@ class CTCTokenizer:
         if output_char_offsets:
             output["char_offsets"] = found
         if output_word_offsets:
-            output["word_offsets"] = [_word([one]) for one in found] if self.phones else _words(found, self.space)
+            output["word_offsets"] = [_word([entry]) for entry in found] if self.phones else _words(found, self.space)
         return output
 
     def batch_decode(self, rows: Any, **options: Any) -> list[Any]:
@@ -472,9 +472,9 @@ class CTCTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CTCTokenizer":
-        """From vocab.json and, where they are, tokenizer_config.json, special_tokens_map.json, added_tokens.json.
+        """From vocab.json and, if present, tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
-        Where nothing names them, the blank and the unknown symbol are `<pad>` and `<unk>`, or `[PAD]` and `[UNK]`.
+        If no file names them, the blank and the unknown symbol are `<pad>` and `<unk>`, or `[PAD]` and `[UNK]`.
 
         Raises:
             ConfigError: there is no vocabulary, or it has no blank.
@@ -483,13 +483,13 @@ class CTCTokenizer:
         settings = _mapping(folder / "special_tokens_map.json") | _mapping(folder / "tokenizer_config.json")
         vocabulary = _mapping(folder / "vocab.json")
         if not vocabulary:
-            raise ConfigError(f"{folder / 'vocab.json'}: expected symbols with their numbers")
+            raise ConfigError(f"{folder / 'vocab.json'}: expected symbols with their ids")
         if isinstance(next(iter(vocabulary.values())), dict):  # one vocabulary for each language
             language = settings.get("target_lang")
             if language not in vocabulary:
                 raise ConfigError(
-                    f"{folder / 'vocab.json'} has vocabularies for {', '.join(sorted(vocabulary)[:20])}; say which one "
-                    "as target_lang in tokenizer_config.json"
+                    f"{folder / 'vocab.json'} has vocabularies for {', '.join(sorted(vocabulary)[:20])}; choose one "
+                    "with target_lang in tokenizer_config.json"
                 )
             vocabulary = vocabulary[language]
         named = {
@@ -499,7 +499,7 @@ class CTCTokenizer:
         phones = settings.get("tokenizer_class") in PHONE_CLASSES
         try:
             listed = settings.get("added_tokens_decoder", {}).items()
-            added = {_content(one): int(number) for number, one in listed} | _mapping(folder / "added_tokens.json")
+            added = {_content(token): int(number) for number, token in listed} | _mapping(folder / "added_tokens.json")
             return cls(
                 vocabulary,
                 do_lower_case=bool(settings.get("do_lower_case", False)),
@@ -542,19 +542,19 @@ def _content(token: Any) -> str | None:
 
 
 def _usual(vocabulary: Mapping[str, int], names: Sequence[str]) -> str:
-    """The one of these names that the vocabulary has, or the first."""
-    return next((one for one in names if one in vocabulary), names[0])
+    """The first of these names that the vocabulary has; else the first name."""
+    return next((name for name in names if name in vocabulary), names[0])
 
 
 def _words(chars: list[dict[str, Any]], space: str) -> list[dict[str, Any]]:
-    runs = [(is_space, list(run)) for is_space, run in groupby(chars, key=lambda one: one["char"] == space)]
+    runs = [(is_space, list(run)) for is_space, run in groupby(chars, key=lambda char: char["char"] == space)]
     return [_word(run) for is_space, run in runs if not is_space]
 
 
 def _word(chars: list[dict[str, Any]]) -> dict[str, Any]:
     """A word from its symbols with their frames."""
     ends = {"start_offset": chars[0]["start_offset"], "end_offset": chars[-1]["end_offset"]}
-    return {"word": "".join(one["char"] for one in chars), **ends}
+    return {"word": "".join(char["char"] for char in chars), **ends}
 
 
 def _ids(rows: list[list[int]], masks: list[list[int]]) -> dict[str, Any]:

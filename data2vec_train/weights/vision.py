@@ -21,7 +21,7 @@ from data2vec_train.weights.outputs import ModelOutput
 
 
 def encoder_arguments(config: Data2VecVisionConfig) -> dict[str, Any]:
-    """What `VisionEncoder` is to be built with.
+    """Arguments of `VisionEncoder`.
 
     Raises:
         ConfigError: patches that are not square.
@@ -64,7 +64,7 @@ def encoder_arguments(config: Data2VecVisionConfig) -> dict[str, Any]:
 
 
 class VisionPretrainedModel(PretrainedModel):
-    """What the image classes share."""
+    """Base of the image classes."""
 
     config_class = Data2VecVisionConfig
     base_model_prefix = "data2vec_vision"
@@ -73,12 +73,13 @@ class VisionPretrainedModel(PretrainedModel):
 
     @classmethod
     def _adapt(cls, config: Data2VecVisionConfig, names: set[str]) -> None:
-        # Released files hold a mask token that their config denies; transformers drops it, we keep it.
+        # Released files hold a mask token although their config says that there is none; transformers drops it, we do
+        # not.
         if "embeddings.mask_token" in names:
             config.use_mask_token = True
 
     def get_input_embeddings(self) -> nn.Module:
-        """Pixels to patches."""
+        """The patch embedding."""
         return self.get_encoder().embedder
 
     def init_weights(self) -> None:
@@ -96,8 +97,8 @@ class Data2VecVisionModel(VisionPretrainedModel):
     def __init__(self, config: Data2VecVisionConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.encoder = build_encoder(VisionEncoder, encoder_arguments(config))
-        # transformers resizes tables of biases for grids that are not square the wrong way round (TRANSFORMERS.md,
-        # fault 4).
+        # transformers swaps rows and columns when it resizes the bias table of a grid that is not square
+        # (TRANSFORMERS.md, fault 4).
         for bias in self.encoder.relative_biases:
             bias.transposed = config.hf_compat
         self.pooler = None
@@ -109,7 +110,7 @@ class Data2VecVisionModel(VisionPretrainedModel):
             self.init_weights()
 
     def encoder_names(self) -> dict[str, str]:
-        """See `PretrainedModel.encoder_names`."""
+        """{Hugging Face's name: ours, relative to the encoder}."""
         return hf_vision(self.encoder.state_dict(), relative_bias=encoder_arguments(self.config)["relative_bias"])
 
     def forward(
@@ -126,14 +127,14 @@ class Data2VecVisionModel(VisionPretrainedModel):
         Args:
             pixel_values: normalised.
             bool_masked_pos: (B, T) bool, patches that the mask token replaces.
-            output_attentions: also return weights (B, H, S, S) of every block; transformers has None here under sdpa
+            output_attentions: also return weights (B, H, S, S) of every block; with sdpa, transformers returns None
                 (TRANSFORMERS.md, fault 9).
             output_hidden_states: also return the first block's input and every block's output, before the final norm.
             interpolate_pos_encoding: has no effect: positions and biases always follow the size of the images.
-            return_dict: False = a tuple of what is not None.
+            return_dict: False = a tuple of the fields that are not None.
 
         Raises:
-            ConfigError: patches are to be hidden, and the model has no mask token.
+            ConfigError: patches are to be hidden, but the model has no mask token.
         """
         encoder = self.encoder
         tokens, _ = encoder.embed(pixel_values.to(self.dtype), any_size=True)
@@ -175,7 +176,7 @@ class Data2VecVisionForImageClassification(VisionPretrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple:
-        """`logits` (B, C), and with labels the `loss` of `config.problem_type`; None = what labels look like.
+        """`logits` (B, C), and with labels the `loss` of `config.problem_type`; None = inferred from the labels.
 
         The other arguments are those of `Data2VecVisionModel.forward`.
         """
@@ -197,13 +198,13 @@ class Data2VecVisionForImageClassification(VisionPretrainedModel):
 
 
 class Data2VecVisionForSemanticSegmentation(VisionPretrainedModel):
-    """A class for every pixel, at a quarter of the patches' size."""
+    """A class for every pixel, at a quarter of the patch size."""
 
     def __init__(self, config: Data2VecVisionConfig) -> None:
         super().__init__(config)
         if len(config.out_indices) != 4:
             raise ConfigError(f"segmentation reads 4 layers, got out_indices={config.out_indices}")
-        outside = [one for one in config.out_indices if not 0 <= one < config.num_hidden_layers]
+        outside = [index for index in config.out_indices if not 0 <= index < config.num_hidden_layers]
         if outside and not config.hf_compat:
             raise ConfigError(
                 f"out_indices={config.out_indices}: the model has layers 0 to {config.num_hidden_layers - 1}"
@@ -235,8 +236,8 @@ class Data2VecVisionForSemanticSegmentation(VisionPretrainedModel):
     ) -> ModelOutput | tuple:
         """`logits` (B, C, 4h, 4w) for an (h, w) grid of patches, and with labels (B, H, W) the cross-entropy `loss`.
 
-        `config.out_indices` are blocks, counted from 0, whose outputs are read. transformers is off by two: it takes
-        3, 5, 7, 11 for the outputs of blocks 1, 3, 5, 9, the last two blocks never learn, and an index of 0 is lost
+        `config.out_indices` are the blocks, counted from 0, whose outputs are read. transformers is off by two: for
+        3, 5, 7, 11 it reads blocks 1, 3, 5, 9, the last two blocks get no gradient, and an index of 0 is dropped
         (TRANSFORMERS.md, fault 3); `hf_compat` does the same. The other arguments are those of
         `Data2VecVisionModel.forward`.
 

@@ -1,4 +1,4 @@
-"""Files of tensors, and putting tensors into a model without losing any."""
+"""Reading files of tensors, and copying tensors into a model strictly."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,29 +19,31 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass
 class LoadReport:
-    """What happened when tensors were put into a model; names are those of the file."""
+    """What was missing or in excess when tensors were copied into a model; names are those of the file."""
 
     fresh: list[str] = field(default_factory=list)  # not in the file: the model keeps its initial values
-    left_out: list[str] = field(default_factory=list)  # in the file, and of no use to this model
+    left_out: list[str] = field(default_factory=list)  # in the file, but not in this model
 
     def __str__(self) -> str:
         parts = []
         if self.fresh:
             parts.append(f"newly initialised, since the file lacks them: {_listed(self.fresh)}")
         if self.left_out:
-            parts.append(f"left out, since this model has no place for them: {_listed(self.left_out)}")
+            parts.append(f"left out, since this model does not have them: {_listed(self.left_out)}")
         return "; ".join(parts) or "everything fits"
 
 
 def weights_file(folder: str | Path) -> Path:
-    """model.safetensors, pytorch_model.bin, or the index of either's parts.
+    """model.safetensors, pytorch_model.bin, or the index of the shards of either.
 
     Raises:
         ConfigError: there is none.
     """
     folder = Path(folder)
     for name in (SAFETENSORS_NAME, PICKLE_NAME):
-        found = next((one for one in (folder / name, folder / f"{name}{_INDEX}") if one.is_file()), None)
+        found = next(
+            (candidate for candidate in (folder / name, folder / f"{name}{_INDEX}") if candidate.is_file()), None
+        )
         if found is not None:
             return found
     raise ConfigError(f"{folder} has no weights: expected {SAFETENSORS_NAME} or {PICKLE_NAME}")
@@ -59,28 +61,28 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several files, each from the one that the index names for it.
+    """The tensors of several files, each from the file that the index names for it.
 
     Raises:
         ConfigError: the index is broken, or names files or tensors that are not there.
     """
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(one, str) for one in places.values()):
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
         raise ConfigError(f"{index}: expected weight_map, an object of names of tensors and of the files beside it")
-    shards = sorted(set(places.values()))
+    shards = sorted(set(shard_of.values()))
     outside = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
     if outside:
-        raise ConfigError(f"{index} names {outside[0]!r}, which is no file beside it")
+        raise ConfigError(f"{index} names {outside[0]!r}, which is not a file beside it")
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
-        raise ConfigError(f"{index} speaks of files that are not there: {', '.join(absent[:5])}")
+        raise ConfigError(f"{index} names files that do not exist: {', '.join(absent[:5])}")
     found: dict[str, Tensor] = {}
     for shard in shards:
         tensors = read(index.parent / shard)
-        named = [name for name, place in places.items() if place == shard]
+        named = [name for name, file_name in shard_of.items() if file_name == shard]
         lacking = [name for name in named if name not in tensors]
         if lacking:
-            raise ConfigError(f"{index.parent / shard} has no tensor {lacking[0]}, which {index.name} says it holds")
+            raise ConfigError(f"{index.parent / shard} has no tensor {lacking[0]}, but {index.name} says that it has")
         found |= {name: tensors[name] for name in named}
     return found
 
@@ -97,11 +99,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a whole safetensors file ({error})") from error
+        raise ConfigError(f"{path} is not an intact safetensors file ({error})") from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin or .pt file, read without running what it may hold.
+    """The tensors of a .bin or .pt file, read without running code from it.
 
     Raises:
         ConfigError: the file is broken, or holds anything but a flat mapping of tensors.
@@ -112,18 +114,18 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} was not read: broken, or more than tensors ({first})") from error
-    if not isinstance(content, dict) or not all(isinstance(one, Tensor) for one in content.values()):
+        raise ConfigError(f"{path} cannot be read: it is broken, or holds more than tensors ({first})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected a flat mapping of names to tensors")
     return content
 
 
 def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], where: str) -> None:
-    """Refuse weights that no training leaves: whole numbers, complex ones, NaN and infinities.
+    """Refuse weights that no training produces: integers, complex numbers, NaN and infinities.
 
     Args:
         tensors: of a file, by name.
-        dtypes: of what they are to be copied into; where that is no floating-point type, neither may the tensor be.
+        dtypes: of the tensors to copy into; if one is not a floating-point type, the file's tensor may not be either.
         where: the file, for the message.
 
     Raises:
@@ -132,7 +134,7 @@ def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtyp
     for name, tensor in tensors.items():
         wanted = dtypes[name]
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ConfigError(f"{where}: {name} is no plain tensor of numbers (sparse, quantized or empty of content)")
+            raise ConfigError(f"{where}: {name} is not a plain tensor (it is sparse, quantized or without content)")
         if not wanted.is_floating_point:
             if tensor.is_floating_point() or tensor.is_complex():
                 raise ConfigError(f"{where}: {name} is of type {_type(tensor)}, expected {_type(wanted)}")
@@ -146,7 +148,7 @@ def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtyp
             count = int((~finite).sum())
             raise ConfigError(
                 f"{where}: {name} holds {count:,} of {tensor.numel():,} numbers that are not finite (NaN or infinite): "
-                "the weights are of a training that diverged, or damaged; take an earlier checkpoint or another copy"
+                "the training diverged, or the file is damaged; take an earlier checkpoint or another copy"
             )
 
 
@@ -167,18 +169,17 @@ def put_into(
     """Copy tensors into a model, strictly.
 
     Args:
-        model: what receives them, whole tensors or none.
+        model: receives the tensors; it is not changed if an error is raised.
         names: {their name: ours} of all that the model has.
         tensors: by their names.
         where: the file, for messages.
-        fresh: beginnings of their names that may be missing; those tensors keep their initial values.
-        left_out: beginnings of their names that may be in excess.
+        fresh: prefixes of their names that may be missing; those tensors keep their initial values.
+        left_out: prefixes of their names that may be in excess.
         reshape_fresh: tensors in `fresh` may also have another shape; they then keep their initial values too.
 
     Raises:
-        WeightMismatch: anything is missing, in excess or of another shape; all of it is listed, and the model is as it
-            was.
-        ConfigError: a tensor is not of floating-point numbers where the model's is, or holds some that are not finite.
+        WeightMismatch: tensors are missing, in excess or of another shape; the message lists all of them.
+        ConfigError: a tensor is not of a floating-point type but the model's is, or holds numbers that are not finite.
     """
     own = model.state_dict()
     shapes = {}
@@ -214,7 +215,7 @@ def put_into(
 
 
 def _listed(names: list[str]) -> str:
-    """All names; those that differ in their first number only are written once, with all numbers."""
+    """All names; those that differ only in their first number are written once, with all numbers."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         before, number, after = re.fullmatch(r"(\D*)(\d*)(.*)", name, re.DOTALL).groups()

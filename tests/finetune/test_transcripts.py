@@ -169,7 +169,7 @@ def test_a_folder_without_settings_has_the_usual_symbols(tmp_path):
     ("content", "said"),
     [
         ("[]", "expected an object"),
-        ("{}", "expected symbols with their numbers"),
+        ("{}", "expected symbols with their ids"),
         ('{"a": 0}', "lacks <pad>, which is CTC's blank"),
         ('{"<pad>": "0"}', "expected a number from 0"),
         ('{"<pad>": 0, "a": -1}', "expected a number from 0"),

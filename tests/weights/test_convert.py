@@ -310,7 +310,7 @@ def test_truncated_files(name, tmp_path):
     whole = path.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ConfigError, match="is no whole checkpoint|was refused"):
+        with pytest.raises(ConfigError, match="is not an intact checkpoint|was refused"):
             ours.load_pretrained(path)
 
 
@@ -381,7 +381,7 @@ def test_files_of_another_kind(tmp_path):
     with pytest.raises(ConfigError, match="there is no such file or folder"):
         ours.load_pretrained(path)
     torch.save({"model": {"conv1.weight": torch.zeros(2)}}, path)
-    with pytest.raises(ConfigError, match=r"those of no data2vec model.*got conv1\.weight"):
+    with pytest.raises(ConfigError, match=r"no known data2vec model.*got conv1\.weight"):
         ours.load_pretrained(path)
     torch.save({"weights": 3}, path)
     with pytest.raises(ConfigError, match="top keys: weights"):
@@ -418,7 +418,7 @@ def test_front_ends_as_fairseq_writes_them(written, strides):
 
 @pytest.mark.parametrize("written", ["__import__('os').getcwd()", "[(1, 2, 3)] * x", "[(1, 2"])
 def test_front_ends_are_not_evaluated(written):
-    with pytest.raises(ConfigError, match="cannot be understood"):
+    with pytest.raises(ConfigError, match="cannot be parsed"):
         fairseq._spec_of(written, "here")
 
 

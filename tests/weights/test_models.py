@@ -393,7 +393,7 @@ class TestText:
     def test_one_token_too_many(self):
         model = text()
         model(torch.full((1, 38), 5))
-        with pytest.raises(ValueError, match="39 tokens, and the model has positions for 38"):
+        with pytest.raises(ValueError, match="39 tokens; .* 38"):
             model(torch.full((1, 39), 5))
 
     def test_padding_changes_nothing(self):
@@ -645,7 +645,7 @@ class TestAll:
         model.save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        with pytest.raises(ConfigError, match="not an intact safetensors file"):
             type(model).from_pretrained(tmp_path)
 
     def test_pickled_tensors_load_and_pickled_code_does_not_run(self, family, tmp_path):
@@ -664,7 +664,7 @@ class TestAll:
                 return os.system, (f"touch {tmp_path}/ran",)
 
         torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(ConfigError, match="was not read: broken, or more than tensors"):
+        with pytest.raises(ConfigError, match="more than tensors"):
             type(model).from_pretrained(tmp_path)
         assert not (tmp_path / "ran").exists()
 
@@ -680,7 +680,7 @@ class TestAll:
         ("options", "message"),
         [
             ({"attn_implementation": "flash9"}, "attn_implementation='flash9' does not exist"),
-            ({"dtype": "int8"}, "no floating-point type"),
+            ({"dtype": "int8"}, "not a floating-point type"),
             ({"device_map": {"a": 0}}, "never split"),
             ({"device_map": "nowhere"}, "expected 'auto' or a device"),
             ({"hiden_size": 3}, "no field hiden_size"),
