@@ -1,6 +1,6 @@
-"""The page a person opens after a run to see whether pretraining worked: one `report.html` without outside resources.
+"""The page that shows whether pretraining worked: one `report.html` without external resources.
 
-Numpy and plain values in, one file out; every picture is a PNG inside the page.
+It is made of numpy arrays and plain values; every picture is a PNG inside the page.
 
 Legend: n images, H W C image height, width and channels, h w patch grid, T = h * w patches in row-major order,
 M masks per image, D feature width, q queries, k neighbours.
@@ -48,7 +48,7 @@ FACTS += ("target_std", "prediction_std", "rankme")
 
 @dataclass(frozen=True)
 class Section:
-    """One heading of the page: `title` and `explanation` are plain text, escaped on rendering; `html` goes in as is."""
+    """One heading of the page: `title` and `explanation` are plain text, escaped on rendering; `html` is not."""
 
     title: str
     explanation: str
@@ -58,7 +58,7 @@ class Section:
 def read_metrics(path: Path) -> Metrics:
     """Logged series by column name: (steps int64, values float64), sorted by step, without the empty cells.
 
-    A resumed run logs some steps a second time; the later row counts. A run that ended before its first row has no
+    A resumed run logs some steps a second time; the later row is used. A run that ended before its first row has no
     file, and no series.
     """
     series: dict[str, dict[int, float]] = {}
@@ -82,7 +82,7 @@ def curves_section(metrics: Metrics, *, baselines: dict) -> Section:
     """Small multiples of what was logged; a panel without data is left out.
 
     Args:
-        metrics: what `read_metrics` gives.
+        metrics: result of `read_metrics`.
         baselines: `summary["probe"]`, that is {"knn": {"untrained": 0.35, "raw_input": 0.84}, "linear": {...}} with
             accuracies as fractions. Without baselines an accuracy cannot be judged: {} hides both accuracy panels.
     """
@@ -92,7 +92,7 @@ def curves_section(metrics: Metrics, *, baselines: dict) -> Section:
         "In data2vec the loss often falls, then rises and levels off as the targets get richer, so a low loss is not a "
         "measure of success. Look at the spread and the probes: a std near 0 means collapse (every position gives the "
         "same features), and a probe above the dashed line of the untrained encoder means that something was learnt. "
-        "Where lines are faint and strong, the faint one is what was logged and the strong one its moving average.",
+        "Faint lines are logged values, strong lines beside them their moving averages.",
         charts(metrics, panels, baselines),
     )
 
@@ -101,7 +101,7 @@ def charts(metrics: Metrics, panels: Mapping[str, Mapping[str, str]], baselines:
     """Small multiples, HTML; a panel without data is left out.
 
     Args:
-        metrics: what `read_metrics` gives.
+        metrics: result of `read_metrics`.
         panels: {title: {label of a line: column}}.
         baselines: see `curves_section`.
     """
@@ -131,9 +131,9 @@ def probe_section(summary: dict) -> Section:
     rank_line = f"<p>RankMe, the number of directions the features use: {measured}</p>"
     if not probe:
         return Section(
-            "What the features know",
-            f"Nothing was probed ({summary.get('probes', 'no labels')}). RankMe says how many directions the features "
-            "use: close to 1 means collapse, but a high number alone does not mean that the features are useful.",
+            "Probes of the features",
+            f"Nothing was probed ({summary.get('probes', 'no labels')}). RankMe is the number of directions that the "
+            "features use: close to 1 means collapse, but a high number alone does not mean that they are useful.",
             rank_line,
         )
     rows, verdicts = [], []
@@ -157,7 +157,7 @@ def probe_section(summary: dict) -> Section:
     known = [f"{_value(probe[key])} {what}" for key, what in details.items() if probe.get(key) is not None]
     note = f"<p>{escape(probe['note'])}</p>" if probe.get("note") else ""
     return Section(
-        "What the features know",
+        "Probes of the features",
         "A simple classifier on frozen features: k-NN has nothing to train, linear trains one layer. Trained should be "
         "clearly above untrained; above raw input as well means that the features beat the plain input values.",
         table(["probe", raw_name, "untrained", "trained", "gain over untrained, points"], rows)
@@ -168,16 +168,16 @@ def probe_section(summary: dict) -> Section:
 
 def r2_section(summary: dict) -> Section | None:
     """How well the pretext task is solved on held-out samples, from `summary["r2"]`; None if not measured."""
-    r2 = summary.get("r2") or summary.get("explained")  # as earlier versions called it
+    r2 = summary.get("r2") or summary.get("explained")  # the name in earlier versions
     if not r2 or "trained" not in r2:
         return None
     rows = [[f"<th>{which}</th>", _td(f"{100 * r2[which]:.1f} %")] for which in ("untrained", "trained") if which in r2]
     return Section(
         "The task on held-out samples",
         "Share of the variance of the teacher's features at hidden positions that the student predicts, on samples "
-        "that never trained it. 100 % is a perfect prediction, 0 % is no better than always answering with the mean, "
+        "that it was not trained on. 100 % is a perfect prediction, 0 % is no better than always predicting the mean, "
         "below 0 is worse. The targets change with the teacher: the share may fall while the features get richer, so "
-        "it says that the task is being learnt, not how useful the features are.",
+        "it shows that the task is being learnt, not how useful the features are.",
         f"{table([], rows)}<p class='quiet'>{_value(r2['samples'])} held-out samples, "
         f"{_value(r2['tokens'])} hidden positions</p>",
     )
@@ -250,9 +250,9 @@ def pca_section(
         rows.append([_td(image_tag(png_of(np.asarray(p)), alt=name)) for p, name in zip(pictures, names, strict=True)])
     return Section(
         "Patch features as colours",
-        "Patches of like colour have like features. Good features give the parts of an object their own colour, the "
-        "same in every image; noise, a pattern that only follows the position, or one flat colour mean that little was "
-        "learnt. Compare colours within a column, not between columns. The three components shown hold "
+        "Patches of similar colour have similar features. Good features give the parts of an object their own "
+        "colour, the same in every image; noise, a pattern that only follows the position, or one flat colour mean "
+        "that little was learnt. Compare colours within a column, not between columns. The three components shown hold "
         f"{untrained_share:.0%} of the variance untrained and {trained_share:.0%} trained.{_channel_note(images)}",
         table(["input", "untrained", "trained"], rows, css="pictures"),
     )
@@ -292,19 +292,19 @@ def neighbours_section(
             cells = [cell(*each, frame=frame) for *each, frame in zip(neighbours[query], labels, frames, strict=True)]
             rows.append([f"<th>{escape(feature)}</th>", *cells])
         cards.append(table([], rows))
-    explanation = "Each image above the images whose features are most like its own, nearest first. "
+    explanation = "Each image above the images whose features are most similar to its own, nearest first. "
     if labelled:
         same = {name: np.mean(found_labels[name] == np.asarray(query_labels)[:, None]) for name in found}
         explanation += "A solid green frame is a neighbour of the same class, a dashed red one of another class. "
         explanation += f"Same class: {', '.join(f'{name} {share:.1%}' for name, share in same.items())}."
     else:
-        explanation += "Trained features should find images of like content, not only of like colour or brightness."
+        explanation += "Trained features should find similar content, not only similar colour or brightness."
     explanation += _channel_note(query_images)
     return Section("Nearest neighbours", explanation, f'<div class="cards">{"".join(cards)}</div>')
 
 
 def write_report(path: Path, *, title: str, sections: list[Section], config_yaml: str) -> Path:
-    """Write the page to `path` in one go (a reader never meets half of it) and give `path` back."""
+    """Write the page to `path`, replacing the file at once, and return `path`."""
     links = "".join(f'<a href="#s{number}">{escape(section.title)}</a>' for number, section in enumerate(sections))
     body = "".join(
         f'<section id="s{number}"><h2>{escape(section.title)}</h2><p class="explain">{escape(section.explanation)}</p>'
@@ -399,7 +399,7 @@ def tiled(image: np.ndarray, *, side: int) -> np.ndarray:
 
 
 def _covered(tile: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """The tile with its `hidden` (h, w) patches under a colour they still shimmer through, and faint patch borders."""
+    """The tile with its `hidden` (h, w) patches under a translucent colour, and faint patch borders."""
     (height, width), (h, w) = tile.shape[:2], hidden.shape
     row, column = np.arange(height) * h // height, np.arange(width) * w // width  # patch row and column of each pixel
     border = (np.diff(row, prepend=0) > 0)[:, None] | (np.diff(column, prepend=0) > 0)[None, :]
@@ -408,20 +408,20 @@ def _covered(tile: np.ndarray, hidden: np.ndarray) -> np.ndarray:
 
 
 def png_of(pixels: np.ndarray) -> bytes:
-    """PNG with 256 colours, a third of the size of a full one: enough to look at."""
+    """PNG with 256 colours, a third of the size of one with all colours."""
     file = io.BytesIO()
     Image.fromarray(pixels).quantize(256).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 def image_tag(png: bytes, *, alt: str, css: str = "") -> str:
-    """An <img> that holds the picture itself; `alt` is plain text, escaped here."""
+    """An <img> with the picture embedded; `alt` is plain text, escaped here."""
     source = base64.b64encode(png).decode("ascii")
     return f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{source}">'
 
 
 def table(heads: list[str], rows: list[list[str]], *, css: str = "") -> str:
-    """A table of HTML cells, scrollable where it is too wide."""
+    """A table of HTML cells, scrollable if it is too wide."""
     lines = [[f"<th>{head}</th>" for head in heads], *rows] if heads else rows
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
     return f'<div class="wide"><table class="{css}">{body}</table></div>'

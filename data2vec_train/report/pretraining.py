@@ -1,4 +1,4 @@
-"""Puts a run's report together: tables and curves for all modalities, and the pictures that its modality brings."""
+"""Assembles the report of a run: tables and curves for all modalities, and the pictures of its modality."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from data2vec_train.report.pictures.shared import good_samples, masks_of, shown_
 from data2vec_train.report.sequences import sequence_masks_section
 from data2vec_train.training.run_directory import command_line
 
-# How the masks of each masker look, in one phrase.
+# A phrase that describes the masks of each masker.
 DRAWN_AS = {
     "BlockMasker": "rectangles",
     "InverseBlockMasker": "all but a few squares",
@@ -60,7 +60,7 @@ def _pictures(cfg: DictConfig, student: ModalityEncoder, data: DataModule) -> li
         if shown is None:
             return []
         return [sequence_masks_section(masks_of(data, good_samples(shown, 4)), drawn_as=drawn_as)]
-    # The same seed gives the same start: the encoder as it was before training.
+    # The same seed gives the same initial weights: the encoder before training.
     torch.manual_seed(cfg.seed)
     untrained = build(cfg.modality.encoder).to(next(student.parameters()).device)
     return draw(student=student, untrained=untrained, data=data, drawn_as=drawn_as)

@@ -1,4 +1,4 @@
-"""Pictures of speech, text and other sequences for the report; the page itself is in `report`.
+"""Pictures of speech, text and other sequences for the report; the page itself is in `report/page.py`.
 
 Legend: M masks per sample, T_i tokens of sample i, D feature width, S audio samples, q queries, k neighbours.
 """
@@ -24,14 +24,14 @@ def audio_masks_section(
     seconds_per_token: float,
     drawn_as: str,
 ) -> Section:
-    """Waveform and spectrogram of each clip, what is hidden in the first mask shaded, and strips of more masks.
+    """Waveform and spectrogram of each clip, with the frames hidden by the first mask shaded, and strips of more masks.
 
     Args:
         clips: (waveform (S_i,), log-mel spectrogram (mels, frames), name).
-        masked: of each clip (M, T_i) bool, True where the student does not hear the frame.
+        masked: of each clip (M, T_i) bool, True = hidden from the student.
         sample_rate_hz: of the waveforms.
         seconds_per_token: from one frame to the next.
-        drawn_as: one phrase, how the masks are drawn.
+        drawn_as: a phrase that describes the masks.
     """
     figures = []
     for (waveform, mel, name), masks in zip(clips, masked, strict=True):
@@ -44,7 +44,7 @@ def audio_masks_section(
     return Section(
         "What the student hears",
         f"Shaded stretches are hidden from the student, which has to predict the teacher's features there; the strips "
-        f"below show the first {SHOWN_MASKS} masks, the first one being the one shaded. {share:.1%} of "
+        f"below show the first {SHOWN_MASKS} masks, of which the first is shaded above. {share:.1%} of "
         f"the frames are hidden, in runs of {runs.mean():.1f} frames on average, about "
         f"{1000 * runs.mean() * seconds_per_token:.0f} ms. Masks are drawn as: {drawn_as}.",
         f'<div class="clips">{"".join(figures)}</div>',
@@ -58,8 +58,8 @@ def tokens_section(
 
     Args:
         documents: (text of each token (T_i,), name).
-        masked: of each document (M, T_i) bool, True where the student does not see the token.
-        drawn_as: one phrase, how the masks are drawn.
+        masked: of each document (M, T_i) bool, True = hidden from the student.
+        drawn_as: a phrase that describes the masks.
     """
     parts = []
     for (pieces, name), masks in zip(documents, masked, strict=True):
@@ -130,7 +130,7 @@ def sequence_features_section(
         rows.append([f'<th class="label">{title}</th>', f"<td>{pictures}</td>"])
     return Section(
         "Features over time as colours",
-        "Time runs from left to right, like colours are like features. Good features change where the sound changes "
+        "Time runs from left to right; similar colours are similar features. Good features change with the sound "
         "and give the same sound the same colour in every recording; noise, or one flat colour, mean that little was "
         "learnt. "
         f"The three components shown hold {before_share:.0%} of the variance untrained and {after_share:.0%} trained.",
@@ -153,9 +153,9 @@ def token_features_section(
             parts.append(f'<p class="tokens"><span class="quiet">{escape(name)}, {which}</span><br>{tokens}</p>')
     return Section(
         "Token features as colours",
-        "Tokens on like colours have like features: the first three principal components over all documents. Compare "
-        f"within a model, not between. They hold {before_share:.0%} of the variance untrained and {after_share:.0%} "
-        "trained.",
+        "Tokens on similar colours have similar features: the first three principal components over all documents. "
+        f"Compare within a model, not between models. They hold {before_share:.0%} of the variance untrained and "
+        f"{after_share:.0%} trained.",
         "".join(parts),
     )
 
@@ -189,7 +189,7 @@ def text_neighbours_section(
                 lines.append(f"{mark}{escape(neighbour)}")
             rows.append([f'<th class="label">{escape(feature)}</th>', f"<td>{'<br>'.join(lines)}</td>"])
         cards.append(table([], rows, css="words"))
-    explanation = "Each sample above those whose features are most like its own, nearest first. "
+    explanation = "Each sample above those whose features are most similar to its own, nearest first. "
     if labelled:
         same = {name: np.mean(found_labels[name] == np.asarray(query_labels)[:, None]) for name in found}
         explanation += "A tick is a neighbour of the same class, a cross one of another. "
@@ -222,7 +222,7 @@ def _strip(colours: np.ndarray) -> bytes:
 
 
 def _visible(piece: str) -> str:
-    """A token's text in HTML, line ends as a sign."""
+    """A token's text in HTML, with visible signs for line ends and tabs."""
     return escape(piece.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥"))
 
 
@@ -241,7 +241,7 @@ def _clip_png(waveform: np.ndarray, mel: np.ndarray, masks: np.ndarray, sample_r
     FigureCanvasAgg(figure)
     wave, spectrum, strips = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 0.2 + 0.17 * len(masks)])
     colour = tuple(HIDDEN_COLOUR / 255)
-    # Lowest and highest value of each of 1,200 slices: all that a line of this width can show.
+    # Lowest and highest value of each of 1,200 slices, which is the resolution of a line of this width.
     slices = np.array_split(waveform, min(1200, len(waveform)))
     time = np.linspace(0, seconds, len(slices))
     wave.fill_between(time, [s.min() for s in slices], [s.max() for s in slices], color=INK, linewidth=0)

@@ -174,7 +174,7 @@ def test_a_folder_without_settings_has_the_usual_symbols(tmp_path):
         ('{"<pad>": "0"}', "expected a number from 0"),
         ('{"<pad>": 0, "a": -1}', "expected a number from 0"),
         ('{"<pad>": 0, "a": true}', "expected a number from 0"),
-        ('{"deu": {"<pad>": 0}, "eng": {"<pad>": 0}}', "vocabularies for deu, eng; say which one"),
+        ('{"deu": {"<pad>": 0}, "eng": {"<pad>": 0}}', "vocabularies for deu, eng; .*target_lang"),
     ],
 )
 def test_a_vocabulary_that_is_none(tmp_path, content, said):

@@ -1,5 +1,5 @@
-"""What a modality shows in a report: masks over inputs, PCA of features, neighbours.
+"""Report pictures of each modality: masks over inputs, PCA of features, neighbours.
 
-Open `vision.py`; what they share is in `shared.py`.
+Open `vision.py`; code for all modalities is in `shared.py`.
 A new modality: a file beside `vision.py`, named in its config.
 """

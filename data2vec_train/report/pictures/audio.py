@@ -1,4 +1,4 @@
-"""What the report shows of a speech run: masks over waveform and spectrogram, features over time, neighbours."""
+"""Report pictures of a speech run: masks over waveform and spectrogram, features over time, neighbours."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ NUM_NEIGHBOURS = 4
 def pictures(
     *, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str, sample_rate_hz: int
 ) -> list[Section]:
-    """Sections for the report; see `pictures.vision.pictures`."""
+    """Sections for the report; arguments as in `pictures.vision.pictures`."""
     shown = shown_set(data)
     if shown is None:
         return []

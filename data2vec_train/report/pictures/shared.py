@@ -1,4 +1,4 @@
-"""What the pictures of all modalities need: samples to show, their masks and features, nearest neighbours."""
+"""Helpers for the pictures of all modalities: samples to show, their masks and features, nearest neighbours."""
 
 import itertools
 
@@ -18,7 +18,7 @@ GALLERY = 2000
 
 
 def shown_set(data: DataModule) -> EvaluationDataset | None:
-    """Samples to show, held-out ones where there are any; None for a stream, which has none to come back to."""
+    """Samples to show, held-out ones if there are any; None for a stream, whose samples cannot be read again."""
     for dataset in (data.test_set, data.held_out_set):
         if dataset is not None:
             return dataset
@@ -69,10 +69,10 @@ def neighbours(
         the gallery's samples (n,); and their labels (n,) or None.
     """
     gallery = data.fit_set if data.fit_set is not None else data.training_subset(GALLERY)
-    # A random choice: files are often sorted by class.
+    # A random choice, since files are often sorted by class.
     rows = np.random.default_rng(0).permutation(len(gallery))[:GALLERY]
-    some = Subset(gallery, rows.tolist())
-    some.lengths = None if gallery.lengths is None else gallery.lengths[rows]
+    subset = Subset(gallery, rows.tolist())
+    subset.lengths = None if gallery.lengths is None else gallery.lengths[rows]
     name, raw_features = raw
     parts: dict[str, list[np.ndarray]] = {}
     queried: dict[str, np.ndarray] = {}
@@ -80,7 +80,7 @@ def neighbours(
     labels: list[np.ndarray | None] = []
     for which, encoder in encoders.items():
         parts[which] = []
-        for tokens, mask, batch in token_features(encoder, data.evaluation_batches(some)):
+        for tokens, mask, batch in token_features(encoder, data.evaluation_batches(subset)):
             parts[which].append(pool(tokens, mask, pooling).cpu().numpy())
             if which == next(iter(encoders)):
                 parts.setdefault(name, []).append(raw_features(batch.inputs, batch.attention_mask))
@@ -91,11 +91,11 @@ def neighbours(
     queried[name] = np.concatenate([raw_features(query.inputs[None], None) for query in queries])
     gallery_ids = np.concatenate(ids)
     # Without a test set the query itself is in the gallery.
-    own = np.array([query.id if data.test_set is None else -1 for query in queries])
+    own_ids = np.array([query.id if data.test_set is None else -1 for query in queries])
     found = {}
     for which, features in parts.items():
         ranked = nearest(queried[which], np.concatenate(features), min(count + 1, len(gallery_ids)))
-        others = [[i for i in row if gallery_ids[i] != me] for row, me in zip(ranked, own, strict=True)]
+        others = [[i for i in row if gallery_ids[i] != own_id] for row, own_id in zip(ranked, own_ids, strict=True)]
         keep = min(min(len(row) for row in others), count)
         found[which] = np.array([row[:keep] for row in others])
     ordered = {which: found[which] for which in [*encoders, name]}

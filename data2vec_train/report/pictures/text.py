@@ -1,4 +1,4 @@
-"""What the report shows of a text run: hidden tokens, token features as colours, neighbours."""
+"""Report pictures of a text run: hidden tokens, token features as colours, neighbours."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ FIRST_WORDS = 24
 
 
 def pictures(*, student: ModalityEncoder, untrained: ModalityEncoder, data: DataModule, drawn_as: str) -> list[Section]:
-    """Sections for the report; see `pictures.vision.pictures`."""
+    """Sections for the report; arguments as in `pictures.vision.pictures`."""
     shown = shown_set(data)
     if shown is None:
         return []

@@ -1,4 +1,4 @@
-"""What the report shows of an image run: masks, patch features and neighbours, before and after."""
+"""Report pictures of an image run: masks, patch features and neighbours, before and after training."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def pictures(*, student: ModalityEncoder, untrained: ModalityEncoder, data: Data
         student: after training.
         untrained: the same encoder before training.
         data: of the run.
-        drawn_as: one phrase, how masks are drawn.
+        drawn_as: a phrase that describes the masks.
     """
     shown = shown_set(data)
     if shown is None:
