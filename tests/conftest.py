@@ -1,5 +1,6 @@
 """Helpers that several test files use."""
 
+import copy
 import json
 import os
 import select
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Models here are tiny: a second thread mostly waits for the first, and on a busy machine for much longer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.paths import config_directory, recipes_parent
@@ -35,6 +37,27 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {CHECKOUT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def _parse_configs_once() -> None:
+    """Half of composing a config is the parsing of our YAML files, which do not change while tests run."""
+    ours = (str(config_directory()), str(recipes_parent() / "recipes"))
+    read: Callable[..., Any] = OmegaConf.load
+    parsed: dict[tuple[str, int], Any] = {}
+
+    def load(source: Any) -> Any:
+        path = os.path.abspath(str(getattr(source, "name", source)))
+        if not path.startswith(ours):
+            return read(source)
+        key = path, os.stat(path).st_mtime_ns
+        if key not in parsed:
+            parsed[key] = read(source)
+        return copy.deepcopy(parsed[key])
+
+    OmegaConf.load = load
+
+
+_parse_configs_once()
 
 
 @pytest.fixture

@@ -29,12 +29,19 @@ NOT_HERE = {
 LACKING = {"head=ctc_beam": ("flashlight", "kenlm"), "logger=tensorboard": ("tensorboard",)}
 
 SHORT = "trainer.max_steps=2 trainer.log_every_n_steps=1 data.num_workers=0 data.batch_size_per_device=4 report=false"
-SMALL = "size.dim=16 size.depth=2 size.num_heads=2 size.ffn_dim=32"
+SMALL = "size.dim=16 size.depth=4 size.num_heads=2 size.ffn_dim=32"
 OBJECTIVE = "objective.targets.top_k_layers=1 data.max_probe_samples=40 callbacks.probe.rank_samples=8"
 OBJECTIVE += " callbacks.monitor.min_rank_ratio=0"  # of few samples, after two steps
 FRONT = "modality.encoder.prenet_depth=0"
 OF_MODALITY = {"vision": FRONT, "audio": f"{FRONT} modality.encoder.position_groups=1"}
 OF_MODALITY |= {"text": f"{FRONT} modality.tokenizer.train_vocab_size=300"}
+AT_ONCE = "trainer.accumulate_grad_batches=1 scheduler.warmup_steps=0"
+# What two steps leave no room for
+LONG = {
+    "scheduler=tri_stage": "scheduler.hold_steps=0",
+    "+recipes=vision/base_imagenet_v2": f"{AT_ONCE} objective.decoder.channels=16 objective.masks_per_sample=1",
+    "+recipes=vision/finetune_base_imagenet_v2": AT_ONCE,
+}
 BENCHMARK = "rounds=1 min_seconds=0 peak.side=64 peak.repeats=2 memory=false size=tiny backends.shapes=[[2,2,9,8]]"
 BENCHMARK += " encoder.batch_sizes=[1] encoder.image_px=32 encoder.audio_seconds=0.5 encoder.text_tokens=16"
 BENCHMARK += " encoder.vocab_size=100 ema.image_px=32"
@@ -59,6 +66,9 @@ def tiny(task: str, words: list[str], modality: str) -> list[str]:
         if "init_from" not in given:
             changes += SMALL.split()
             changes += OF_MODALITY.get(modality, "").split()
+            changes += ["size.conv_dim=4"] * (modality == "audio" and "modality.encoder.conv_dim" not in given)
+    if task in ("train", "finetune"):
+        changes += [change for word in words for change in LONG.get(word, "").split()]
     changed = {word.partition("=")[0] for word in changes}
     return [word for word in words if word.partition("=")[0] not in changed] + changes
 
@@ -104,7 +114,7 @@ def maps(folder: Path, of: Path) -> Path:
     for file in of.rglob("*.png"):
         path = folder / file.relative_to(of)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((40, 32), int(file.stem), dtype=np.uint8)).save(path)
+        Image.fromarray(np.full((40, 32), int(file.stem) % 21, dtype=np.uint8)).save(path)
     return folder
 
 

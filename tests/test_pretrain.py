@@ -176,15 +176,13 @@ def test_class_folders_feed_the_probes(run_program, tmp_path):
 
 
 def test_a_sweep_leaves_a_directory_for_each_member_and_a_table(run_program, tmp_path):
-    result = run_program("-m", "modality=vision", "objective=data2vec,data2vec2", "seed=0,1", "trainer.max_steps=2",
+    result = run_program("-m", "modality=vision", "objective=data2vec,data2vec2", "seed=1", "trainer.max_steps=2",
                          *TINY[:-1], "report=false", f"hydra.sweep.dir={tmp_path / 'sweep'}")  # fmt: skip
     assert result.returncode == 0, result.stderr
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/summary.json")]
-    assert {(summary["objective"], summary["seed"]) for summary in summaries} == {
-        ("data2vec", 0), ("data2vec", 1), ("data2vec2", 0), ("data2vec2", 1),
-    }  # fmt: skip
+    assert {(summary["objective"], summary["seed"]) for summary in summaries} == {("data2vec", 1), ("data2vec2", 1)}
     assert (tmp_path / "sweep" / "sweep.csv").exists()
-    assert result.stdout.count("objective=data2vec2") >= 2 or result.stdout.count("data2vec2") >= 2
+    assert result.stdout.count("data2vec2") >= 1
 
 
 def test_probes_between_logged_steps_are_written_down(run_program, tmp_path):
@@ -223,7 +221,7 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
     assert checkpoints.read(checkpoints.resolve(run_dir))["global_step"] >= 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGHUP, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_spares_those_that_load(number, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "data2vec_train", "trainer.max_steps=100000", *TINY, "data.num_workers=1",

@@ -156,8 +156,20 @@ def goes_on(run: Path, arguments: list[str], capsys, damages: dict[str, bytes]) 
     assert checkpoints.step_of(checkpoints.pointed(run / "checkpoints" / "last")) == STEPS
 
 
-@pytest.mark.parametrize("file", ["config.yaml", ".command.yaml"])
-@pytest.mark.parametrize("damage", [*DAMAGES, "references"])
+FAST_DAMAGES = {
+    "config.yaml": ("NUL bytes", "nothing", "references"),
+    ".command.yaml": ("half a character", "brackets a million deep"),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param(file, damage, marks=() if damage in fast else pytest.mark.slow)
+        for file, fast in FAST_DAMAGES.items()
+        for damage in (*DAMAGES, "references")
+    ],
+)
 def test_one_line_names_a_damaged(file, damage, run, arguments, capsys):
     bomb = b"a: &a [1]\n" + b"".join(b"b%d: &b%d [*a, *a]\n" % (n, n) for n in range(50))
     (run / file).write_bytes(bomb if damage == "references" else DAMAGES[damage])
