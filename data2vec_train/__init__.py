@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 if sys.argv[0] == "-m" and not sys.flags.safe_path:
     # `python -m data2vec_train` puts the working directory first in `sys.path`. A data folder may contain a file with
@@ -19,9 +20,14 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import data2vec_train` does not load torch.
 _HOMES = {
+    "Run": "data2vec_train.api",
+    "parts": "data2vec_train.api",
     "Batch": "data2vec_train.batch",
+    "ConfigError": "data2vec_train.errors",
+    "DataError": "data2vec_train.errors",
     "Data2Vec": "data2vec_train.objective.data2vec",
     "Data2VecModule": "data2vec_train.training.module",
+    "DataModule": "data2vec_train.data.datamodule",
     "EMATeacher": "data2vec_train.objective.teacher",
     "EncoderOutput": "data2vec_train.encoders.base",
     "ModalityEncoder": "data2vec_train.encoders.base",
@@ -50,10 +56,23 @@ _HOMES = {
     "Data2VecVisionModel": "data2vec_train.weights.vision",
 }
 
-__all__ = list(_HOMES)
+# Folders that can be called, see `data2vec_train.system.verbs`.
+_VERBS = ("pretrain", "finetune", "probe", "embed", "predict", "export")
+
+__all__ = [*_VERBS, *_HOMES]
+
+if TYPE_CHECKING:
+    from data2vec_train.api import embed as embed
+    from data2vec_train.api import export as export
+    from data2vec_train.api import finetune as finetune
+    from data2vec_train.api import predict as predict
+    from data2vec_train.api import pretrain as pretrain
+    from data2vec_train.api import probe as probe
 
 
 def __getattr__(name: str) -> object:
+    if name in _VERBS:
+        return importlib.import_module(f"data2vec_train.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

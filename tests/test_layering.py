@@ -39,7 +39,7 @@ VERBS = ("pretrain", "finetune", "probe", "embed", "predict", "export", "plan", 
 # A verb stands on nouns only, with these exceptions: prediction runs what fine-tuning trained, and the benchmark counts
 # operations as the planner does.
 VERBS_ON_VERBS = {("predict", "finetune"), ("benchmark", "plan")}
-ENTRY = ("", "__main__")  # the package's own file, and `python -m data2vec_train`
+ENTRY = ("", "__main__", "api")  # the package's own file, `python -m data2vec_train`, and the calls of all verbs
 DATA_NEEDS_OF_OBJECTIVE = {"objective.masking"}
 ALGORITHM = ("encoders", "objective", "heads", "batch")
 AT_THE_ROOT = {"__init__", "__main__", "api", "batch", "checkpoints", "errors", "paths", "testing"}

@@ -66,7 +66,7 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     args, unknown = parser.parse_known_intermixed_args()
     unknown += ["--experimental-rerun"] if args.experimental_rerun else []  # unpickles whatever file it is given
     if weights is not None:
-        args.overrides += _modality_of_weights(args.overrides, weights)
+        args.overrides += modality_of_weights(args.overrides, weights)
     statuses: list[int] = []
     stay_off_the_network()
     typed = list(args.overrides)
@@ -150,7 +150,7 @@ def _saved_overrides(file: Path, found: object) -> list[str]:
     return [with_current_setting(override) for override in found]
 
 
-def _modality_of_weights(overrides: list[str], setting: str) -> list[str]:
+def modality_of_weights(overrides: list[str], setting: str) -> list[str]:
     """`["modality=audio"]` when the command leaves the modality out and a file beside the weights says it."""
     given = dict(one.partition("=")[::2] for one in overrides)
     if setting not in given or any(name.lstrip("+") in ("modality", "recipes") for name in given):

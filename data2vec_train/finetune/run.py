@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
@@ -61,8 +63,10 @@ class DescribedModel(L.Callback):
         checkpoint["model"] = {"class": type(model).__name__, "config": model.config.to_dict()}
 
 
-def finetune(cfg: DictConfig) -> float | None:
+def finetune(cfg: DictConfig, *, callbacks: Sequence[L.Callback] = (), loggers: Sequence[Logger] = ()) -> float | None:
     """Train one head and return its best test score, for sweeps that optimise; None without test records.
+
+    `callbacks` and `loggers` act beside those of the config.
 
     Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`,
     `model/` with the best weights, their preprocessing and class names, and `quarantine.jsonl` with broken records.
@@ -117,7 +121,9 @@ def finetune(cfg: DictConfig) -> float | None:
         config=OmegaConf.to_container(cfg, resolve=True),
     )
     precision = choose_precision(cfg.precision.trainer, device_type(cfg.strategy.accelerator))
-    trainer = build_trainer(cfg, run, [DescribedModel(), evaluation, monitor], checkpointing, precision)
+    trainer = build_trainer(
+        cfg, run, [*callbacks, DescribedModel(), evaluation, monitor], checkpointing, precision, loggers
+    )
     _describe(task, model, data, run_dir)
     log.info("global batch: %s", global_batch(cfg, trainer.world_size))
     collapse = fit_or_collapse(trainer, module, data, run)
@@ -164,7 +170,7 @@ def build_source(
     grouped = labelled and changes is None and not cfg.data.test_source
     group_column = cfg.data.get("group_column") if grouped else None
     fields = list(dict.fromkeys([*fields, *([group_column] if group_column else [])]))
-    if target in ("HFSource", "HFStreamingSource"):
+    if target in ("HFSource", "HFStreamingSource", "handed_over"):
         column = node["column"] or task.column
         node |= {"column": column, "fields": [name for name in fields if name != column]}
         # A column that the task reads itself is not checked as a class column.

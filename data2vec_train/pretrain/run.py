@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +24,7 @@ from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.system.clock import seconds_since
 from data2vec_train.training.assemble import (
     build_data,
+    build_module,
     build_objective,
     build_trainer,
     fit_or_collapse,
@@ -35,7 +37,6 @@ from data2vec_train.training.callbacks.monitor import Monitor
 from data2vec_train.training.callbacks.probe import ProbeCallback
 from data2vec_train.training.callbacks.timing import REPORT, Timing
 from data2vec_train.training.init_from import config_from_pretrained, initialise
-from data2vec_train.training.module import Data2VecModule
 from data2vec_train.training.precision import (
     uncompiled,
 )
@@ -90,8 +91,10 @@ def write_tokenizer(tokenizer: Tokenizer, texts: Sequence[str], folder: Path, bl
     write_json(folder / EXAMPLES_NAME, {"texts": list(texts), "ids": ids})
 
 
-def pretrain(cfg: DictConfig) -> float | None:
+def pretrain(cfg: DictConfig, *, callbacks: Sequence[L.Callback] = (), loggers: Sequence[Logger] = ()) -> float | None:
     """Train one encoder and return its last kNN accuracy, or RankMe without labels (for sweeps that optimise).
+
+    `callbacks` and `loggers` act beside those of the config.
 
     Writes into Hydra's run directory: `config.yaml`, `metrics.csv`, `checkpoints/`, `summary.json`, `report.html`, and
     `quarantine.jsonl` when samples were broken. Resumes when the directory has a checkpoint of this run.
@@ -123,20 +126,14 @@ def pretrain(cfg: DictConfig) -> float | None:
     data.facts |= {"identity": identity, "tokenizer": same_tokenizer(run, data.source)}
     if rank_zero_only.rank == 0:
         write_preprocessing(cfg, data, run_dir / PREPROCESSING_FOLDER)
-    module = Data2VecModule(
-        objective=objective,
-        optimizer=build(cfg.optimizer),
-        schedule=build(cfg.scheduler),
-        seed=cfg.seed,
-        log_every_n_steps=cfg.trainer.log_every_n_steps,
-    )
+    module = build_module(cfg, objective)
     change(cfg, run, module)
     probe, monitor = build(cfg.callbacks.probe), build(cfg.callbacks.monitor)
     checkpointing: Checkpointing = build(cfg.callbacks.checkpoint)(
         directory=run_dir / checkpoints.FOLDER,
         config=OmegaConf.to_container(cfg, resolve=True),
     )
-    trainer = build_trainer(cfg, run, [probe, monitor], checkpointing, precision)
+    trainer = build_trainer(cfg, run, [*callbacks, probe, monitor], checkpointing, precision, loggers)
     _describe(cfg, objective, data, run_dir, trainer.world_size)
     if timing is not None:
         timing.watch(trainer, module, data)

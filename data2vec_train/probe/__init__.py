@@ -3,3 +3,7 @@
 Open `run.py`.
 How layers are compared and chosen: `layers.py`.
 """
+
+from data2vec_train.system.verbs import callable_module
+
+callable_module(__name__)

@@ -2,10 +2,12 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -21,6 +23,7 @@ from data2vec_train.system.stopping import listener
 from data2vec_train.training.callbacks.checkpointing import Checkpointing, Interruption, disk_trouble
 from data2vec_train.training.callbacks.monitor import CSVLog
 from data2vec_train.training.distributed import keep_whole
+from data2vec_train.training.module import Data2VecModule
 from data2vec_train.training.precision import (
     choose_precision,
     compile_blocks,
@@ -101,6 +104,17 @@ def build_data(
     )
 
 
+def build_module(cfg: DictConfig, objective: Data2Vec) -> Data2VecModule:
+    """What Lightning trains: the objective with its optimizer and schedule."""
+    return Data2VecModule(
+        objective=objective,
+        optimizer=build(cfg.optimizer),
+        schedule=build(cfg.scheduler),
+        seed=cfg.seed,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+    )
+
+
 def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
     """Compile the blocks and convert them to float8, as configured; returns the precision of the run."""
     device = device_type(cfg.strategy.accelerator)
@@ -113,7 +127,12 @@ def make_fast(cfg: DictConfig, objective: Data2Vec) -> str:
 
 
 def build_trainer(
-    cfg: DictConfig, run: RunDirectory, callbacks: list[L.Callback], checkpointing: Checkpointing, precision: str
+    cfg: DictConfig,
+    run: RunDirectory,
+    callbacks: list[L.Callback],
+    checkpointing: Checkpointing,
+    precision: str,
+    loggers: Sequence[Logger] = (),
 ) -> L.Trainer:
     """Lightning's trainer with what all runs have: checkpoints, a check for finite steps, signals, loggers.
 
@@ -123,14 +142,15 @@ def build_trainer(
         callbacks: those that measure, then the monitor.
         checkpointing: saves the run.
         precision: result of `choose_precision`.
+        loggers: that act beside those of the config.
     """
     arithmetic = trainer_precision(precision)
     finite = build(cfg.callbacks.finite)(path=run.path / NONFINITE, checkpointing=checkpointing)
-    loggers = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
+    own = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
     trainer: L.Trainer = build(
         cfg.trainer,
         callbacks=[*callbacks, checkpointing, finite, Interruption(checkpointing=checkpointing)],
-        logger=[CSVLog(path=run.path / METRICS), *loggers],
+        logger=[CSVLog(path=run.path / METRICS), *own, *loggers],
         plugins=[checkpointing.io, *arithmetic.pop("plugins", [])],
         default_root_dir=run.path,
         enable_checkpointing=False,  # Lightning's own; `checkpointing` saves

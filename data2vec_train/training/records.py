@@ -32,7 +32,7 @@ def build_source(data: DictConfig) -> Source | StreamingSource:
     target = node["_target_"].rpartition(".")[2]
     if data.test_source:
         return build(node)
-    if data.get("group_column") and target in ("FolderSource", "HFSource"):
+    if data.get("group_column") and target in ("FolderSource", "HFSource", "handed_over"):
         node["fields"] = [data.get("group_column")]
         node |= {"metadata": node["metadata"] or "auto"} if target == "FolderSource" else {}
     source = build(node)

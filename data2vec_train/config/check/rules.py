@@ -596,10 +596,10 @@ def _data_suits_the_command(cfg: DictConfig) -> str | None:
 
 
 # Primary config -> group -> choices that other commands have and this one refuses, by the rules above and below.
-_ONLY_PRETRAINING = {"data": ("sample", "stream")}
+_ONLY_PRETRAINING = {"data": ("sample", "stream", "objects")}
 REFUSED_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"callbacks": ("finetune",)},
-    "plan": {"callbacks": ("finetune",)},
+    "train": {"callbacks": ("finetune",), "data": ("objects",)},
+    "plan": {"callbacks": ("finetune",), "data": ("objects",)},
     "finetune": {"callbacks": ("default",), **_ONLY_PRETRAINING},
     "probe": _ONLY_PRETRAINING,
     "embed": _ONLY_PRETRAINING,
@@ -945,6 +945,13 @@ def _data_is_there(cfg: DictConfig) -> str | None:
     return None
 
 
+def _objects_are_handed_over(cfg: DictConfig) -> str | None:
+    # A Python call has loaded this module; only loading tells, as it takes seconds.
+    if _name(cfg, "data.source") != "handed_over" or "data2vec_train.data.sources.objects" in sys.modules:
+        return None
+    return "data: objects are for Python calls (data2vec_train.pretrain(data=[...])); choose data=folder or data=hf"
+
+
 def _manifest_is_of_recordings(cfg: DictConfig) -> str | None:
     modality = _get(cfg, "modality.name", str)
     if _name(cfg, "data.source") != "ManifestSource" or modality not in ("text", "vision"):
@@ -1109,6 +1116,7 @@ MACHINE_RULES: list[Rule] = [
     _logger_is_installed,
     _workers_fit,
     _manifest_is_of_recordings,
+    _objects_are_handed_over,
     _data_is_there,
     _out_has_a_folder,
     functools.partial(_can_be_written, "cache_dir"),

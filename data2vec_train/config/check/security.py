@@ -24,6 +24,7 @@ OURS = (
     "data.sampler.LengthBatching",
     *(f"data.sources.files.{name}" for name in ("ArraySource", "FolderSource", "ManifestSource")),
     *(f"data.sources.hf.{name}" for name in ("HFSource", "HFStreamingSource")),
+    "data.sources.objects.handed_over",
     *(f"weights.preprocessing.{name}" for name in ("AudioFeatureExtractor", "ImageProcessor")),
     "training.optim",
     *(f"training.distributed.{name}" for name in ("ReplicatedStrategy", "ShardedStrategy")),

@@ -110,8 +110,41 @@ class HFSource(Source):
     ):
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
         dataset, files = load(path, split, kind, column, options, streaming=False)
+        self._name, self._asked = _record_name(path, data_files, split), _asked_places(path, data_files)
+        self._path, self._files = path, files
         if len(dataset) == 0:
             raise DataError(f"{path}: split {split!r} has no rows")
+        self._use(dataset, column=column, label_column=label_column, kind=kind, fields=fields)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: "datasets.Dataset",
+        *,
+        name: str,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        kind: Kind,
+        fields: Sequence[str] = (),
+    ) -> "HFSource":
+        """The source of a data set in memory, called `name` in messages and keys."""
+        source = cls.__new__(cls)
+        source._name, source._asked, source._path, source._files = name, (), name, ()
+        if len(dataset) == 0:
+            raise DataError(f"{name} has no rows")
+        source._use(dataset, column=column, label_column=label_column, kind=kind, fields=fields)
+        return source
+
+    def _use(
+        self,
+        dataset: "datasets.Dataset",
+        *,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        kind: Kind,
+        fields: Sequence[str],
+    ) -> None:
+        path = self._path
         columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
         filled = [name for name in columns if dataset.data.column(name).null_count < len(dataset)]
         if not filled:
@@ -121,8 +154,6 @@ class HFSource(Source):
         columns = filled
         self.class_names, self._labels = _column_classes(dataset, path, label)
         self._columns = columns
-        self._name = _record_name(path, data_files, split)
-        self._asked = _asked_places(path, data_files)
         for name in fields:
             meant = text_column(name, dataset.features, path)
             dataset = dataset if meant == name else dataset.rename_column(meant, name)
@@ -131,7 +162,7 @@ class HFSource(Source):
             listing = ", ".join(f"{name} ({_describe(feature)})" for name, feature in dataset.features.items())
             raise ConfigError(f"{path} has no column {', '.join(absent)}; its columns: {listing}")
         self._fields = list(fields)
-        self._kind, self._path, self._files = kind, path, files
+        self._kind = kind
         self._dataset = _undecoded(dataset, path, columns, kind, fields)
         self._array_types = _array_types(self._dataset.features, columns)
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
@@ -207,6 +238,40 @@ class HFStreamingSource(StreamingSource):
             raise ConfigError(f"shuffle_buffer={shuffle_buffer}; expected at least 1 record")
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
         dataset, files = load(path, split, kind, column, options, streaming=True)
+        self._name, self._asked = _record_name(path, data_files, split), _asked_places(path, data_files)
+        self._path, self._files = path, files
+        self._shuffle_buffer = shuffle_buffer
+        self._open(dataset, column=column, label_column=label_column, kind=kind)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: "datasets.IterableDataset",
+        *,
+        name: str,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        kind: Kind,
+        shuffle_buffer: int = 1000,
+    ) -> "HFStreamingSource":
+        """The source of a stream that is open already, called `name` in messages and keys."""
+        source = cls.__new__(cls)
+        source._name, source._asked, source._path, source._files = name, (), name, ()
+        source._shuffle_buffer = shuffle_buffer
+        # A stream that was mapped, or made of a generator, does not say what it has before it is read.
+        dataset = dataset if dataset.features is not None else dataset._resolve_features()
+        source._open(dataset, column=column, label_column=label_column, kind=kind)
+        return source
+
+    def _open(
+        self,
+        dataset: "datasets.IterableDataset",
+        *,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        kind: Kind,
+    ) -> None:
+        path = self._path
         self._columns, label = _pick_columns(dataset.features, path, kind, column, label_column)
         feature = dataset.features[label] if label else None
         if label and not _is_class_label(feature) and not _is_integer(feature):
@@ -216,11 +281,6 @@ class HFStreamingSource(StreamingSource):
             )
         self.class_names = list(feature.names) if _is_class_label(feature) else None
         self._label = label
-        self._name = _record_name(path, data_files, split)
-        self._asked = _asked_places(path, data_files)
-        self._path = path
-        self._files = files
-        self._shuffle_buffer = shuffle_buffer
         self._dataset = _undecoded(dataset, path, self._columns, kind, [label] if label else [])
         self._array_types = _array_types(self._dataset.features, self._columns)
         log.info("%s: streaming %d shards, %s", path, dataset.num_shards, _taken(kind, self._columns, label))

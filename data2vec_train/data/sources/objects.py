@@ -1,0 +1,446 @@
+"""Objects that a Python call hands over: lists, arrays, tensors, images, frames, data sets of torch and Hugging Face.
+
+A config holds only numbers and names, so the objects wait in a context variable under a name, and `data=objects` takes
+them from there.
+"""
+
+import io
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from data2vec_train.data.identity import hash_of
+from data2vec_train.data.sources.files import RawSample, Source, StreamingSource
+from data2vec_train.data.sources.hf import (
+    LABEL_NAMES,
+    NOT_SAMPLES,
+    USUAL_NAMES,
+    HFSource,
+    HFStreamingSource,
+    Kind,
+)
+from data2vec_train.data.sources.metadata import classes_of, text_column
+from data2vec_train.errors import BadSample, ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 16  # objects that tell whether numbers are from 0 to 1
+ACCEPTED = (
+    "a list, an array, a tensor, a data set of torch or Hugging Face, a frame of pandas or polars, or a dict of columns"
+)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Objects and, where they do not come with them, their labels.
+
+    Attributes:
+        data: see `as_source`.
+        labels: one for each object; None = those that the objects bring along; False = none.
+    """
+
+    data: Any
+    labels: Any = None
+
+
+_handed: ContextVar[Mapping[str, Handed]] = ContextVar("handed", default=MappingProxyType({}))
+
+
+@contextmanager
+def handing_over(objects: Mapping[str, Handed]) -> Iterator[None]:
+    """Inside, `handed_over` finds these objects by their names."""
+    token = _handed.set(objects)
+    try:
+        yield
+    finally:
+        _handed.reset(token)
+
+
+def handed_over(
+    *,
+    name: str,
+    kind: Kind,
+    column: str | None,
+    label_column: str | Literal[False] | None,
+    fields: Sequence[str] = (),
+) -> Source | StreamingSource:
+    """The source of the objects that the running Python call hands over under `name`; what `data=objects` builds.
+
+    Raises:
+        ConfigError: there are none, as in a command.
+    """
+    objects = _handed.get()
+    if name not in objects:
+        raise ConfigError(
+            "data=objects is what a Python call sets, such as data2vec_train.pretrain(data=[...]); in a command choose "
+            "data=folder, data=hf or data=manifest"
+        )
+    found = objects[name]
+    return as_source(
+        found.data,
+        name=name,
+        kind=kind,
+        labels=found.labels,
+        column=column,
+        label_column=label_column,
+        fields=fields,
+    )
+
+
+def as_source(
+    data: Any,
+    *,
+    kind: Kind,
+    name: str = "data",
+    labels: Any = None,
+    column: str | None = None,
+    label_column: str | Literal[False] | None = None,
+    fields: Sequence[str] = (),
+) -> Source | StreamingSource:
+    """A source of the objects in `data`.
+
+    Args:
+        data: a `Source`, returned as it is; a Hugging Face `Dataset` or `IterableDataset`; a torch `Dataset` or
+            `IterableDataset`; a frame of pandas or polars, or a dict of columns; or anything with a length and an
+            index: a list, an array (n, ...), a tensor. An item is
+
+            - an image: of PIL, an array (h, w) or (h, w, C), a tensor (h, w) or (C, h, w), a path, bytes of a file;
+            - a recording: (waveform, rate), {"array": waveform, "sampling_rate": rate}, a waveform (S,) or (C, S) at
+              the model's rate, a path, bytes of a file;
+            - a text: a str, or the path of a file.
+
+            (item, label), or for recordings (waveform, rate, label), brings a label along, and a dict any columns.
+        kind: what the items are.
+        name: in the keys of the records: "data[12]".
+        labels: numbers or names of classes, one for each item; None = those that come along; False = none.
+        column: where the samples are, of data with columns; None = by their usual names.
+        label_column: where the labels are; None = by their usual names; False = no labels.
+        fields: other columns that come along with each record.
+
+    Raises:
+        ConfigError: not such an object, or columns that are not there.
+        DataError: it is empty.
+    """
+    if isinstance(data, (Source, StreamingSource)):
+        return data
+    label_column = False if labels is not None else label_column
+    labels = None if labels is False else labels
+    library = type(data).__module__.partition(".")[0]
+    if library == "datasets":
+        return _of_hugging_face(
+            data, name=name, kind=kind, labels=labels, column=column, label_column=label_column, fields=fields
+        )
+    if isinstance(data, torch.utils.data.IterableDataset):
+        return Stream(data, name=name, kind=kind)
+    if library in ("pandas", "polars"):
+        data = {str(one): _cells(data[one]) for one in data.columns}
+    if isinstance(data, Mapping):
+        data = Columns(data)
+    elif isinstance(data, (str, bytes, Path)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        once = "; a generator can be read only once: make a list of it" if isinstance(data, Iterator) else ""
+        raise ConfigError(f"{name}: got {_type_name(data)}, expected {ACCEPTED}{once}")
+    return Objects(data, name=name, kind=kind, labels=labels, column=column, label_column=label_column, fields=fields)
+
+
+class Columns(Sequence):
+    """Rows, as dicts, of columns of equal lengths."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self.columns = {str(name): values for name, values in columns.items()}
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"columns of different lengths: {', '.join(f'{n} {m}' for n, m in lengths.items())}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+class Objects(Source):
+    """Items with a length and an index, see `as_source`."""
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        name: str,
+        kind: Kind,
+        labels: Any,
+        column: str | None,
+        label_column: str | Literal[False] | None,
+        fields: Sequence[str],
+    ) -> None:
+        if not len(data):
+            raise DataError(f"{name}: it is empty")
+        self._data, self._name, self._kind = data, name, kind
+        first = data[0]
+        self._names = tuple(first) if isinstance(first, Mapping) and not _is_sample(first, kind) else ()
+        self._column = _sample_column(self._names, kind, column, name) if self._names else None
+        self._fields = {one: _present(text_column(one, self._names, name), self._names, name) for one in fields}
+        given = labels if labels is not None or label_column is False else self._own_labels(first, label_column)
+        self.class_names, self._labels = None, None
+        if given is not None:
+            self.class_names, self._labels = _classes(given, len(data), name)
+        sample = self._sample(first)
+        self._unit = kind == "image" and _is_float(sample) and self._within_one()
+        if self._unit:
+            log.info("%s: numbers from 0 to 1, so 1 is white", name)
+        classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
+        log.info("%s: %d records%s", name, len(self), classes)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> RawSample:
+        index = range(len(self))[index]
+        item = self._data[index]
+        sample = self._sample(item)
+        label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+        key = str(sample) if isinstance(sample, Path) else self.name_of(index)
+        fields = {name: item[column] for name, column in self._fields.items()}
+        return RawSample(key, _encoded(sample, self._kind, unit=self._unit), label, fields)
+
+    def name_of(self, index: int) -> str:
+        """What the record is called in quarantine.jsonl: its place, or its file."""
+        return f"{self._name}[{index}]"
+
+    def names(self) -> Iterator[str]:
+        """Files by their names, other objects by their places; reads no file."""
+        for index in range(len(self)):
+            sample = self._sample(self._data[index]) if isinstance(self._data, (list, tuple)) else None
+            yield str(sample) if isinstance(sample, Path) else self.name_of(index)
+
+    def versions(self) -> np.ndarray:
+        """Of the size of each object in a list; zeros of a data set, which would have to be read."""
+        if not isinstance(self._data, (list, tuple, Columns, np.ndarray, torch.Tensor)):
+            return np.zeros(len(self), dtype=np.uint64)
+        sizes = (_size(self._sample(self._data[index])) for index in range(len(self)))
+        return np.fromiter((hash_of(size.encode()) for size in sizes), dtype=np.uint64, count=len(self))
+
+    def labels(self) -> np.ndarray | None:
+        """Labels, (len,) int64, -1 where one is missing; None without labels."""
+        return self._labels
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column that `fields` names."""
+        column = self._fields[name]
+        if isinstance(self._data, Columns):
+            return list(self._data.columns[column])
+        return [self._data[index][column] for index in range(len(self))]
+
+    def _sample(self, item: Any) -> Any:
+        """An item without its label: an image, a text, a waveform or (waveform, rate), a path."""
+        if self._column is not None:
+            item = item[self._column]
+        elif isinstance(item, tuple):
+            item = item[:2] if self._kind == "audio" and len(item) > 1 and _is_rate(item[1]) else item[0]
+        return Path(item) if isinstance(item, str) and self._kind != "text" else item
+
+    def _own_labels(self, first: Any, label_column: str | None) -> Sequence[Any] | None:
+        if self._names:
+            usual = [one for one in LABEL_NAMES if one in self._names and one != self._column]
+            name = _present(label_column, self._names, self._name) if label_column else next(iter(usual), None)
+            if name is None:
+                return None
+            if isinstance(self._data, Columns):
+                return self._data.columns[name]
+            return [self._data[index][name] for index in range(len(self._data))]
+        if label_column:
+            raise ConfigError(f"{self._name}: label_column={label_column!r}, and the items have no columns")
+        if not isinstance(first, tuple):
+            return None
+        place = 2 if self._kind == "audio" and len(first) > 1 and _is_rate(first[1]) else 1
+        if len(first) <= place:
+            return None
+        targets = getattr(self._data, "targets", None)  # of torchvision's data sets: reads no image
+        if targets is not None and len(targets) == len(self._data):
+            names = getattr(self._data, "classes", None)
+            found = [int(one) for one in targets]
+            return [names[one] for one in found] if names is not None else found
+        return [self._data[index][place] for index in range(len(self._data))]
+
+    def _within_one(self) -> bool:
+        samples = (self._sample(self._data[index]) for index in range(min(len(self._data), LOOKED_AT)))
+        arrays = [np.asarray(one) for one in samples if _is_float(one)]
+        if any((one < 0).any() for one in arrays):
+            raise ConfigError(f"{self._name}: images with numbers below 0; give them before they are normalised")
+        return all((one <= 1).all() for one in arrays)
+
+
+class Stream(StreamingSource):
+    """An `IterableDataset` of torch; of several consumers each takes every so manieth item.
+
+    Its items are as in `as_source`; labels among them are handed through as they are.
+    """
+
+    class_names = None
+
+    def __init__(self, data: torch.utils.data.IterableDataset, *, name: str, kind: Kind) -> None:
+        self._data, self._name, self._kind = data, name, kind
+
+    def stream(
+        self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
+    ) -> Iterator[RawSample]:
+        """Records of one worker of one rank, in the order of the data set, which shuffles itself if it wants to."""
+        if hasattr(self._data, "set_epoch"):
+            self._data.set_epoch(epoch)
+        consumer, consumers = worker * world_size + rank, world_size * max(1, num_workers)
+        for index, item in enumerate(itertools.islice(iter(self._data), consumer, None, consumers)):
+            record = Objects(
+                [item], name=self._name, kind=self._kind, labels=None, column=None, label_column=False, fields=()
+            )[0]
+            yield RawSample(f"{self._name}[{consumer + index * consumers}]", record.value, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def _of_hugging_face(data: Any, *, name: str, kind: Kind, labels: Any, **columns: Any) -> Source | StreamingSource:
+    import datasets
+
+    if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise ConfigError(f"{name}: splits {', '.join(data)}; choose one, as in data=splits[{next(iter(data))!r}]")
+    if isinstance(data, datasets.IterableDataset):
+        columns.pop("fields")
+        return HFStreamingSource.of(data, name=name, kind=kind, **columns)
+    if labels is not None:
+        if len(labels) != len(data):
+            raise ConfigError(f"{name}: {len(data)} records and {len(labels)} labels")
+        data = data.remove_columns([one for one in ("label",) if one in data.column_names])
+        data, columns["label_column"] = data.add_column("label", _plain(labels)), "label"
+    return HFSource.of(data, name=name, kind=kind, **columns)
+
+
+def _cells(column: Any) -> list[Any]:
+    """The values of a column of a frame; a missing number is None."""
+    values = column.to_list()
+    return [None if isinstance(one, float) and one != one else one for one in values]
+
+
+def _plain(labels: Any) -> list[Any]:
+    """Labels as plain numbers and texts."""
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    return [one.item() if hasattr(one, "item") else one for one in labels]
+
+
+def _classes(labels: Any, count: int, name: str) -> tuple[list[str], np.ndarray]:
+    plain = _plain(labels)
+    if len(plain) != count:
+        raise ConfigError(f"{name}: {count} records and {len(plain)} labels")
+    return classes_of(plain)
+
+
+def _is_sample(item: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether a dict is a recording as the datasets library decodes it, and not a row of columns."""
+    return kind == "audio" and "array" in item and "sampling_rate" in item
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether the second of a pair is a sample rate and not a class."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_float(sample: Any) -> bool:
+    if isinstance(sample, torch.Tensor):
+        return sample.is_floating_point()
+    return isinstance(sample, np.ndarray) and sample.dtype.kind == "f"
+
+
+def _present(wanted: str, names: Sequence[str], where: str) -> str:
+    if wanted not in names:
+        raise ConfigError(f"{where} has no column {wanted!r}; it has {', '.join(map(str, names)) or 'no columns'}")
+    return wanted
+
+
+def _sample_column(names: Sequence[str], kind: Kind, column: str | None, where: str) -> str:
+    if column is not None:
+        return _present(column, names, where)
+    usual = [one for one in USUAL_NAMES[kind] if one in names]
+    others = [one for one in names if one not in LABEL_NAMES and not NOT_SAMPLES.search(one)]
+    if usual or len(others) == 1:
+        return (usual or others)[0]
+    raise ConfigError(f"{where}: which column has the {kind}s? It has {', '.join(names)}; name it with data.column")
+
+
+def _size(sample: Any) -> str:
+    if isinstance(sample, tuple):
+        return "|".join(map(_size, sample))
+    if isinstance(sample, (str, bytes)):
+        return str(len(sample))
+    if isinstance(sample, Path):
+        return str(sample.stat().st_size) if sample.is_file() else ""
+    return str(tuple(getattr(sample, "shape", getattr(sample, "size", ()))))
+
+
+def _encoded(sample: Any, kind: Kind, *, unit: bool) -> bytes | Path | np.ndarray | str | BadSample:
+    """What the modality decodes: see `RawSample.value`."""
+    if isinstance(sample, (bytes, Path)) or (isinstance(sample, str) and kind == "text"):
+        return sample
+    try:
+        return {"image": _image, "audio": _recording, "text": _no_text}[kind](sample, unit)
+    except (TypeError, ValueError) as error:
+        return BadSample(f"{_type_name(sample)} is not the {kind} that is expected ({error})")
+
+
+def _no_text(sample: Any, unit: bool) -> BadSample:
+    return BadSample(f"{_type_name(sample)}, expected a str or a Path")
+
+
+def _image(sample: Any, unit: bool) -> bytes | np.ndarray:
+    if type(sample).__module__.startswith("PIL.") or hasattr(sample, "getbands"):
+        return _png(sample)
+    if isinstance(sample, torch.Tensor):
+        array = sample.detach().cpu().numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    else:
+        array = np.asarray(sample)
+        if array.dtype == object:
+            raise TypeError("expected a picture of PIL, an array, a tensor, a path or bytes")
+    return np.floor(array * 255.0 + 0.5).clip(0, 255).astype(np.uint8) if unit and array.dtype.kind == "f" else array
+
+
+def _png(picture: Any) -> bytes | np.ndarray:
+    """A picture of PIL as its file would be, so that modes and rotation are judged by the rule for files."""
+    if picture.mode in ("L", "RGB", "RGBA", "F") and not picture.info.get("exif"):
+        return np.asarray(picture)
+    buffer = io.BytesIO()
+    picture = picture if picture.mode in ("1", "LA", "P", "I;16", "I", "L", "RGB", "RGBA") else picture.convert("RGB")
+    picture.save(buffer, format="PNG", compress_level=1, exif=picture.info.get("exif", b""))
+    return buffer.getvalue()
+
+
+def _recording(sample: Any, unit: bool) -> bytes | np.ndarray:
+    if isinstance(sample, Mapping):
+        sample = (sample["array"], sample["sampling_rate"])
+    pair = isinstance(sample, tuple)
+    waveform, rate = sample if pair else (sample, None)
+    waveform = waveform.detach().cpu().numpy() if isinstance(waveform, torch.Tensor) else np.asarray(waveform)
+    if waveform.dtype == object or waveform.ndim not in (1, 2):
+        raise TypeError(f"a waveform of shape {waveform.shape}; expected (samples,) or (channels, samples)")
+    if waveform.ndim == 2 and waveform.shape[0] > waveform.shape[1]:
+        waveform = waveform.T  # (samples, channels), as soundfile reads
+    if not pair:
+        return waveform
+    import soundfile
+
+    buffer = io.BytesIO()
+    whole = waveform.dtype == np.int16
+    frames = waveform.T if whole else waveform.T.astype(np.float32)
+    soundfile.write(buffer, frames, int(rate), format="WAV", subtype="PCM_16" if whole else "FLOAT")
+    return buffer.getvalue()
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
