@@ -1,6 +1,6 @@
 """The verbs as Python calls: `data2vec_train.pretrain(modality="vision", data=images)`.
 
-Each call composes the config of its command, makes the same checks, and runs the same code in this process.
+Each call composes and checks the config of its command, then runs the command's code in the caller's process.
 """
 
 import logging
@@ -35,7 +35,7 @@ _TABLES = (".parquet", ".arrow", ".tar", ".csv", ".json", ".jsonl")
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory: what pretraining, fine-tuning or a probe left.
+    """The run directory of pretraining, fine-tuning or a probe.
 
     Attributes:
         path: the directory.
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the run reached: `summary.json`, or `probe.json` of a probe."""
+        """Results: the content of `summary.json`, or of `probe.json` for a probe."""
         import json
 
         file = next((file for name in ("summary.json", "probe.json") if (file := self.path / name).is_file()), None)
@@ -55,18 +55,18 @@ class Run:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """Every logged number: a row for each logged step, as in `metrics.csv`."""
+        """The content of `metrics.csv`: a row for each logged step."""
         import pandas
 
         return pandas.read_csv(self.path / "metrics.csv")
 
     @property
     def report(self) -> Path | None:
-        """The page with curves and pictures; None where there is none."""
+        """Path of the HTML report; None if none was written."""
         return next((page for name in ("report.html", "probe.html") if (page := self.path / name).is_file()), None)
 
     def model(self, *, weights: str = "student") -> "PretrainedModel":
-        """The trained model, as `load_pretrained` gives it: an encoder, or after fine-tuning one with its head."""
+        """The trained model from `load_pretrained`: an encoder, with a head after fine-tuning."""
         from data2vec_train.weights.convert import load_pretrained
 
         return load_pretrained(str(self.path), weights=weights)
@@ -105,12 +105,12 @@ def pretrain(
             polars (`data2vec_train.data.sources.objects.as_source` lists them); or the name of a group of settings
             such as "hf". None = the sample inside the package.
         test_data: samples to test the probes on, of the same kind; None = a share of `data` is held out.
-        labels: of objects, one for each; they only serve the probes. None = those that come along; False = none.
-        test_labels: likewise, of `test_data`.
+        labels: one for each object, used by the probes only; None = labels in the data; False = none.
+        test_labels: labels of `test_data`.
         out: the run directory; None = a new one below runs/. A directory with an unfinished run of the same settings
-            goes on there.
-        callbacks: callbacks of Lightning, which act beside the program's own; or a dict of settings.
-        logger: loggers of Lightning, one or a list; or the name of a group of settings, such as "tensorboard".
+            is continued.
+        callbacks: Lightning callbacks to add to the program's own; or a dict of settings.
+        logger: one Lightning logger or a list; or the name of a group of settings, such as "tensorboard".
         **settings: every setting of the command: `modality="vision"`, `objective="data2vec"`, `max_steps=200` for
             `trainer.max_steps`, `precision="fp32"`, `recipes="vision/cifar10"`; those below another one as a dict,
             `trainer={"max_steps": 200}`, or by their dotted name, `**{"trainer.max_steps": 200}`.
@@ -119,9 +119,9 @@ def pretrain(
         The run: its directory, summary, metrics, encoder.
 
     Raises:
-        ConfigError: what the command would refuse, in one line.
-        DataError, SaveError, CollapseError: as the command's exit statuses 2 and 3.
-        KeyboardInterrupt: after Ctrl-C; the run is saved, and the same call with the same `out` goes on.
+        ConfigError: an error in the settings, in one line, as the command reports it.
+        DataError, SaveError, CollapseError: where the command exits with status 2 or 3.
+        KeyboardInterrupt: after Ctrl-C; the run is saved, and the same call with the same `out` continues it.
     """
     objects = _lightning(callbacks, logger, settings)
     settings |= _data_settings(data, test_data, labels, test_labels)
@@ -141,17 +141,17 @@ def parts(
     out: str | os.PathLike | None = None,
     **settings: Any,
 ) -> "tuple[Data2VecModule, DataModule]":
-    """What `pretrain` trains, for a `Trainer` of your own: `L.Trainer(max_steps=100).fit(module, datamodule=data)`.
+    """The module and the data of `pretrain`, for your own `Trainer`.
 
-    Checkpoints, probes, report and exact resume are `pretrain`'s and its own trainer's; a trainer of yours does what
-    you give it. The schedule of the learning rate ends at `max_steps` of the settings: give your trainer the same.
+    `L.Trainer(max_steps=100).fit(module, datamodule=data)` trains. Checkpoints, probes, report and exact resume belong to `pretrain` and are absent here. The learning rate schedule
+    ends at `max_steps` of the settings: give your trainer the same number.
 
     Args:
         data: this and the next three as in `pretrain`.
         test_data: see `data`.
         labels: see `data`.
         test_labels: see `data`.
-        out: folder where broken samples are listed.
+        out: folder for the list of broken samples.
         **settings: as in `pretrain`.
 
     Returns:
@@ -187,7 +187,7 @@ def finetune(
     logger: Any = None,
     **settings: Any,
 ) -> Run:
-    """Put a head on trained weights and train it: `python -m data2vec_train.finetune` as a call.
+    """Train a head on a pretrained encoder: `python -m data2vec_train.finetune` as a call.
 
     Args:
         init_from: a `Run`, a checkpoint, or a folder with weights.
@@ -222,7 +222,7 @@ def probe(
     out: str | os.PathLike | None = None,
     **settings: Any,
 ) -> Run:
-    """What each layer of trained weights knows of the labels: `python -m data2vec_train.probe` as a call.
+    """Measure how well each layer predicts the labels: `python -m data2vec_train.probe` as a call.
 
     Args: as in `finetune`.
 
@@ -267,7 +267,7 @@ def embed(
 def predict(
     checkpoint: str | os.PathLike, data: Any, *, out: str | os.PathLike | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """What a fine-tuned model says about `data`: `python -m data2vec_train.predict` as a call.
+    """Predictions of a fine-tuned model for `data`: `python -m data2vec_train.predict` as a call.
 
     Args: as in `embed`; for class maps `out` is the folder to make, and must be given.
 
@@ -307,16 +307,16 @@ def export(checkpoint: str | os.PathLike, out: str | os.PathLike, **settings: An
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings: from arguments to what one would type
+# From arguments to overrides
 
-_OBJECTS = "objects"  # where `_data_settings` keeps what no config can hold; no setting has this name
-_SHORT = {"max_steps": "trainer.max_steps"}  # of nearly every call
-_BARE = re.compile(r"[A-Za-z_][\w./-]*")  # texts that need no quotes
-_WORDS = {"null", "true", "false", "nan", "inf"}  # texts that do, as they would be read as something else
+_OBJECTS = "objects"  # key for data that no config can hold; no setting has this name
+_SHORT = {"max_steps": "trainer.max_steps"}
+_BARE = re.compile(r"[A-Za-z_][\w./-]*")  # strings that need no quotes
+_WORDS = {"null", "true", "false", "nan", "inf"}  # strings that Hydra would read as another type without quotes
 
 
 def _lightning(callbacks: Any, logger: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The callbacks and loggers that are objects; a dict of settings, or the name of a group, goes to the settings."""
+    """Lightning objects among the arguments; names of groups and dicts of settings move to `settings`."""
     if isinstance(callbacks, (str, Mapping)):
         settings["callbacks"], callbacks = callbacks, ()
     if isinstance(logger, (str, Mapping)):
@@ -358,7 +358,7 @@ def _data_settings(data: Any, test_data: Any = None, labels: Any = None, test_la
 
 
 def _is_place(data: Any) -> bool:
-    """Whether data are a file, a folder, a list of folders, or the name of a group of settings."""
+    """Whether `data` is a path, a list of folders, or the name of a group of settings."""
     if isinstance(data, (str, os.PathLike)):
         return True
     is_list = isinstance(data, (list, tuple)) and len(data) > 0
@@ -396,7 +396,7 @@ def _place(data: Any) -> dict[str, Any]:
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    """What one would type after the command."""
+    """Hydra overrides for the settings, as typed after a command."""
     lines = []
     for name, value in settings.items():
         name = _SHORT.get(name, name)
@@ -415,7 +415,7 @@ def _lines(name: str, value: Any) -> Iterator[str]:
 
 
 def _literal(value: Any, name: str) -> str:
-    """A value as Hydra reads it."""
+    """The value in Hydra's grammar."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a number of numpy or torch
@@ -444,12 +444,12 @@ def _literal(value: Any, name: str) -> str:
 def _session(
     config_name: str, settings: Mapping[str, Any], *, out: str | os.PathLike | None = None, weights: str | None = None
 ) -> "Iterator[DictConfig]":
-    """Inside, the composed config of a command runs; what it changes in this process is set back afterwards.
+    """Compose the config of a command to run inside; afterwards restore the state of the process.
 
     Args:
-        config_name: of the command.
-        settings: of the call, with its objects.
-        out: the run directory, of commands that have one; None = as the config says.
+        config_name: name of the command's config.
+        settings: settings and objects of the call.
+        out: the run directory, for commands that have one; None = from the config.
         weights: the setting that names trained weights.
     """
     from hydra.core.singleton import Singleton
@@ -462,7 +462,7 @@ def _session(
 
     settings = dict(settings)
     objects = {name: Handed(*pair) for name, pair in settings.pop(_OBJECTS, {}).items()}
-    before = dict(Singleton.get_state())  # of an application of Hydra that makes this call
+    before = dict(Singleton.get_state())  # the caller may be a Hydra application
     with ExitStack() as stack:
         stack.callback(Singleton.set_state, before)
         stack.enter_context(isolated())
@@ -492,10 +492,10 @@ _WITH_RUN = ("train", "finetune", "probe")
 def _compose(
     config_name: str, overrides: list[str], *, out: str | os.PathLike | None, weights: str | None
 ) -> "DictConfig":
-    """The config of a call, checked as that of a command; Hydra's own part is where the program looks it up.
+    """The checked config; HydraConfig holds Hydra's part, where the verbs read it.
 
     Raises:
-        ConfigError: every fault, in one line.
+        ConfigError: all errors, in one line.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -507,7 +507,7 @@ def _compose(
     from data2vec_train.paths import config_directory
     from data2vec_train.system import launch
 
-    launch.name.cache_clear()  # each run has a directory of its own
+    launch.name.cache_clear()  # so that each run gets its own directory
     if weights is not None:
         overrides = [*overrides, *modality_of_weights(overrides, weights)]
     if out is not None:
@@ -549,7 +549,7 @@ def _devices(cfg: "DictConfig") -> int:
 
 
 def _free(directory: Path) -> Path:
-    """The directory, with a number where it is used: two runs may begin in one second."""
+    """The directory, with a number appended if it exists: two runs may start within one second."""
     number, free = 1, directory
     while free.exists():
         number += 1
@@ -565,14 +565,14 @@ def _run_directory() -> Path:
 
 @contextmanager
 def _talking(directory: Path | None, name: str) -> Iterator[None]:
-    """The program's log goes to the standard output, as that of a command, and into the run directory."""
+    """Send the program's log to standard output and to a file in the run directory, as a command does."""
     log = logging.getLogger("data2vec_train")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if directory is not None:
         handlers.append(logging.FileHandler(directory / f"{name}.log", encoding="utf-8", delay=True))
     level, propagates = log.level, log.propagate
     log.setLevel(logging.INFO)
-    log.propagate = False  # to handlers of the caller's, which would print each line again
+    log.propagate = False  # the caller's handlers would print each line again
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

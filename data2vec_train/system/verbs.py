@@ -1,7 +1,7 @@
 """Folders of verbs that can be called: `data2vec_train.pretrain` is a package, and `data2vec_train.pretrain(...)` runs.
 
-The names of packages are set on their parent by the import system, so that a function of the same name would be hidden
-as soon as anything below the folder is imported.
+The import system sets each imported sub-package as an attribute of its parent, which would replace a function of the
+same name. So the package itself is callable.
 """
 
 import importlib

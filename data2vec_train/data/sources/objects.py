@@ -1,7 +1,7 @@
-"""Objects that a Python call hands over: lists, arrays, tensors, images, frames, data sets of torch and Hugging Face.
+"""In-memory data of a Python call: lists, arrays, tensors, images, data frames, torch and Hugging Face data sets.
 
-A config holds only numbers and names, so the objects wait in a context variable under a name, and `data=objects` takes
-them from there.
+A config can hold only numbers and names. A call therefore stores its objects in a context variable under a name, and
+the source that `data=objects` builds reads them from there.
 """
 
 import io
@@ -33,7 +33,7 @@ from data2vec_train.errors import BadSample, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 16  # objects that tell whether numbers are from 0 to 1
+LOOKED_AT = 16  # images inspected to find out whether values lie in [0, 1]
 ACCEPTED = (
     "a list, an array, a tensor, a data set of torch or Hugging Face, a frame of pandas or polars, or a dict of columns"
 )
@@ -41,12 +41,7 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Handed:
-    """Objects and, where they do not come with them, their labels.
-
-    Attributes:
-        data: see `as_source`.
-        labels: one for each object; None = those that the objects bring along; False = none.
-    """
+    """The `data` and `labels` arguments of a call, see `as_source`."""
 
     data: Any
     labels: Any = None
@@ -57,7 +52,7 @@ _handed: ContextVar[Mapping[str, Handed]] = ContextVar("handed", default=Mapping
 
 @contextmanager
 def handing_over(objects: Mapping[str, Handed]) -> Iterator[None]:
-    """Inside, `handed_over` finds these objects by their names."""
+    """Make these objects available to `handed_over`, by name."""
     token = _handed.set(objects)
     try:
         yield
@@ -73,15 +68,15 @@ def handed_over(
     label_column: str | Literal[False] | None,
     fields: Sequence[str] = (),
 ) -> Source | StreamingSource:
-    """The source of the objects that the running Python call hands over under `name`; what `data=objects` builds.
+    """The source that `data=objects` builds: the objects that the current Python call stored under `name`.
 
     Raises:
-        ConfigError: there are none, as in a command.
+        ConfigError: no call stored objects, as in a command.
     """
     objects = _handed.get()
     if name not in objects:
         raise ConfigError(
-            "data=objects is what a Python call sets, such as data2vec_train.pretrain(data=[...]); in a command choose "
+            "data=objects is for Python calls, such as data2vec_train.pretrain(data=[...]); in a command choose "
             "data=folder, data=hf or data=manifest"
         )
     found = objects[name]
@@ -118,17 +113,17 @@ def as_source(
               the model's rate, a path, bytes of a file;
             - a text: a str, or the path of a file.
 
-            (item, label), or for recordings (waveform, rate, label), brings a label along, and a dict any columns.
-        kind: what the items are.
-        name: in the keys of the records: "data[12]".
-        labels: numbers or names of classes, one for each item; None = those that come along; False = none.
-        column: where the samples are, of data with columns; None = by their usual names.
-        label_column: where the labels are; None = by their usual names; False = no labels.
-        fields: other columns that come along with each record.
+            A tuple (item, label), or (waveform, rate, label) for recordings, has a label; a dict has columns.
+        kind: type of the items.
+        name: prefix of the keys of the records: "data[12]".
+        labels: numbers or names of classes, one for each item; None = labels in the data; False = none.
+        column: the column with the samples; None = the one with a usual name.
+        label_column: the column with the labels; None = the one with a usual name; False = no labels.
+        fields: other columns to return with each record.
 
     Raises:
-        ConfigError: not such an object, or columns that are not there.
-        DataError: it is empty.
+        ConfigError: another type of object, or a missing column.
+        DataError: no records.
     """
     if isinstance(data, (Source, StreamingSource)):
         return data
@@ -146,13 +141,13 @@ def as_source(
     if isinstance(data, Mapping):
         data = Columns(data)
     elif isinstance(data, (str, bytes, Path)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        once = "; a generator can be read only once: make a list of it" if isinstance(data, Iterator) else ""
+        once = "; a generator can be read only once; pass a list" if isinstance(data, Iterator) else ""
         raise ConfigError(f"{name}: got {_type_name(data)}, expected {ACCEPTED}{once}")
     return Objects(data, name=name, kind=kind, labels=labels, column=column, label_column=label_column, fields=fields)
 
 
 class Columns(Sequence):
-    """Rows, as dicts, of columns of equal lengths."""
+    """Columns of equal length, as a sequence of rows (dicts)."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
         self.columns = {str(name): values for name, values in columns.items()}
@@ -195,7 +190,7 @@ class Objects(Source):
         sample = self._sample(first)
         self._unit = kind == "image" and _is_float(sample) and self._within_one()
         if self._unit:
-            log.info("%s: numbers from 0 to 1, so 1 is white", name)
+            log.info("%s: values lie in [0, 1]; 1 is white", name)
         classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
         log.info("%s: %d records%s", name, len(self), classes)
 
@@ -212,17 +207,17 @@ class Objects(Source):
         return RawSample(key, _encoded(sample, self._kind, unit=self._unit), label, fields)
 
     def name_of(self, index: int) -> str:
-        """What the record is called in quarantine.jsonl: its place, or its file."""
+        """Name of the record in quarantine.jsonl."""
         return f"{self._name}[{index}]"
 
     def names(self) -> Iterator[str]:
-        """Files by their names, other objects by their places; reads no file."""
+        """Paths of files; positions of other objects. Reads no file."""
         for index in range(len(self)):
             sample = self._sample(self._data[index]) if isinstance(self._data, (list, tuple)) else None
             yield str(sample) if isinstance(sample, Path) else self.name_of(index)
 
     def versions(self) -> np.ndarray:
-        """Of the size of each object in a list; zeros of a data set, which would have to be read."""
+        """Hash of the size of each object of a list; zeros for a data set, which would have to be read."""
         if not isinstance(self._data, (list, tuple, Columns, np.ndarray, torch.Tensor)):
             return np.zeros(len(self), dtype=np.uint64)
         sizes = (_size(self._sample(self._data[index])) for index in range(len(self)))
@@ -233,14 +228,14 @@ class Objects(Source):
         return self._labels
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column that `fields` names."""
+        """Values of a column in `fields`, for all records."""
         column = self._fields[name]
         if isinstance(self._data, Columns):
             return list(self._data.columns[column])
         return [self._data[index][column] for index in range(len(self))]
 
     def _sample(self, item: Any) -> Any:
-        """An item without its label: an image, a text, a waveform or (waveform, rate), a path."""
+        """The item without its label: an image, a text, a waveform or (waveform, rate), a path."""
         if self._column is not None:
             item = item[self._column]
         elif isinstance(item, tuple):
@@ -274,14 +269,14 @@ class Objects(Source):
         samples = (self._sample(self._data[index]) for index in range(min(len(self._data), LOOKED_AT)))
         arrays = [np.asarray(one) for one in samples if _is_float(one)]
         if any((one < 0).any() for one in arrays):
-            raise ConfigError(f"{self._name}: images with numbers below 0; give them before they are normalised")
+            raise ConfigError(f"{self._name}: images with values below 0; pass images that are not normalised")
         return all((one <= 1).all() for one in arrays)
 
 
 class Stream(StreamingSource):
-    """An `IterableDataset` of torch; of several consumers each takes every so manieth item.
+    """An `IterableDataset` of torch. With n consumers, each takes every n-th item.
 
-    Its items are as in `as_source`; labels among them are handed through as they are.
+    Items are as in `as_source`; their labels are ignored.
     """
 
     class_names = None
@@ -292,7 +287,7 @@ class Stream(StreamingSource):
     def stream(
         self, *, epoch: int, seed: int, worker: int, num_workers: int, rank: int, world_size: int
     ) -> Iterator[RawSample]:
-        """Records of one worker of one rank, in the order of the data set, which shuffles itself if it wants to."""
+        """Records of one worker of one rank, in the order of the data set; shuffling is up to the data set."""
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(epoch)
         consumer, consumers = worker * world_size + rank, world_size * max(1, num_workers)
@@ -324,7 +319,7 @@ def _of_hugging_face(data: Any, *, name: str, kind: Kind, labels: Any, **columns
 
 
 def _cells(column: Any) -> list[Any]:
-    """The values of a column of a frame; a missing number is None."""
+    """The values of a column of a data frame; NaN becomes None."""
     values = column.to_list()
     return [None if isinstance(one, float) and one != one else one for one in values]
 
@@ -343,12 +338,12 @@ def _classes(labels: Any, count: int, name: str) -> tuple[list[str], np.ndarray]
 
 
 def _is_sample(item: Mapping[str, Any], kind: Kind) -> bool:
-    """Whether a dict is a recording as the datasets library decodes it, and not a row of columns."""
+    """Whether a dict is a recording decoded by the datasets library, and not a row of columns."""
     return kind == "audio" and "array" in item and "sampling_rate" in item
 
 
 def _is_rate(value: Any) -> bool:
-    """Whether the second of a pair is a sample rate and not a class."""
+    """Whether the second element of a tuple is a sample rate and not the name of a class."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -385,7 +380,7 @@ def _size(sample: Any) -> str:
 
 
 def _encoded(sample: Any, kind: Kind, *, unit: bool) -> bytes | Path | np.ndarray | str | BadSample:
-    """What the modality decodes: see `RawSample.value`."""
+    """The sample as a `RawSample.value`."""
     if isinstance(sample, (bytes, Path)) or (isinstance(sample, str) and kind == "text"):
         return sample
     try:
@@ -412,7 +407,7 @@ def _image(sample: Any, unit: bool) -> bytes | np.ndarray:
 
 
 def _png(picture: Any) -> bytes | np.ndarray:
-    """A picture of PIL as its file would be, so that modes and rotation are judged by the rule for files."""
+    """The bytes of a PNG file, or the array if PIL's mode needs no conversion, so that the rules for files apply."""
     if picture.mode in ("L", "RGB", "RGBA", "F") and not picture.info.get("exif"):
         return np.asarray(picture)
     buffer = io.BytesIO()
