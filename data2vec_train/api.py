@@ -143,8 +143,9 @@ def parts(
 ) -> "tuple[Data2VecModule, DataModule]":
     """The module and the data of `pretrain`, for your own `Trainer`.
 
-    `L.Trainer(max_steps=100).fit(module, datamodule=data)` trains. Checkpoints, probes, report and exact resume belong to `pretrain` and are absent here. The learning rate schedule
-    ends at `max_steps` of the settings: give your trainer the same number.
+    `L.Trainer(max_steps=100).fit(module, datamodule=data)` trains. Checkpoints, probes, report and exact resume belong
+    to `pretrain` and are absent here. The learning rate schedule ends at `max_steps` of the settings: give your trainer
+    the same number.
 
     Args:
         data: this and the next three as in `pretrain`.
