@@ -74,10 +74,10 @@ def _stages(demo: list[str], timeout_s: float) -> list[float]:
         errors = Path(folder, "errors")
         with errors.open("w") as file:
             process = subprocess.Popen([*PROGRAM, *demo, *own], stdout=subprocess.PIPE, stderr=file, text=True)
-        waiting, said = list(STAGES.values()), []
+        waiting, printed = list(STAGES.values()), []
         try:
             for line in process.stdout:
-                said.append(line)
+                printed.append(line)
                 if line.startswith(waiting[0]):
                     found.append(time.perf_counter() - start)
                     waiting.pop(0)
@@ -87,7 +87,7 @@ def _stages(demo: list[str], timeout_s: float) -> list[float]:
             process.kill()
             process.wait()
         if waiting:
-            raise RuntimeError(f"the demo never printed {waiting[0]!r}: {''.join(said)}{errors.read_text()}")
+            raise RuntimeError(f"the demo never printed {waiting[0]!r}: {''.join(printed)}{errors.read_text()}")
     return found
 
 

@@ -70,16 +70,16 @@ def _megabytes(count: int | None) -> str:
 
 def progress_line(case: Case) -> str:
     """The line that is logged when a case is finished."""
-    said = []
+    results = []
     for arm in case.arms:
         ratio = case.ratio(arm)
         if arm.refused is not None:
-            said.append(f"{arm.name}: refused")
+            results.append(f"{arm.name}: refused")
         elif ratio is None:
-            said.append(f"{arm.name} {time_text(Spread.of(arm.seconds).median)}")
+            results.append(f"{arm.name} {time_text(Spread.of(arm.seconds).median)}")
         else:
-            said.append(f"{arm.name} {ratio}")
-    return f"{case.kind}: {case.name}: {', '.join(said)}"
+            results.append(f"{arm.name} {ratio}")
+    return f"{case.kind}: {case.name}: {', '.join(results)}"
 
 
 @dataclass(frozen=True)

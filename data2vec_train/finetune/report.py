@@ -91,8 +91,8 @@ def _predictions_sections(task: HeadTask, meter: PredictionMeter) -> list[Sectio
     cells = [
         [
             f"<td class='label'>{escape(str(key))}</td>",
-            f"<td>{_said(task, wanted)}</td>",
-            f"<td>{_said(task, found)}</td>",
+            f"<td>{_as_html(task, wanted)}</td>",
+            f"<td>{_as_html(task, found)}</td>",
         ]
         for key, wanted, found in shown
     ]
@@ -101,7 +101,7 @@ def _predictions_sections(task: HeadTask, meter: PredictionMeter) -> list[Sectio
     return sections
 
 
-def _said(task: HeadTask, value: Any) -> str:
+def _as_html(task: HeadTask, value: Any) -> str:
     """A prediction or a reference as a few words of HTML."""
     if isinstance(value, dict) and "label" in value:
         return f"{escape(str(value['label']))} ({value['probability']:.0%})"

@@ -178,10 +178,10 @@ class Joined:
             value[self.edge if row > first else 0 : None if row == last else self.edge + self.step]
             for row, (value, _) in sorted(parts.items())
         ]
-        said = self.task.read(torch.cat(middles), int(self.source.samples[recording]))
-        if "text" in said:
-            return {"key": key, "prediction": said["text"], "words": said["words"]}
-        return {"key": key, "prediction": _plain(said)}
+        answer = self.task.read(torch.cat(middles), int(self.source.samples[recording]))
+        if "text" in answer:
+            return {"key": key, "prediction": answer["text"], "words": answer["words"]}
+        return {"key": key, "prediction": _plain(answer)}
 
 
 def _write(file: TextIO, lines: list[dict[str, Any]]) -> None:
@@ -196,14 +196,14 @@ def _show(path: Path) -> None:
             log.info("%s: %s", line["key"], _in_words(line["prediction"]))
 
 
-def _in_words(said: Any) -> str:
-    if isinstance(said, dict) and "probability" in said:
-        return f"{said['label']} ({said['probability']:.0%})"
-    if isinstance(said, list) and said and isinstance(said[0], float):
-        return f"a vector of {len(said)} numbers"
-    if isinstance(said, dict):
-        said = next(iter(said.values()))
-    return str(said)[:200] or "(nothing)"
+def _in_words(prediction: Any) -> str:
+    if isinstance(prediction, dict) and "probability" in prediction:
+        return f"{prediction['label']} ({prediction['probability']:.0%})"
+    if isinstance(prediction, list) and prediction and isinstance(prediction[0], float):
+        return f"a vector of {len(prediction)} numbers"
+    if isinstance(prediction, dict):
+        prediction = next(iter(prediction.values()))
+    return str(prediction)[:200] or "(nothing)"
 
 
 def _head_settings(cfg: DictConfig, model: PretrainedModel) -> dict[str, Any]:
@@ -249,8 +249,8 @@ def _plain(answer: Any) -> Any:
     if isinstance(answer, np.ndarray):
         return [round(float(value), 6) for value in answer]
     if isinstance(answer, dict):
-        said = {name: value for name, value in answer.items() if name in ("label", "probability", "labels", "segments")}
-        return said | ({"probability": round(said["probability"], 6)} if "probability" in said else {})
+        kept = {name: value for name, value in answer.items() if name in ("label", "probability", "labels", "segments")}
+        return kept | ({"probability": round(kept["probability"], 6)} if "probability" in kept else {})
     return answer
 
 

@@ -52,7 +52,7 @@ def simple_probes(
 
 
 class AttentiveProbe(nn.Module):
-    """One learnt query that attends to all tokens, then a linear classifier.
+    """One learned query that attends to all tokens, then a linear classifier.
 
     Source: the attentive probe of V-JEPA (arXiv:2404.08471), with a single layer.
 

@@ -276,8 +276,8 @@ def _write_page(
         f"{facts['fit_records']} records to fit on, {facts['test_records']} to test on, {facts['classes']} classes. "
         f"Raw input: {facts['raw_name']}."
     )
-    said = "".join(f"<p>{escape(sentence)}.</p>" for sentence in sentences)
-    html = said + f'<div class="charts">{pictures}</div>' + table([escape(cell) for cell in lines[0]], rows)
+    summary = "".join(f"<p>{escape(sentence)}.</p>" for sentence in sentences)
+    html = summary + f'<div class="charts">{pictures}</div>' + table([escape(cell) for cell in lines[0]], rows)
     command = f"<pre>{escape(command_line('data2vec_train.probe'))}</pre>"
     return write_report(
         run_dir / "probe.html",
