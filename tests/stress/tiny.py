@@ -1,6 +1,7 @@
 """Tiny runs of the real program in forked processes: everything is imported once, a start costs a second."""
 
 import csv
+import faulthandler
 import importlib
 import os
 import shutil
@@ -85,6 +86,7 @@ class Processes:
             sys.stdout, sys.stderr = (
                 os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2)
             )  # pytest has its own
+            faulthandler.enable()
             torch.set_num_threads(1)
             if count > 1:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -127,11 +129,15 @@ class Processes:
         return [child for child in self.ids if child not in self.statuses]
 
     def wait(self, seconds: float) -> bool:
-        """Whether all have left in time; those that have not are killed."""
+        """Whether all have left in time; those that have not write their stacks into the log and are killed."""
         end = time.monotonic() + seconds
         while self.running() and time.monotonic() < end:
             time.sleep(0.005)
         late = self.running()
+        for process in late:
+            os.killpg(process, signal.SIGABRT)  # faulthandler: stacks of all threads, of loader processes too
+        if late:
+            time.sleep(2)
         self.kill()
         return not late
 
