@@ -28,9 +28,9 @@ EMBED = "embed modality=vision checkpoint=FOLDER out=FOLDER/new.parquet " + FOLD
 MISTAKES = {
     # names
     "modality=speech": "there is no modality called 'speech'; did you mean audio?",
-    "modality=null": "modality=null: a group is not null; choose one of audio, text, vision",
+    "modality=null": "modality=null: a group is not null; choose one of audio, sound, text, vision",
     "modality=[vision,text]": "takes one choice; for several runs write -m modality=vision,text",
-    "modality": "modality: no choice given; write modality=... one of audio, text, vision",
+    "modality": "modality: no choice given; write modality=... one of audio, sound, text, vision",
     "modality:vision": "cannot be read; write modality=vision",
     "modality==vision": "one '=' is enough: modality=vision",
     "modality=vision,": "leave out the comma at the end: modality=vision",

@@ -2,7 +2,8 @@
 
 Noise in the decoder is off, since it cannot be the same in tensors of different sizes; everything else is what
 `python -m data2vec_train modality=... objective=...` builds, with five positional convolutions and instance-normalised
-targets for speech. Images have no padding: all are cropped to one size.
+targets for speech. Images have no padding: all are cropped to one size. Spectrograms with `reference_padding` have none
+either: the transform fills every clip up.
 """
 
 import pytest
@@ -13,10 +14,10 @@ from data2vec_train.batch import Batch
 from data2vec_train.config.build import build
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import Sample
-from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.objective.data2vec import Data2Vec, mean_over_time
 
 SMALL = ["size.dim=32", "size.num_heads=4", "size.ffn_dim=64", "size.conv_dim=16"]
-LENGTHS = {"audio": (9_000, 12_345, 16_000), "text": (40, 77, 128)}
+LENGTHS = {"audio": (9_000, 12_345, 16_000), "sound": (32, 80, 144), "text": (40, 77, 128)}
 CASES = [(modality, objective) for modality in LENGTHS for objective in ("data2vec", "data2vec2")]
 
 
@@ -31,7 +32,7 @@ def built(composed, modality: str, objective: str, *overrides: str) -> tuple[Dat
     collator = Collator(
         masker=build(cfg.modality.masker),
         masks_per_sample=cfg.objective.masks_per_sample,
-        grid=None,
+        grid=model.student.grid,
         token_count=model.student.token_count,
         seed=0,
         pad_value=cfg.modality.pad_value,
@@ -46,6 +47,7 @@ def samples_of(modality: str) -> list[Sample]:
     generator = torch.Generator().manual_seed(1)
     make = {
         "audio": lambda length: torch.randn(length, generator=generator),
+        "sound": lambda length: torch.randn(128, length, generator=generator),
         "text": lambda length: torch.randint(4, 4000, (length,), generator=generator),
     }[modality]
     return [Sample(make(length), 0, number, None, ()) for number, length in enumerate(LENGTHS[modality])]
@@ -55,10 +57,13 @@ def samples_of(modality: str) -> list[Sample]:
 def measured(model: Data2Vec, batch: Batch) -> list[dict[str, Tensor]]:
     """Features, targets and loss of each sample of a batch."""
     embedded = model.student.embed(batch.inputs, batch.attention_mask)
-    features = model.student.contextualize(*embedded).tokens
+    encoded = model.student.contextualize(*embedded)
+    features = encoded.tokens
     targets = model.compute_targets(batch, embedded)
     output = model(batch)
     errors = model.scale * model._error(output.predictions, output.targets).sum(dim=1)
+    class_tokens = model.predict(batch, embedded)[1].prefix.unflatten(0, (len(batch), -1))[:, :, -1:]  # (B, M, E, D)
+    summary = mean_over_time(targets, embedded[1])[:, None, None].expand_as(class_tokens)
     owner = batch.masks.hidden // (model.masks_per_sample * batch.masks.masked.shape[2])
     real = torch.ones(features.shape[:2], dtype=torch.bool) if embedded[1] is None else embedded[1]
     return [
@@ -66,6 +71,8 @@ def measured(model: Data2Vec, batch: Batch) -> list[dict[str, Tensor]]:
             "features": features[row, real[row]],
             "targets": targets[row, real[row]],
             "loss": errors[owner == row].mean(),
+            "class token": encoded.prefix[row],
+            "class-token loss": model.scale * model._error(class_tokens, summary)[row].sum(dim=-1),
         }
         for row in range(len(batch))
     ]

@@ -7,7 +7,7 @@ import pytest
 from data2vec_train.report.page import (
     PANELS,
     Section,
-    _covered,
+    cover,
     curves_section,
     facts_section,
     image_tag,
@@ -172,7 +172,7 @@ def test_masks_tell_the_hidden_share_and_cover_exactly_the_hidden_patches(images
     assert "between" not in section.explanation
     assert section.html.count("<img") == 3 * (1 + 4)
     tile = tiled(images[0], side=140)
-    changed = (_covered(tile, masked[0, 0].reshape(7, 7)) != tile).any(-1)
+    changed = (cover(tile, masked[0, 0].reshape(7, 7)) != tile).any(-1)
     assert changed[:100].mean() > 0.99  # 5 of 7 rows of patches, 20 px each
     assert changed[100:].mean() < 0.15  # patch borders only
 

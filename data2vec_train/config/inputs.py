@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from data2vec_train.config.build import build
 from data2vec_train.data.image import remarks_on
 from data2vec_train.data.sources.files import Source, StreamingSource
+from data2vec_train.encoders.spectrogram import SpectrogramEncoder
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.encoders.waveform import WaveformEncoder
@@ -21,11 +22,13 @@ from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.convert import with_image_size
 from data2vec_train.weights.preprocessing import AudioFeatureExtractor, ImageProcessor, is_described
+from data2vec_train.weights.sound import SpectrogramExtractor
 
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images, before anything is done with them
-MODALITIES = {"audio": WaveformEncoder, "text": TextEncoder, "vision": VisionEncoder}
+# The first one counts: a spectrogram is an image.
+MODALITIES = {"audio": WaveformEncoder, "text": TextEncoder, "sound": SpectrogramEncoder, "vision": VisionEncoder}
 
 
 def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedModel:
@@ -43,7 +46,7 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
     given = given_settings()
     facts = facts_of(cfg.modality.name, model)
-    for name in ("patch_px", "channels"):
+    for name in ("patch_px", "channels", "patch", "mel_bins"):
         if name in facts and f"modality.{name}" in given:
             refuse_other(f"modality.{name}", cfg.modality.get(name), facts[name], where)
     follow(cfg, facts, given, where)
@@ -55,7 +58,7 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
 
 def facts_of(modality: str, model: PretrainedModel) -> dict[str, Any]:
     """What the files beside weights say about inputs, as settings below `modality`."""
-    return {"audio": _audio, "text": _text, "vision": _vision}[modality](model)
+    return {"audio": _audio, "sound": _sound, "text": _text, "vision": _vision}[modality](model)
 
 
 def follow(cfg: DictConfig, facts: dict[str, Any], given: Collection[str], where: str) -> None:
@@ -142,7 +145,9 @@ def _names(node: dict[str, Any]) -> set[str]:
     return {*map(str, node), *below}
 
 
-def _described(model: PretrainedModel, kind: type[AudioFeatureExtractor] | type[ImageProcessor]) -> Any:
+def _described(
+    model: PretrainedModel, kind: type[AudioFeatureExtractor] | type[ImageProcessor] | type[SpectrogramExtractor]
+) -> Any:
     """The object of that kind that came with the weights; None if there is none."""
     if model.source is not None and is_described(model.source, kind.parts):
         return kind.from_pretrained(model.source)
@@ -156,6 +161,13 @@ def _audio(model: PretrainedModel) -> dict[str, Any]:
     facts = {"channels": model.get_encoder().channels}
     found = _described(model, AudioFeatureExtractor)
     return facts if found is None else facts | {"sample_rate_hz": found.sampling_rate, "normalise": found.do_normalize}
+
+
+def _sound(model: PretrainedModel) -> dict[str, Any]:
+    encoder = model.get_encoder()
+    facts = {"patch": encoder.patch_px, "mel_bins": encoder.mel_bins}
+    found = _described(model, SpectrogramExtractor)
+    return facts if found is None else facts | {"sample_rate_hz": found.sampling_rate} | found.settings
 
 
 def _vision(model: PretrainedModel) -> dict[str, Any]:

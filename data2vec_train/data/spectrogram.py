@@ -73,7 +73,10 @@ class SpectrogramTransform:
         self.window_samples = int(sample_rate_hz * window_ms * 0.001)
         self.shift_samples = int(sample_rate_hz * self.shift_ms * 0.001)
         if self.window_samples < 2 or self.shift_samples < 1:
-            raise ConfigError(f"at {sample_rate_hz} Hz a window of {window_ms:g} ms has {self.window_samples} samples")
+            raise ConfigError(
+                f"window_ms={window_ms:g} and frames_per_second={frames_per_second:g}: at {sample_rate_hz} Hz one of "
+                "them comes to less than a sample"
+            )
         self.mel_bins = mel_bins
         self.low_hz = low_hz
         self.high_hz = high_hz

@@ -149,6 +149,7 @@ def embed_inputs(
         ConfigError: the weights cannot be read, or the preparation of inputs is unknown.
         BadSample: an input cannot be used.
     """
+    from data2vec_train.encoders.spectrogram import SpectrogramEncoder
     from data2vec_train.encoders.text import TextEncoder
     from data2vec_train.encoders.waveform import WaveformEncoder, multiply_convolutions
 
@@ -168,6 +169,17 @@ def embed_inputs(
         tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
     source = model.source
+    if isinstance(encoder, SpectrogramEncoder):
+        from data2vec_train.data.audio import decode_audio
+        from data2vec_train.weights.sound import SpectrogramExtractor
+
+        described = SpectrogramExtractor
+        how = described.from_pretrained(source) if source is not None else _prepared_by(model, described, path)
+        transform = how.transform()
+        options = {"sample_rate_hz": how.sampling_rate, "channels": 1, "min_seconds": 0.0}
+        options |= {"min_level": 0.0, "max_level": float("inf")}
+        decoded = (_decoded(decode_audio, one, number, options) for number, one in enumerate(inputs))
+        return Embedder(encoder, numbers, pooling)([transform.evaluate(wave) for wave in decoded])
     if isinstance(encoder, WaveformEncoder):
         from data2vec_train.data.audio import AudioTransform, decode_audio
         from data2vec_train.weights.preprocessing import AudioFeatureExtractor as Described

@@ -14,6 +14,7 @@ from data2vec_train.batch import Batch
 from data2vec_train.config.build import build
 from data2vec_train.data.dataset import Sample
 from data2vec_train.encoders.base import ModalityEncoder
+from data2vec_train.encoders.spectrogram import SpectrogramEncoder
 from data2vec_train.encoders.text import TextEncoder
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.encoders.waveform import WaveformEncoder
@@ -149,7 +150,9 @@ def drawn_batch(cfg: DictConfig, objective: Data2Vec, *, samples: int) -> Batch:
     """
     modality, encoder = cfg.modality, objective.student
     batching = build(modality.batching)
-    if isinstance(encoder, VisionEncoder):
+    if isinstance(encoder, SpectrogramEncoder):
+        inputs = [torch.zeros(encoder.mel_bins, batching.max_length)] * samples
+    elif isinstance(encoder, VisionEncoder):
         inputs = [torch.zeros(modality.channels, *encoder.image_size)] * samples
     elif isinstance(encoder, WaveformEncoder):
         shape = (batching.max_length,) if encoder.channels == 1 else (encoder.channels, batching.max_length)
@@ -228,10 +231,10 @@ def _strategy(cfg: DictConfig, devices: int) -> str:
 
 
 def _sample_size(cfg: DictConfig, encoder: ModalityEncoder) -> str:
+    if isinstance(encoder, (SpectrogramEncoder, WaveformEncoder)):
+        return f"recording of {cfg.modality.max_seconds:g} s"
     if isinstance(encoder, VisionEncoder):
         return "image of {} x {} px".format(*encoder.image_size)
-    if isinstance(encoder, WaveformEncoder):
-        return f"recording of {cfg.modality.max_seconds:g} s"
     return f"block of {cfg.modality.block_tokens} tokens"
 
 
@@ -240,7 +243,7 @@ def _assumptions(cfg: DictConfig, objective: Data2Vec, setup: Setup) -> list[str
     made = [f"time: a step reaches {cfg.utilisation:.0%} of the matmul rate, which was not measured"]
     if isinstance(objective.student, TextEncoder):
         made.append(f"text: a vocabulary of {cfg.modality.vocab_size:,} tokens, and full blocks")
-    if isinstance(objective.student, WaveformEncoder):
+    if isinstance(objective.student, (SpectrogramEncoder, WaveformEncoder)):
         made.append("sound: every recording is as long as modality.max_seconds allows")
     if cfg.modality.encoder.get("layer_drop", 0) > 0:
         made.append("layer drop skips no block")
@@ -283,7 +286,7 @@ def _refusal(cfg: DictConfig, planner: Planner, setup: Setup, facts: dict[str, A
 
 def _batch_setting(cfg: DictConfig, setup: Setup, most: int) -> str:
     """The setting for the largest batch that fits, with the accumulation that keeps the samples per step."""
-    by_length = cfg.modality.name == "audio" and cfg.data.batch_size_per_device is None
+    by_length = cfg.modality.name in ("audio", "sound") and cfg.data.batch_size_per_device is None
     setting = (
         f"modality.batch_seconds={most * cfg.modality.max_seconds:g}"
         if by_length

@@ -213,7 +213,7 @@ def masks_section(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int],
     for image, masks in zip(images, masked, strict=True):
         tile = tiled(image, side=TILE_PX)
         covered = [
-            image_tag(png_of(_covered(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
+            image_tag(png_of(cover(tile, hidden.reshape(grid))), alt=f"{hidden.mean():.0%} of the patches hidden")
             for hidden in masks[:SHOWN_MASKS]
         ]
         rows.append([_td(cell) for cell in (image_tag(png_of(tile), alt="image"), *covered)])
@@ -398,7 +398,7 @@ def tiled(image: np.ndarray, *, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
-def _covered(tile: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+def cover(tile: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """The tile with its `hidden` (h, w) patches under a translucent colour, and faint patch borders."""
     (height, width), (h, w) = tile.shape[:2], hidden.shape
     row, column = np.arange(height) * h // height, np.arange(width) * w // width  # patch row and column of each pixel

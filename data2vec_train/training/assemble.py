@@ -196,7 +196,7 @@ def global_batch(cfg: DictConfig, devices: int) -> str:
     times = f"{micro} micro-batch{'es' * (micro != 1)} x {devices} device{'s' * (devices != 1)}"
     amounts = [] if size is None else [f"{size * micro * devices:,} samples ({size} x {times})"]
     if batching is not None:
-        rate = cfg.modality.get("sample_rate_hz")
+        rate = cfg.modality.get("frames_per_second") or cfg.modality.get("sample_rate_hz")
         unit, budget = ("s of sound", batching.budget / rate) if rate else ("tokens", batching.budget)
         amounts.append(f"{budget * micro * devices:,.10g} {unit} ({budget:,.10g} x {times})")
     return f"{'at most ' * (batching is not None)}{' and '.join(amounts)} in an optimizer step"

@@ -71,7 +71,7 @@ def _refuse_others(cfg: DictConfig, arguments: dict[str, Any], given: Collection
             fact = arguments[name]  # for the front end: one width for each layer, or one for all
             alike = isinstance(fact, (list, tuple)) and len(set(fact)) == 1
             refuse_other(f"size.{name}", cfg.size[name], fact[0] if alike else fact, where)
-    for name in ("patch_px", "channels"):
+    for name in ("patch_px", "channels", "patch", "mel_bins"):
         if name in arguments and f"modality.{name}" in given:
             refuse_other(f"modality.{name}", cfg.modality[name], arguments[name], where)
     for name, value in arguments.items():

@@ -25,8 +25,8 @@ _FROM_0 = {"prenet_depth", "position_depth", "num_conv_pos_embeddings", "num_ada
     *("num_token_types", "type_vocab_size", "pad_id", "pad_token_id", "bos_token_id", "eos_token_id"),
     *("chunk_size_feed_forward", "mask_time_min_masks", "mask_feature_min_masks", "out_indices", "resample"),
 }
-_ANY_SIGN = {"semantic_loss_ignore_index", "padding_value", "image_mean"}
-_ABOVE_0 = {"image_std", "rescale_factor"}
+_ANY_SIGN = {"semantic_loss_ignore_index", "padding_value", "image_mean", "mean", "high_hz"}
+_ABOVE_0 = {"image_std", "rescale_factor", "std", "window_ms", "frames_per_second"}
 _BELOW_1 = {"drop_path", "drop_path_rate", "layer_drop", "layerdrop"}
 _SHARES = {
     *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "dropout"),

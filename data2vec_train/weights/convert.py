@@ -18,7 +18,7 @@ from data2vec_train.encoders.positions import sincos_grid
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.system.moved import with_current_names
-from data2vec_train.weights import audio, fairseq, plugin, text, vision
+from data2vec_train.weights import audio, fairseq, plugin, sound, text, vision
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.checks import build_encoder, check_size
 from data2vec_train.weights.configs import (
@@ -65,6 +65,7 @@ LOOSE = {
         "reference_padding",
         "init",
         "prenet_depth",
+        "max_frames",
     ),
     *("drop_path", "layer_drop", "dropout", "attention_dropout", "activation_dropout", "input_dropout"),
 }
@@ -164,6 +165,13 @@ FAMILIES = {
         audio.encoder_arguments,
         _audio_config,
     ),
+    "sound": Family(
+        "data2vec_train.encoders.spectrogram.SpectrogramEncoder",
+        sound.Data2VecSoundModel,
+        {},
+        sound.encoder_arguments,
+        lambda arguments: sound.Data2VecSoundConfig(encoder=arguments),
+    ),
     "text": Family(
         "data2vec_train.encoders.text.TextEncoder",
         text.Data2VecTextModel,
@@ -179,9 +187,10 @@ FAMILIES = {
         _vision_config,
     ),
 }
+ALL_CONFIGS = (*CONFIGS, sound.Data2VecSoundConfig, plugin.PluginConfig)
 CLASSES: dict[str, type[PretrainedModel]] = {
     kind.__name__: kind
-    for module in (audio, text, vision, plugin)
+    for module in (audio, sound, text, vision, plugin)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, PretrainedModel) and kind.__name__.startswith("Data2Vec")
 }
@@ -250,7 +259,7 @@ def _class_for(content: dict[str, Any], folder: Path) -> type[PretrainedModel]:
     names = content.get("architectures") or [None]
     if not isinstance(names, list) or not isinstance(names[0], (str, NoneType)):
         raise ConfigError(f"{folder / CONFIG_NAME}: architectures={str(names)[:60]}, expected a list of class names")
-    return CLASSES.get(names[0]) or base_class_of(config_class_of(content, (*CONFIGS, plugin.PluginConfig)))
+    return CLASSES.get(names[0]) or base_class_of(config_class_of(content, ALL_CONFIGS))
 
 
 def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
@@ -403,6 +412,7 @@ RATES: dict[str, dict[str, str]] = {
         "layer_drop": "layerdrop",
         "head_dropout": "final_dropout",
     },
+    "sound": {},
     "text": {
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
@@ -567,7 +577,8 @@ def _preparation_in(node: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(node, dict):
         return ()
     arguments = dict(node)
-    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (AudioFeatureExtractor, ImageProcessor)}
+    known = (AudioFeatureExtractor, ImageProcessor, sound.SpectrogramExtractor)
+    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in known}
     kind = kinds.get(str(arguments.pop("_target_", None)))
     try:
         return () if kind is None else (kind(**arguments),)

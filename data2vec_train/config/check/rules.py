@@ -25,7 +25,7 @@ from data2vec_train.system import launch
 
 Rule = Callable[[DictConfig], str | None]
 
-MODALITIES = ("audio", "text", "vision")
+MODALITIES = ("audio", "sound", "text", "vision")
 _FREE_GROUPS = ("preset", "sample", "pieces", "supervised")  # whose choices are named after a modality
 _TRAINER = "lightning.pytorch.Trainer"
 
@@ -96,7 +96,7 @@ _RANGES = [
         data.batch_size_per_device data.max_probe_samples data.shuffle_buffer data.train_samples
         objective.masks_per_sample size.depth size.dim size.ffn_dim size.conv_dim
         modality.patch_px modality.channels modality.visible_block_patches modality.batch_size_per_device
-        modality.block_tokens modality.min_tokens modality.sample_rate_hz
+        modality.block_tokens modality.min_tokens modality.sample_rate_hz modality.mel_bins modality.patch
         modality.encoder.conv_kernel modality.encoder.conv_stride modality.encoder.position_kernel
         modality.encoder.position_groups
         callbacks.probe.every_n_steps callbacks.probe.neighbours callbacks.probe.rank_samples
@@ -126,7 +126,7 @@ _RANGES = [
         lambda value: value > 0 and value < math.inf,
         """
         optimizer.lr optimizer.eps modality.encoder.norm_eps modality.std modality.max_seconds modality.batch_seconds
-        modality.max_value
+        modality.max_value modality.window_ms modality.frames_per_second
         attentive.lr head.max_seconds modality.decode.max_pixels tolerance step.loss_tolerance step.audio_seconds
         stop_seconds encoder.audio_seconds window_seconds stride_seconds startup.timeout_s peak.stated_tflops
         hardware.memory_gib hardware.bandwidth_gb_s hardware.tflops.bf16 hardware.tflops.fp16 hardware.tflops.tf32
@@ -205,7 +205,8 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "attention.backend": lambda: (*backends.NAMES, "auto"),
     "what": lambda: ("all", *keys_of("data2vec_train.benchmark.run", "MEASURES")),
     "against": lambda: ("all", *keys_of("data2vec_train.benchmark.peers", "PEERS")),
-    "modalities": lambda: ("all", *MODALITIES),
+    "modalities": lambda: ("all", "audio", "text", "vision"),
+    "modality.crop": lambda: ("random", "first"),
     "step.objectives": lambda: ("data2vec", "data2vec2"),
     "encoder.modes": lambda: ("inference", "training"),
     "step.beside": lambda: ("fp32", "eager"),
@@ -597,13 +598,14 @@ def _data_suits_the_command(cfg: DictConfig) -> str | None:
 
 # Primary config -> group -> choices that other commands have and this one refuses, by the rules above and below.
 _ONLY_PRETRAINING = {"data": ("sample", "stream", "objects")}
+_NO_HEAD = {"modality": ("sound",)}
 REFUSED_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"callbacks": ("finetune",), "data": ("objects",)},
     "plan": {"callbacks": ("finetune",), "data": ("objects",)},
-    "finetune": {"callbacks": ("default",), **_ONLY_PRETRAINING},
+    "finetune": {"callbacks": ("default",), **_ONLY_PRETRAINING, **_NO_HEAD},
     "probe": _ONLY_PRETRAINING,
     "embed": _ONLY_PRETRAINING,
-    "predict": _ONLY_PRETRAINING,
+    "predict": {**_ONLY_PRETRAINING, **_NO_HEAD},
 }
 
 
