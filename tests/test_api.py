@@ -96,7 +96,7 @@ def test_images_of_every_kind_give_the_same_pixels(kind: str) -> None:
 
     found = [np.asarray(decode_image(record.value, channels=1, max_pixels=10**6)).reshape(32, 32) for record in records]
     assert len(found) == len(PIXELS)
-    assert all((one == pixels).all() for one, pixels in zip(found, PIXELS, strict=True))
+    assert all((image == pixels).all() for image, pixels in zip(found, PIXELS, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["pairs with labels", "torch Dataset", "HF Dataset", "pandas", "list of dicts"])
@@ -153,7 +153,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("modality", "kind", "data"), RUNS, ids=[f"{one[0]}: {one[1]}" for one in RUNS])
+@pytest.mark.parametrize(("modality", "kind", "data"), RUNS, ids=[f"{case[0]}: {case[1]}" for case in RUNS])
 def test_pretrain_takes_it(modality: str, kind: str, data, tmp_path: Path) -> None:
     more = {"modality.tokenizer.train_vocab_size": 300} if modality == "text" else {}
     run = pretrain(modality=modality, data=data(), out=tmp_path / "run", **TINY, **STEPS, **more)
@@ -254,8 +254,8 @@ def test_the_other_verbs(tmp_path: Path) -> None:
         out=tmp_path / "tuned", max_steps=2, **few,
     )  # fmt: skip
     said = predict(tuned, images[:3], **{"data.num_workers": 0})
-    assert [one["key"] for one in said] == ["data[0]", "data[1]", "data[2]"]
-    assert all("prediction" in one for one in said)
+    assert [row["key"] for row in said] == ["data[0]", "data[1]", "data[2]"]
+    assert all("prediction" in row for row in said)
     folder = export(run, tmp_path / "exported")
     assert (folder / "model.safetensors").is_file()
 

@@ -76,12 +76,14 @@ def test_the_tensors_are_the_published_ones(size, composed):
         projection_layers=cfg.objective.decoder.projection_layers,
     )
     assert set(names) == set(published["student"])
-    state = {name: list(one.shape) for name, one in objective.state_dict().items()}
+    state = {name: list(tensor.shape) for name, tensor in objective.state_dict().items()}
     ours = {theirs: state[name] for theirs, name in names.items() if theirs != POSITIONS}
     assert ours == {name: shape for name, shape in published["student"].items() if name != POSITIONS}
     teacher = {name for name in names if ".decoder." not in name}
     assert teacher == set(published["teacher"])
-    counts = [sum(one.numel() for one in part.parameters()) for part in (objective.student, objective.decoder)]
+    counts = [
+        sum(parameter.numel() for parameter in part.parameters()) for part in (objective.student, objective.decoder)
+    ]
     assert counts == [published["params"]["without_decoder"], published["params"]["decoder"]]
     # Positions are no weights here: those of 64 steps are kept, and any more follow from the formula.
     assert objective.student.positions.shape == (1, 512, cfg.size.dim)

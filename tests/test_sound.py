@@ -100,7 +100,7 @@ def test_a_run_goes_on_where_it_was(trained, recordings, tmp_path):
     said = run("train", *SMALL, *where, *STEPS, folder=trained.parent)
     assert "step 3" in said
     before, after = (load_pretrained(folder).state_dict() for folder in (trained, copy))
-    assert all(torch.equal(one, after[name]) for name, one in before.items())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_probe_embed_and_python_read_the_run(trained, recordings, tmp_path):
@@ -126,8 +126,8 @@ def test_weights_go_round_and_bring_their_front_end(trained, recordings, tmp_pat
     model = load_pretrained(trained)
     save_pretrained(model, tmp_path / "saved")
     again = load_pretrained(tmp_path / "saved")
-    for name, one in model.state_dict().items():
-        assert torch.equal(one, again.state_dict()[name]), name
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
     extractor = SpectrogramExtractor.from_pretrained(tmp_path / "saved")
     waves = [soundfile.read(recordings / "rising" / f"{number:02}.wav", dtype="float32")[0] for number in (0, 7)]
     batch = extractor(waves, sampling_rate=RATE)
@@ -145,7 +145,7 @@ def test_pretraining_goes_on_from_a_run(trained, recordings, tmp_path):
     run("train", *start, *where, "trainer.max_steps=2", "report=false", folder=trained.parent)
     model, before = load_pretrained(tmp_path / "run"), load_pretrained(trained)
     assert (model.get_encoder().mel_bins, model.get_encoder().dim) == (32, 32)
-    first, second = (one.get_encoder().embedder.project.weight for one in (before, model))
+    first, second = (encoder.get_encoder().embedder.project.weight for encoder in (before, model))
     assert 0 < (first - second).abs().max() < 0.1  # it has moved from there
 
 
