@@ -75,6 +75,8 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         _resume(args)
         faults = [f"{one}: there is no such flag; settings have no dashes: {one.lstrip('-')}" for one in unknown]
         faults += _faults_of_command(args, config_name)
+        if listener.received:  # Hydra turns what a signal handler raises into an error of its own, without a message
+            raise Interrupted(listener.received)
         if faults:
             lines = "".join(f"  {fault}\n" for fault in faults)
             sys.stderr.write(f"{len(faults)} error{'s' * (len(faults) > 1)} in the command or config:\n{lines}")
@@ -99,6 +101,8 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         sys.exit(130)
     except Exception as error:  # of the command, or of Hydra's own files
         failure, status = judged(error)
+        if status == 1 and listener.received:
+            sys.exit(told(Interrupted(listener.received)))
         if status == 1:
             raise
         sys.stderr.write(f"error: {failure}\n")

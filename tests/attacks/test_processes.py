@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from data2vec_train.config import compose
 from data2vec_train.data import loading
 from data2vec_train.data.loading import Loader
 from data2vec_train.errors import DataError, Interrupted, LostProcess
@@ -350,7 +351,22 @@ def at_fork_of_a_command() -> None:
     subprocess.run(SLEEP, check=False)
 
 
+def composing() -> None:
+    def faults(*_: object) -> list[str]:  # as Hydra does with what it does not know
+        with contextlib.suppress(Interrupted):
+            told(signal.SIGTERM)
+            time.sleep(10)
+        return ["train: "]
+
+    compose._faults_of_command, sys.argv = faults, ["data2vec_train"]
+    try:
+        compose.main(None, config_name="train")
+    except SystemExit as ended:
+        os._exit(ended.code)
+
+
 SIGNALLED = {
+    "SIGTERM while a config is composed": (composing, 75, "the same command"),
     "SIGTERM while the main thread is stuck in C": (while_stuck(signal.SIGTERM), 75, "for 1 s (stop_seconds)"),
     "SIGUSR1 while the main thread is stuck in C": (while_stuck(signal.SIGUSR1), 75, "stuck (attacks/test_proc"),
     "SIGHUP while the main thread is stuck in C": (while_stuck(signal.SIGHUP), 75, "SIGHUP"),
