@@ -366,7 +366,7 @@ def composing() -> None:
 
 
 SIGNALLED = {
-    "SIGTERM while a config is composed": (composing, 75, "the same command"),
+    "SIGTERM while a config is composed": (composing, 75, "stopping"),
     "SIGTERM while the main thread is stuck in C": (while_stuck(signal.SIGTERM), 75, "for 1 s (stop_seconds)"),
     "SIGUSR1 while the main thread is stuck in C": (while_stuck(signal.SIGUSR1), 75, "stuck (attacks/test_proc"),
     "SIGHUP while the main thread is stuck in C": (while_stuck(signal.SIGHUP), 75, "SIGHUP"),
