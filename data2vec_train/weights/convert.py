@@ -34,7 +34,7 @@ from data2vec_train.weights.configs import (
 from data2vec_train.weights.pickles import read_checkpoint
 from data2vec_train.weights.preprocessing import AudioFeatureExtractor, ImageProcessor
 from data2vec_train.weights.tokenizers import CTCTokenizer, TextTokenizer, has_tokenizer
-from data2vec_train.weights.weights import PICKLE_NAME, SAFETENSORS_NAME, put_into
+from data2vec_train.weights.weights import PICKLE_NAME, SAFETENSORS_NAME, put_into, read_tensors
 
 Weights = Literal["student", "teacher"]
 
@@ -243,7 +243,11 @@ def load_pretrained(
     if path.is_dir():
         if weights == "teacher":
             raise ConfigError(f"{path} holds one set of weights; weights=teacher is for checkpoints of pretraining")
-        return _class_for(read_config(path), path).from_pretrained(path, dtype=dtype, **options)
+        described = read_config(path)
+        if described.get("model_type") == sound.REMOTE_CODE:
+            content = sound.as_fairseq(read_tensors(path), described)
+            return _from_original(content, str(path), weights, num_heads).placed(dtype=dtype, **options).eval()
+        return _class_for(described, path).from_pretrained(path, dtype=dtype, **options)
     content = read_checkpoint(path)
     if "state_dict" in content and "model" in content:
         model = _from_finetuning(content, str(path), weights)
@@ -621,7 +625,7 @@ def _from_original(content: dict[str, Any], where: str, weights: Weights, num_he
     tensors = original.tensors if weights == "student" else fairseq.with_teacher(original, where)
     names = fairseq.names_of(original, arguments)
     positions = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
-    if arguments.get("positions") == "sincos":
+    if original.modality == "sound" or arguments.get("positions") == "sincos":
         names.pop(positions, None)
         tensors = {name: tensor for name, tensor in tensors.items() if name != positions}
     elif arguments.get("positions") == "learned":
@@ -669,6 +673,9 @@ def _preparation_of(original: fairseq.Original, arguments: dict[str, Any], confi
     if original.modality == "audio":
         letters = (CTCTokenizer(),) if "lm_head.weight" in original.head and config.vocab_size == 32 else ()
         return (AudioFeatureExtractor(), *letters)
+    if original.modality == "sound":
+        sizes = {name: arguments[name] for name in ("mel_bins", "patch")}
+        return (sound.SpectrogramExtractor(**sound.OF_AUDIOSET, **sizes),)
     if original.modality == "vision":
         # 1.0 uses BEiT's code and statistics; 2.0 uses those of ImageNet.
         of_imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -680,6 +687,8 @@ def _preparation_of(original: fairseq.Original, arguments: dict[str, Any], confi
 
 def _head_of(original: fairseq.Original, family: Family) -> tuple[type[PretrainedModel], dict[str, Any]]:
     head = original.head
+    if original.modality == "sound":
+        raise ConfigError("a fine-tuned EAT model, whose head cannot be read yet; load the pretrained file")
     if "lm_head.weight" in head:
         return family.heads["CTC"], {"vocab_size": head["lm_head.weight"].shape[0]}
     if "classifier.weight" in head:

@@ -25,6 +25,11 @@ _WAV2VEC_STRIDES = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}
 _WITHOUT_MEANING = (r".*\.version", r"version", r".*relative_position_index", r".*_float_tensor", r".*num_updates")
 
 
+# What 2.0 calls the modalities in names of tensors; EAT has kept that of images.
+_WORDS = {"audio": "AUDIO", "sound": "IMAGE", "text": "TEXT", "vision": "IMAGE"}
+_EAT_POSITIONS = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
+
+
 @dataclass
 class Original:
     """The parts of a checkpoint of an original program.
@@ -106,7 +111,7 @@ def take_apart(content: dict[str, Any], where: str) -> Original:
         )
     modality, version = kind
     if version == 2:
-        used = {"audio": "AUDIO", "text": "TEXT", "vision": "IMAGE"}[modality]
+        used = _WORDS[modality]
         body = {
             name: tensor
             for name, tensor in body.items()
@@ -170,7 +175,7 @@ def decoder_of(original: Original) -> dict[str, Tensor]:
         table = tables.fairseq_text_v1(depth=0) | tables.beit_vision(depth=0, relative_bias="none")
         table |= tables.fairseq_audio_v1(depth=0, conv_layers=0, position_depth=0)
     else:
-        word = {"audio": "AUDIO", "text": "TEXT", "vision": "IMAGE"}[original.modality]
+        word = _WORDS[original.modality]
         depth = _count(original.tensors, f"modality_encoders.{word}.decoder.blocks")
         layers = 1 if f"modality_encoders.{word}.decoder.proj.weight" in original.tensors else 2
         table = {
@@ -351,9 +356,55 @@ def _positions_of(found: Tensor, grid: tuple[int, int]) -> str:
     return "learned"
 
 
+def _sound(original: Original, where: str, num_heads: int | None) -> dict[str, Any]:
+    tensors = original.tensors
+    patch = tensors["modality_encoders.IMAGE.local_encoder.proj.weight"]
+    dim, _, side = patch.shape[:3]
+    positions, columns = tensors[_EAT_POSITIONS], _mel_patches(tensors)
+    rows = positions.shape[1] // columns
+    return {
+        "mel_bins": columns * side,
+        "patch": side,
+        "max_frames": min(rows * side, 1024),  # the original keeps 123 s; more than the usual 10 s is computed
+        "dim": dim,
+        "depth": _count(tensors, "blocks"),
+        "prenet_depth": 0,
+        "num_heads": num_heads or _heads(original.settings, dim, where),
+        "ffn_dim": tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        "norm_eps": 1e-6,
+        "activation": "gelu",
+        "class_token": True,
+        "mask_token": False,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "drop_path": 0.0,
+        "activation_checkpointing": False,
+        "attention": "sdpa",
+    }
+
+
+def _mel_patches(tensors: dict[str, Tensor]) -> int | None:
+    """How many patches the mel bins of an EAT model have; None for a model of images.
+
+    EAT is data2vec 2.0 for images by its names. Its positions are those of a grid that is not square, of which the
+    first half of the channels says the column: it begins again after so many patches.
+    """
+    found, patch = tensors.get(_EAT_POSITIONS), tensors.get("modality_encoders.IMAGE.local_encoder.proj.weight")
+    if found is None or patch is None or patch.shape[1] != 1 or found.dim() != 3 or found.shape[2] % 4:
+        return None
+    column = found[0, :, : found.shape[2] // 2].float()
+    again = (column[1:] - column[0]).abs().amax(dim=1) < 1e-2
+    columns = int(again.int().argmax()) + 1 if bool(again.any()) else 0
+    if not columns or found.shape[1] % columns or found.shape[1] == columns**2:
+        return None
+    grid = sincos_grid((found.shape[1] // columns, columns), found.shape[2])
+    return columns if torch.allclose(found[0].float(), grid, atol=1e-3) else None
+
+
 _SIZES: dict[tuple[str, int], Callable[[Original, str, int | None], dict[str, Any]]] = {
     (modality, version): sizes
-    for modality, sizes in (("audio", _audio), ("text", _text), ("vision", _vision))
+    for modality, sizes in (("audio", _audio), ("sound", _sound), ("text", _text), ("vision", _vision))
     for version in (1, 2)
 }
 
@@ -394,7 +445,7 @@ def _count(tensors: dict[str, Tensor], prefix: str) -> int:
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[str, int] | None:
     for word, modality in (("AUDIO", "audio"), ("IMAGE", "vision"), ("TEXT", "text")):
         if any(name.startswith(f"modality_encoders.{word}.local_encoder.") for name in tensors):
-            return modality, 2
+            return "sound" if word == "IMAGE" and _mel_patches(tensors) else modality, 2
     if any(name.startswith("sentence_encoder.") for name in tensors):
         return "text", 1
     if any(name.startswith("feature_extractor.conv_layers.") for name in tensors):

@@ -35,6 +35,36 @@ class Data2VecSoundConfig(Data2VecConfig):
         return cls.model_type
 
 
+REMOTE_CODE = "eat"  # model type of EAT's folders on Hugging Face, which bring code along; none of it is run
+
+
+def as_fairseq(tensors: dict[str, Tensor], described: dict[str, Any]) -> dict[str, Any]:
+    """The content of EAT's folder on Hugging Face as that of its checkpoint, which has the same tensors by other names.
+
+    Args:
+        tensors: of the folder.
+        described: its config.json.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("model.").replace("pre_norm.", "context_encoder.norm.")
+        outside = name.startswith(("blocks.", "fc_norm.", "head."))
+        renamed[name if outside else f"modality_encoders.IMAGE.{name}"] = tensor
+    return {"model": renamed, "cfg": {"model": {"num_heads": described.get("num_heads")}}}
+
+
+# How EAT prepares recordings for pretraining (ALGORITHM.md 8.1).
+OF_AUDIOSET: dict[str, Any] = {
+    "sampling_rate": 16_000,
+    "window_ms": 25.0,
+    "frames_per_second": 100.0,
+    "low_hz": 20.0,
+    "high_hz": 0.0,
+    "mean": -4.268,
+    "std": 4.569,
+}
+
+
 def encoder_arguments(config: Data2VecSoundConfig) -> dict[str, Any]:
     """What `SpectrogramEncoder` is to be built with.
 

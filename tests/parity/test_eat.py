@@ -11,11 +11,15 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+from data2vec_train import load_pretrained, save_pretrained
 from data2vec_train.data.audio import decode_audio
 from data2vec_train.data.spectrogram import SILENCE, SpectrogramTransform
 from data2vec_train.encoders.positions import sincos_grid
+from data2vec_train.errors import WeightMismatch
 from data2vec_train.objective.data2vec import mean_over_time
+from data2vec_train.weights.sound import Data2VecSoundModel, SpectrogramExtractor
 from tests.parity.test_golden import FILES, FOLDER, Recording, load, spectrograms
 
 # mean and std of log-mel values (ALGORITHM.md 8.1)
@@ -212,3 +216,73 @@ def test_losses_of_the_recorded_heads(classified, case):
     assert loss.item() == pytest.approx(recorded["loss_sum"], rel=1e-5)
     assert float(size) == pytest.approx(recorded["sample_size"], rel=1e-6)
     assert loss.item() / float(size) == pytest.approx(recorded["loss"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- files of fairseq
+
+
+def checkpoint(eat: Recording, folder: Path, *, steps: int | None = None) -> Path:
+    """The recorded model as a file of the original program, with the positions of so many time steps."""
+    student = {name.removeprefix("student/"): one for name, one in eat.tensors.items() if name.startswith("student/")}
+    teacher = {name.removeprefix("teacher/"): one for name, one in eat.tensors.items() if name.startswith("teacher/")}
+    name = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
+    if steps is not None:
+        columns = eat.config["grid_time_by_mel"][1]
+        student[name] = sincos_grid((steps, columns), eat.config["dim"])[None]
+        teacher.pop(name, None)
+    path = folder / "eat.pt"
+    torch.save({"model": student | {"_ema": teacher}, "cfg": {"model": {"_name": "data2vec_multi"}}}, path)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [None, 768])
+def test_a_file_of_the_original_gives_the_recorded_features(eat, tmp_path, steps):
+    path = checkpoint(eat, tmp_path, steps=steps)
+    heads = eat.config["num_heads"]
+    model = load_pretrained(path, num_heads=heads)
+    assert isinstance(model, Data2VecSoundModel)
+    inputs = spectrograms(eat.tensors["in/source"])
+    recorded = eat.tensors["out/features_unmasked_with_class_token"]
+    torch.testing.assert_close(model(inputs).last_hidden_state, recorded, rtol=0, atol=1e-5)
+    save_pretrained(model, tmp_path / "saved")
+    again = load_pretrained(tmp_path / "saved")
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())
+    front_end = SpectrogramExtractor.from_pretrained(tmp_path / "saved")
+    assert front_end.settings["mean"] == -4.268
+    teacher = load_pretrained(path, num_heads=heads, weights="teacher")
+    ours = {name.removeprefix("student."): one for name, one in eat.group("teacher").items()}
+    for name, one in teacher.get_encoder().named_parameters():
+        assert torch.equal(one, ours[name]), name
+
+
+@torch.no_grad()
+def test_a_folder_with_code_gives_the_same_and_runs_none_of_it(eat, tmp_path):
+    """EAT on Hugging Face: the same tensors by other names."""
+    folder, tensors = tmp_path / "remote", {}
+    folder.mkdir()
+    for name, one in eat.tensors.items():
+        if name.startswith("student/") and ".decoder." not in name:
+            name = name.removeprefix("student/").replace("modality_encoders.IMAGE.", "")
+            tensors["model." + name.replace("context_encoder.norm", "pre_norm")] = one
+    save_file(tensors, folder / "model.safetensors")
+    described = {"model_type": "eat", "num_heads": eat.config["num_heads"], "embed_dim": eat.config["dim"]}
+    described |= {"auto_map": {"AutoModel": "eat_model.EATModel"}, "architectures": ["EATModel"]}
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "eat_model.py").write_text("raise RuntimeError('code was run')")
+    output = load_pretrained(folder)(spectrograms(eat.tensors["in/source"]))
+    recorded = eat.tensors["out/features_unmasked_with_class_token"]
+    torch.testing.assert_close(output.last_hidden_state, recorded, rtol=0, atol=1e-5)
+    tensors["model.blocks.9.attn.qkv.bias"] = tensors["model.blocks.0.attn.qkv.bias"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightMismatch, match=r"blocks\.9|blocks\.2"):
+        load_pretrained(folder)
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(eat, tmp_path):
+    path = checkpoint(eat, tmp_path)
+    content = torch.load(path)
+    del content["model"]["blocks.0.attn.qkv.bias"]
+    torch.save(content, path)
+    with pytest.raises(WeightMismatch, match="blocks.0.attn.qkv.bias"):
+        load_pretrained(path, num_heads=eat.config["num_heads"])
