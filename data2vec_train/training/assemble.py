@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train.config.build import build
 from data2vec_train.config.inputs import look_at_images
@@ -157,6 +157,8 @@ def build_trainer(
         **arithmetic,
         **build(cfg.strategy),
     )
+    for logger in (*own, *loggers):
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     own_processes(trainer)
     listener.patience_s = cfg.stop_seconds
     return trainer

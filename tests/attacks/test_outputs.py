@@ -717,14 +717,14 @@ def test_a_member_does_not_pass_on(change, error, monkeypatch):
 
 class FakeRun:
     def __init__(self, **given: object) -> None:
-        self.given, self.rows = given, []
+        self.given, self.rows, self.settings = given, [], {}
         self.config = self
 
     def log(self, row: dict, **_: object) -> None:
         self.rows.append(row)
 
-    def update(self, *_: object, **__: object) -> None:
-        pass
+    def update(self, settings: dict, **_: object) -> None:
+        self.settings |= settings
 
 
 @pytest.fixture
@@ -756,7 +756,15 @@ def wandb(monkeypatch) -> types.ModuleType:
 
 
 def test_members_of_a_sweep_have_runs_of_their_own_in_wandb(wandb, arguments, tmp_path):
-    swept = ["-m", *arguments, "seed=0,1", "trainer.max_steps=1", "logger=wandb", f"hydra.sweep.dir={tmp_path}"]
+    swept = [
+        "-m",
+        *arguments,
+        "seed=0,1",
+        "trainer.max_steps=1",
+        "logger=wandb",
+        "logger.wandb.tags=[mine]",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
     assert program(*swept) == 0
     assert len(wandb.runs) == 2
     assert [code for _, code in wandb.ended] == [0, 0]
@@ -764,6 +772,8 @@ def test_members_of_a_sweep_have_runs_of_their_own_in_wandb(wandb, arguments, tm
     assert [wandb_run.given["id"] for wandb_run in wandb.runs] == names
     assert len(set(names)) == 2
     assert all(wandb_run.rows for wandb_run in wandb.runs)
+    assert [wandb_run.settings["seed"] for wandb_run in wandb.runs] == [0, 1]
+    assert [wandb_run.given["tags"] for wandb_run in wandb.runs] == [["mine"], ["mine"]]
     assert os.environ.get("WANDB_MODE") != "dryrun"
 
 

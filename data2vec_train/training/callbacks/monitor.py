@@ -10,6 +10,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -348,8 +349,26 @@ def tensorboard_logger(*, save_dir: str, step: int) -> Logger:
     return TensorBoardLogger(save_dir=save_dir, name="tensorboard", version="", **resumed)
 
 
-def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
+def wandb_logger(
+    *,
+    project: str,
+    entity: str | None = None,
+    name: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    save_dir: str,
+    step: int,
+) -> Logger:
     """A Weights & Biases logger; offline if there is no API key, so that it never prompts.
+
+    Args:
+        project: name of the project.
+        entity: user or team that owns it; None = the user's default.
+        name: name of the run; None = chosen by W&B.
+        group: name that several runs share.
+        tags: tags of the run.
+        save_dir: the run directory.
+        step: number of steps done before this start.
 
     A run that continues keeps its id, stored in `wandb_id` in the run directory; W&B ignores steps that it already has.
 
@@ -368,7 +387,17 @@ def wandb_logger(*, project: str, save_dir: str, step: int) -> Logger:
             identity = secrets.token_hex(4)
             replace_file(note, identity.encode())
     offline = "WANDB_API_KEY" not in os.environ
-    return WandbLogger(project=project, save_dir=save_dir, offline=offline, id=identity, resume="allow")
+    return WandbLogger(
+        project=project,
+        entity=entity,
+        name=name,
+        group=group,
+        tags=list(tags),
+        save_dir=save_dir,
+        offline=offline,
+        id=identity,
+        resume="allow",
+    )
 
 
 def loader_advice(*, workers: int, cores: int, on_device: bool | None) -> str:
