@@ -134,6 +134,10 @@ MISTAKES = {
     "callbacks.monitor.progress=fancy": "callbacks.monitor.progress: expected one of auto, bar, lines, none",
     "scheduler=tri_stage scheduler.final_factor=0": "scheduler.final_factor: expected a number above 0, got 0",
     "scheduler=tri_stage scheduler.hold_steps=9999": "scheduler.hold_steps: 9999, with scheduler.warmup_steps=",
+    "modality=sound modality.mel_bins=100": "100 bins cannot be cut into patches of 16 (modality.patch); the nearest "
+    "numbers that work are 96 and 112",
+    "modality=sound modality.max_seconds=0.1 modality.min_seconds=0.1": "10 frames are fewer than a patch has",
+    "modality=sound modality.crop=last": "modality.crop: expected one of 'random', 'first', got 'last'",
     "modality=audio modality.sample_rate_hz=0": "modality.sample_rate_hz: expected a whole number of at least 1, got 0",
     "modality=audio modality.min_seconds=30": "modality.min_seconds: 30 is more than modality.max_seconds",
     "modality=audio modality.encoder.position_groups=7": "7 groups cannot share the width 96 (size.dim); choose 6",

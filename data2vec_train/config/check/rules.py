@@ -206,7 +206,6 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "what": lambda: ("all", *keys_of("data2vec_train.benchmark.run", "MEASURES")),
     "against": lambda: ("all", *keys_of("data2vec_train.benchmark.peers", "PEERS")),
     "modalities": lambda: ("all", "audio", "text", "vision"),
-    "modality.crop": lambda: ("random", "first"),
     "step.objectives": lambda: ("data2vec", "data2vec2"),
     "encoder.modes": lambda: ("inference", "training"),
     "step.beside": lambda: ("fp32", "eager"),
@@ -351,6 +350,22 @@ def _patches_tile_the_image(cfg: DictConfig) -> str | None:
         f"modality.image_px: {wrong} pixels cannot be cut into patches of {patch} (modality.encoder.patch_px); "
         f"the nearest sizes that work are {' and '.join(map(str, near))}"
     )
+
+
+def _patches_tile_the_spectrogram(cfg: DictConfig) -> str | None:
+    bins, patch = _get(cfg, "modality.mel_bins"), _get(cfg, "modality.patch")
+    if bins is None or patch is None or bins < 1 or patch < 1:
+        return None
+    if bins % patch:
+        near = sorted({max(patch, bins // patch * patch), (bins // patch + 1) * patch})
+        return (
+            f"modality.mel_bins: {bins} bins cannot be cut into patches of {patch} (modality.patch); the nearest "
+            f"numbers that work are {' and '.join(map(str, near))}"
+        )
+    frames = _get(cfg, "modality.batching.max_length")
+    if frames is not None and frames < patch:
+        return f"modality.max_seconds: {frames} frames are fewer than a patch has (modality.patch={patch}); raise it"
+    return None
 
 
 def _a_visible_block_fits_the_image(cfg: DictConfig) -> str | None:
@@ -882,6 +897,7 @@ RULES: list[Rule] = [
     *_RANGES,
     _heads_divide_the_width,
     _patches_tile_the_image,
+    _patches_tile_the_spectrogram,
     _normalisation_fits_the_channels,
     _crops_are_shares,
     _a_visible_block_fits_the_image,
