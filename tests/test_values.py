@@ -53,15 +53,7 @@ SLOWLY = ("compile", "modality.encoder.activation", "attention.backend")
 GROUPS = ("objective", "attention", "precision", "strategy", "optimizer", "scheduler", "logger", "debug")
 # What is no setting of pretraining, or has a test of its own where the command is tested.
 ELSEWHERE = {"weights", "format", "pooling", "dtype", "probes", "what", "against", "modalities"}
-ELSEWHERE |= {
-    "modality.pages",
-    "modality.crop",
-    "step.objectives",
-    "encoder.modes",
-    "step.beside",
-    "backends.names",
-    "backends.bias",
-}
+ELSEWHERE |= {"modality.pages", "step.objectives", "encoder.modes", "step.beside", "backends.names", "backends.bias"}
 
 
 def values_of(setting):
