@@ -32,7 +32,9 @@ FINETUNED = [
 ]
 PRETRAINED = [recipe for recipe in RECIPES if recipe not in FINETUNED]
 # What a recipe needs besides data.path.
-NEEDS = dict.fromkeys(("audio/spoken_digits", "vision/cifar10"), ["data.test_source.path=elsewhere"])
+NEEDS = dict.fromkeys(
+    ("audio/spoken_digits", "sound/spoken_digits", "vision/cifar10"), ["data.test_source.path=elsewhere"]
+)
 
 
 def composed_recipe(composed, recipe: str) -> DictConfig:
