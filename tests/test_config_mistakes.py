@@ -162,7 +162,7 @@ MISTAKES = {
     "init_from=https://x/y.pt": "is an address; weights are only read from this machine",
     # the other commands
     FINETUNE + "freeze.encoder_steps=-1": "freeze.encoder_steps: expected a whole number of at least 0, got -1",
-    FINETUNE + "layer_decay.rate=2": "layer_decay.rate: expected a number from 0 to 1, got 2",
+    FINETUNE + "layer_decay.rate=2": "layer_decay.rate: expected a number above 0, at most 1, got 2",
     FINETUNE + "data.train_samples=0": "data.train_samples: expected a whole number of at least 1, got 0",
     FINETUNE + "data=stream": "data: a stream is only for pretraining",
     HEARD + "head.remove='('": "head.remove: '(' is no regular expression",

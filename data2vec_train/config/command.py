@@ -1,4 +1,4 @@
-"""The first thing that every command does: hear signals, before it imports anything that takes time."""
+"""The first step of every command: it listens to signals before the slow imports."""
 
 import atexit
 import contextlib
@@ -42,7 +42,7 @@ def console() -> None:
 
 
 def run_command(task: Callable[[Any], object], **options: Any) -> None:
-    """`config.main`, which imports Hydra: a second on a busy machine."""
+    """Runs `config.compose.main`, imported here because Hydra takes up to a second to import."""
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"data2vec-train {__version__}\n")
         return

@@ -62,7 +62,10 @@ def read(file: Path) -> Commented:
     root = yaml.compose(text, Loader=yaml.CSafeLoader)
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     settings = [
-        one for key, value in pairs if key.value not in ("defaults", "hydra") for one in _walk(key, value, lines)
+        setting
+        for key, value in pairs
+        if key.value not in ("defaults", "hydra")
+        for setting in _walk(key, value, lines)
     ]
     entries = next((value.value for key, value in pairs if key.value == "defaults"), [])
     return Commented(

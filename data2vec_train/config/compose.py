@@ -1,4 +1,4 @@
-"""From a command line to a running task: plugins, `build`, `main`.
+"""From a command line to a running task: `main`.
 
 Imports only hydra and omegaconf: a wrong command is answered before torch and lightning load, which takes ten seconds
 and more on a busy machine.
@@ -36,18 +36,6 @@ _BUGS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError,
 _BUGS += (OSError, RuntimeError, TypeError, ValueError)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plugins
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Objects
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str | None = None) -> None:
     """Runs `task` on what the command line describes: the whole of `python -m data2vec_train`.
 
@@ -73,7 +61,7 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
     try:
         load_plugins()
         _resume(args)
-        faults = [f"{one}: there is no such flag; settings have no dashes: {one.lstrip('-')}" for one in unknown]
+        faults = [f"{flag}: there is no such flag; settings have no dashes: {flag.lstrip('-')}" for flag in unknown]
         faults += _faults_of_command(args, config_name)
         if listener.received:  # Hydra turns what a signal handler raises into an error of its own, without a message
             raise Interrupted(listener.received)
@@ -84,10 +72,10 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         if args.help:
             sys.stdout.write(_help(args, config_name))
             sys.exit(0)
-        # Scripts add settings to those they have, so it is no fault; but it is worth a word.
+        # Not an error, because scripts append settings to others; a note says which one counts.
         if launch.rank() == 0:
-            sys.stderr.write("".join(f"note: {one}\n" for one in _said_twice(typed)))
-        if any(one.startswith("hydra/launcher=") for one in args.overrides):
+            sys.stderr.write("".join(f"note: {note}\n" for note in _said_twice(typed)))
+        if any(override.startswith("hydra/launcher=") for override in args.overrides):
             os.environ["DATA2VEC_LAUNCH"] = launch.name()  # its members run elsewhere and later, and have one directory
         guarded = _guard(task, statuses)
         guarded.__module__ = f"data2vec_train.{config_name}"  # after which hydra names the job, and so its log file
@@ -113,12 +101,15 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
 
 def _resume(args: argparse.Namespace) -> None:
     """`resume=DIR` stands for the command that made the run or the sweep in DIR; other settings add to it."""
-    value = next((one.partition("=")[2].strip("'\"") for one in args.overrides if one.startswith("resume=")), "auto")
+    value = next(
+        (override.partition("=")[2].strip("'\"") for override in args.overrides if override.startswith("resume=")),
+        "auto",
+    )
     if value in ("auto", "never", "changed"):
         return
     directory = Path(value).expanduser()
     runs, sweep = (directory / COMMAND, directory / ".hydra" / "overrides.yaml"), directory / "multirun.yaml"
-    run = next((one for one in runs if one.is_file()), None)
+    run = next((file for file in runs if file.is_file()), None)
     if run is not None:
         saved, place = _saved_overrides(run, read_yaml(run)), "hydra.run.dir"
     elif sweep.is_file():
@@ -126,8 +117,8 @@ def _resume(args: argparse.Namespace) -> None:
         args.multirun = True
     else:
         raise ConfigError(f"resume={value}: expected auto, never, changed, or the directory of a run or a sweep")
-    added = [one for one in args.overrides if not one.startswith("resume=")]
-    typed = {one.partition("=")[0].strip("+~ ") for one in added}
+    added = [override for override in args.overrides if not override.startswith("resume=")]
+    typed = {override.partition("=")[0].strip("+~ ") for override in added}
     faults = saved_faults(saved, typed, run)
     if (link := links_out(directory)) is not None:
         faults.append(
@@ -145,18 +136,18 @@ def _overrides_of_sweep(file: Path) -> list[str]:
         task, hydra = (_saved_overrides(file, overrides[name]) for name in ("task", "hydra"))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: it has no hydra.overrides; give the sweep's own command") from error
-    return [*task, *(one for one in hydra if not one.startswith(own))]
+    return [*task, *(override for override in hydra if not override.startswith(own))]
 
 
 def _saved_overrides(file: Path, found: object) -> list[str]:
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+    if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
         raise ConfigError(f"{file} is damaged: expected a list of settings; {HEAL}")
     return [with_current_setting(override) for override in found]
 
 
 def modality_of_weights(overrides: list[str], setting: str) -> list[str]:
     """`["modality=audio"]` when the command leaves the modality out and a file beside the weights says it."""
-    given = dict(one.partition("=")[::2] for one in overrides)
+    given = dict(override.partition("=")[::2] for override in overrides)
     if setting not in given or any(name.lstrip("+") in ("modality", "recipes") for name in given):
         return []
     path = Path(given[setting].strip("'\"")).expanduser()
@@ -176,8 +167,8 @@ _NAMED = r"(?m)^modality:\n(?:  .*\n)*?  name: (\w+)$"  # in the config.yaml of 
 
 def _said_twice(overrides: list[str]) -> list[str]:
     values: dict[str, list[str]] = {}
-    for one in overrides:
-        name, _, value = one.partition("=")
+    for override in overrides:
+        name, _, value = override.partition("=")
         values.setdefault(name.lstrip("+"), []).append(value)
     twice = {name: found for name, found in values.items() if name and len(set(found)) > 1}
     return [
@@ -188,9 +179,9 @@ def _said_twice(overrides: list[str]) -> list[str]:
 def _faults_of_command(args: argparse.Namespace, config_name: str) -> list[str]:
     directory = Path(args.config_path) if args.config_path else None
     extra = Path(args.config_dir) if args.config_dir else None
-    absent = [one for one in (directory, extra) if one is not None and not one.is_dir()]
+    absent = [folder for folder in (directory, extra) if folder is not None and not folder.is_dir()]
     if absent:
-        return [f"{one}: there is no such directory of configs" for one in absent]
+        return [f"{folder}: there is no such directory of configs" for folder in absent]
     return find_faults(
         [*args.overrides, *(["hydra.mode=MULTIRUN"] if args.multirun else [])],
         config_name=args.config_name or config_name,

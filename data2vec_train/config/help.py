@@ -33,7 +33,7 @@ def help_text(name: str, choices: Mapping[str, list[str]], folders: list[Path]) 
         parts.append("Groups, chosen with group=choice (default):\n" + "\n".join(groups))
     if recipes := suited_recipes(name, choices.get("recipes", [])):
         parts.append(_wrapped("Recipes, added with +recipes=NAME: ", ", ".join(recipes), indent=2))
-    own = [one for one in found.settings if one.default is not None and not is_program_text(one.path)]
+    own = [setting for setting in found.settings if setting.default is not None and not is_program_text(setting.path)]
     heading = f"Settings of {file.name}, changed with name=value; ??? has to be given:"
     parts.append("\n".join([heading, *map(_setting, own)]))
     parts.append(

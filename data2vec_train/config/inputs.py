@@ -1,4 +1,4 @@
-"""How inputs have to be prepared for weights that are in files: what the files say goes before the config."""
+"""How inputs are prepared for weights from files: what the files say overrides the config."""
 
 import itertools
 import logging
@@ -26,7 +26,7 @@ from data2vec_train.weights.sound import SpectrogramExtractor
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 16  # images, before anything is done with them
+LOOKED_AT = 16  # images that are checked before a run
 # The first one counts: a spectrogram is an image.
 MODALITIES = {"audio": WaveformEncoder, "text": TextEncoder, "sound": SpectrogramEncoder, "vision": VisionEncoder}
 
@@ -130,7 +130,7 @@ def for_images_of(model: PretrainedModel, image_px: int | Sequence[int], where: 
 
 def given_settings() -> set[str]:
     """Settings that the command line makes, itself or by a recipe."""
-    given = {one.partition("=")[0].lstrip("+~") for one in HydraConfig.get().overrides.task}
+    given = {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
     recipe = HydraConfig.get().runtime.choices.get("recipes")
     for source in HydraConfig.get().runtime.config_sources:
         path = Path(source.path, "recipes", f"{recipe}.yaml")
@@ -151,7 +151,7 @@ def _described(
     """The object of that kind that came with the weights; None if there is none."""
     if model.source is not None and is_described(model.source, kind.parts):
         return kind.from_pretrained(model.source)
-    found = next((one for one in model.preparation if isinstance(one, kind)), None)
+    found = next((prepared for prepared in model.preparation if isinstance(prepared, kind)), None)
     if found is None:
         log.warning("no preprocessor_config.json beside the weights: inputs are prepared as modality.* says")
     return found
@@ -199,15 +199,15 @@ def _text(model: PretrainedModel) -> dict[str, Any]:
 
 
 def look_at_images(cfg: DictConfig, source: Source | StreamingSource) -> None:
-    """Say in the log what is unusual about the first images of a composed config's data."""
+    """Log what is unusual about the first images of a config's data."""
     if cfg.modality.name != "vision":
         return
     if isinstance(source, Source):
         samples = []
         for row in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
-            with suppress(BadSample):  # the quarantine's to list
+            with suppress(BadSample):  # the quarantine lists it
                 samples.append(source[int(row)])
     else:
         samples = list(itertools.islice(source.first(), LOOKED_AT))
-    for remark in remarks_on([one.value for one in samples], build(cfg.modality.decode)):
+    for remark in remarks_on([sample.value for sample in samples], build(cfg.modality.decode)):
         log.warning("of %d images: %s", len(samples), remark)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 def isolated() -> Iterator[None]:
     """Inside, one member runs. What it changes for the whole process is set back, and its W&B run is finished.
 
-    So each member ends in the bits of a run of its own.
+    So each member gives the same bits as a run of its own.
     """
     restore = [_environment(), _random_numbers(), _logging(), _signals(), _torch()]
     with warnings.catch_warnings():
@@ -58,18 +58,20 @@ def _random_numbers() -> Callable[[], None]:
 
 def _logging() -> Callable[[], None]:
     raises = logging.raiseExceptions
-    levels = {name: one.level for name, one in _loggers()}
+    levels = {name: logger.level for name, logger in _loggers()}
 
     def undo() -> None:
         logging.raiseExceptions = raises
-        for name, one in _loggers():
-            one.setLevel(levels.get(name, logging.NOTSET))
+        for name, logger in _loggers():
+            logger.setLevel(levels.get(name, logging.NOTSET))
 
     return undo
 
 
 def _loggers() -> list[tuple[str, logging.Logger]]:
-    return [(name, one) for name, one in logging.root.manager.loggerDict.items() if isinstance(one, logging.Logger)]
+    return [
+        (name, logger) for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)
+    ]
 
 
 def _signals() -> Callable[[], None]:
@@ -88,7 +90,7 @@ def _signals() -> Callable[[], None]:
 
 
 def _torch() -> Callable[[], None]:
-    """What the trainer and the precision set for the whole process."""
+    """Settings of torch that the trainer and the precision change for the whole process."""
     import torch
 
     cudnn = torch.backends.cudnn

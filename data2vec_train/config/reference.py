@@ -95,15 +95,19 @@ class _Configs:
         found = self.files[file]
         group = file.rpartition("/")[0].replace("/", ".")
         prefix = "" if found.is_global or not group else f"{group}."
-        own = [dataclasses.replace(one, path=prefix + one.path) for one in found.settings]
+        own = [dataclasses.replace(setting, path=prefix + setting.path) for setting in found.settings]
         folder = file.rpartition("/")[0]
         bases = [f"{folder}/{base}" if folder else base for base in found.bases]
-        merged = {one.path: one for base in bases if folder and base in self.files for one in self.settings(base)}
-        for one in own:
-            before = merged.get(one.path)
-            merged[one.path] = dataclasses.replace(one, said=one.said or before.said) if before else one
+        merged = {
+            setting.path: setting for base in bases if folder and base in self.files for setting in self.settings(base)
+        }
+        for setting in own:
+            before = merged.get(setting.path)
+            merged[setting.path] = dataclasses.replace(setting, said=setting.said or before.said) if before else setting
         return [
-            one for one in merged.values() if one.path.rpartition(".")[2] == "_target_" or not is_program_text(one.path)
+            setting
+            for setting in merged.values()
+            if setting.path.rpartition(".")[2] == "_target_" or not is_program_text(setting.path)
         ]
 
     def line(self, file: str, setting: Setting) -> str:
@@ -115,7 +119,7 @@ class _Configs:
         if passed_on := _passed_on(setting):
             return f"follows `{passed_on}`"
         group = file.rpartition("/")[0]
-        others = sorted(self.by_path[setting.path], key=lambda one: one[0].rpartition("/")[0] != group)
+        others = sorted(self.by_path[setting.path], key=lambda place: place[0].rpartition("/")[0] != group)
         for other, there in others:
             if there.said:
                 return there.said
@@ -127,7 +131,10 @@ class _Configs:
     def kind(self, file: str, setting: Setting) -> str:
         """What a value may be."""
         default = setting.default or ""
-        text = rules.expected(setting.path) or self._annotated(file, setting.path, set()) or _kind_of(setting)
+        text, expected = self._annotated(file, setting.path, set()) or "", rules.expected(setting.path)
+        # A range is that of each number, where a list will do as well.
+        text = re.sub("a (whole )?number", expected, text) if expected and " or a list" in text else expected or text
+        text = text or _kind_of(setting)
         text = re.sub(r"\b(an?|or an?) ", lambda found: "or " if found[1][:2] == "or" else "", text).replace("'", "")
         if default.startswith("[") and "list" not in text and "text" not in text:
             text = f"list of items, each {text}"
@@ -138,12 +145,12 @@ class _Configs:
     def _annotated(self, file: str, path: str, seen: set[str]) -> str | None:
         """What a constructor says of the setting, or of one that has its value."""
         parent, _, name = path.rpartition(".")
-        targets = sorted(self.by_path.get(f"{parent}._target_", []), key=lambda one: one[0] != file)
+        targets = sorted(self.by_path.get(f"{parent}._target_", []), key=lambda place: place[0] != file)
         for _, target in targets:
             parameter = signature(find(target.default)).parameters.get(name)
             if parameter and (text := describe(parameter)):
                 return text
-        readers = sorted(self.readers.get(path, []), key=lambda one: one[0] != file)
+        readers = sorted(self.readers.get(path, []), key=lambda place: place[0] != file)
         for other, reader in readers:
             if reader.path not in seen and (text := self._annotated(other, reader.path, {*seen, reader.path})):
                 return text
@@ -188,7 +195,7 @@ def _verbs(configs: _Configs) -> Iterator[str]:
         for group, (chosen, said) in found.choices.items():
             if group.startswith("hydra/"):
                 continue
-            choices = [one for one in configs.choices(group) if one not in refused.get(group, ())]
+            choices = [choice for choice in configs.choices(group) if choice not in refused.get(group, ())]
             default = "" if chosen == "???" else f"`{chosen}`"
             rows.append([f"[{group}](#{group})", ", ".join(choices), default, said])
         if rows:
@@ -199,7 +206,7 @@ def _verbs(configs: _Configs) -> Iterator[str]:
 def _groups(configs: _Configs) -> Iterator[str]:
     folders = list(dict.fromkeys(file.rpartition("/")[0] for file in configs.files))
     order = list(dict.fromkeys(group for name in PRIMARY.values() for group in configs.files[name].choices))
-    groups = sorted((one for one in folders if one), key=lambda one: order.index(one) if one in order else len(order))
+    groups = sorted(filter(None, folders), key=lambda group: order.index(group) if group in order else len(order))
     for group in groups:
         yield f"### {group}\n"
         users = [verb for verb, name in PRIMARY.items() if group in configs.files[name].choices]
@@ -230,7 +237,7 @@ def _for(verbs: list[str]) -> str:
 
 def _alike(configs: _Configs, files: list[str]) -> bool:
     """Whether files have most of their settings in common."""
-    paths = [{one.path for one in configs.settings(file) if one.default is not None} for file in files]
+    paths = [{setting.path for setting in configs.settings(file) if setting.default is not None} for file in files]
     return bool(paths) and len(set.intersection(*paths)) >= _SHARED * len(set.union(*paths))
 
 

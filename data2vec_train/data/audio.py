@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.constraints import require
 from data2vec_train.data.files import open_file, version_of
 from data2vec_train.data.sources.files import BROKEN_ARCHIVE, RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
@@ -255,10 +256,7 @@ def prepare_audio(
     cache_dir: str | None,
 ) -> Source | StreamingSource:
     """Recordings cut into utterances of known length: `AudioSegments`, or `StreamedSegments` of a stream."""
-    if not 0 <= min_seconds <= segment_seconds:
-        raise ConfigError(
-            f"min_seconds={min_seconds} and segment_seconds={segment_seconds}; expected 0 <= min <= segment"
-        )
+    require(min_seconds=min_seconds, segment_seconds=segment_seconds)
     options = {"sample_rate_hz": sample_rate_hz, "min_seconds": min_seconds, "segment_seconds": segment_seconds}
     if isinstance(source, StreamingSource):
         return StreamedSegments(source, **options)

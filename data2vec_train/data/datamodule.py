@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data2vec_train.batch import Batch
+from data2vec_train.constraints import require
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
 from data2vec_train.data.loading import Loader, available_workers
@@ -183,8 +184,7 @@ class DataModule(ResumableData):
         split: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(changed_steps=changed_steps)
-        if not 0 <= held_out_fraction < 1:
-            raise ConfigError(f"data.held_out_fraction must lie in [0, 1), got {held_out_fraction}")
+        require(held_out_fraction=held_out_fraction)
         self.source = source
         self.decode = decode
         self.transform = transform

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from data2vec_train.constraints import require
 from data2vec_train.data.seeding import generator
-from data2vec_train.errors import ConfigError
 
 
 class Key(NamedTuple):
@@ -85,13 +85,7 @@ class LengthBatching:
     fill: bool = False
 
     def __post_init__(self) -> None:
-        if self.budget < self.max_length:
-            raise ConfigError(
-                f"a batch of {self.budget} cannot hold the longest sample, {self.max_length}; raise the batch's budget "
-                "or lower the longest length"
-            )
-        if not 0 < self.max_waste < 1:
-            raise ConfigError(f"max_waste is a share between 0 and 1, got {self.max_waste}")
+        require(budget=self.budget, max_length=self.max_length, max_waste=self.max_waste)
 
     @cached_property
     def edges(self) -> np.ndarray:

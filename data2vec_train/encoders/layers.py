@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data2vec_train.constraints import require
 from data2vec_train.errors import ConfigError
 
 _GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -34,8 +35,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop_path is a probability in [0, 1), got {rate}")
+        require(drop_path=rate)
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, TargetLayer
 from data2vec_train.encoders.positions import sincos_grid
 from data2vec_train.encoders.transformer import ForwardContext
@@ -56,6 +57,7 @@ class SpectrogramEncoder(VisionEncoder):
         ValueError: sizes that cannot be built, such as patches that do not tile the mel bins.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -78,10 +80,6 @@ class SpectrogramEncoder(VisionEncoder):
         activation_checkpointing: bool,
         attention: str,
     ) -> None:
-        if mel_bins % patch:
-            raise ValueError(f"patches of {patch} mel bins do not tile {mel_bins}")
-        if max_frames < patch:
-            raise ValueError(f"max_frames={max_frames}: a patch has {patch} frames")
         super().__init__(
             image_px=[max_frames // patch * patch, mel_bins],
             patch_px=patch,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_bert
 from data2vec_train.encoders.transformer import ForwardContext, Transformer
@@ -87,6 +88,7 @@ class TextEncoder(ModalityEncoder):
         ValueError: sizes that do not fit together.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -111,8 +113,6 @@ class TextEncoder(ModalityEncoder):
         cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= prenet_depth < depth:
-            raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
         if not 0 <= pad_id < vocab_size:
             raise ValueError(f"pad_id={pad_id} is not among the {vocab_size} token ids")
         self.max_tokens = max_tokens

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias, attention, attention_weights, check_backend, dense, fastest
 from data2vec_train.encoders.base import TargetLayer
 from data2vec_train.encoders.layers import DropPath, activation_of
@@ -72,12 +73,9 @@ class ForwardContext:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused projection; rows of `qkv` are q, then k, then v."""
 
+    @checked
     def __init__(self, *, dim: int, num_heads: int, qkv_bias: QKVBias, attention_dropout: float, block: int) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"the width must be a multiple of the number of heads, got {dim} and {num_heads}")
-        if qkv_bias not in ("qkv", "qv", "none"):
-            raise ValueError(f"qkv_bias is 'qkv', 'qv' or 'none', got {qkv_bias!r}")
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.block = block
@@ -256,6 +254,7 @@ class Transformer(nn.Module):
         layer_seed: seed that alone decides which blocks are skipped; None = draw from torch's generator.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -278,10 +277,6 @@ class Transformer(nn.Module):
         cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"a transformer needs at least one block, got depth={depth}")
-        if not 0.0 <= layer_drop < 1.0:
-            raise ValueError(f"layer_drop is a probability in [0, 1), got {layer_drop}")
         self.backend = check_backend(backend)
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout

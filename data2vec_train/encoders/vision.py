@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
@@ -83,6 +84,7 @@ class VisionEncoder(ModalityEncoder):
 
     no_decay = frozenset({"class_token"})
 
+    @checked
     def __init__(
         self,
         *,
@@ -114,17 +116,6 @@ class VisionEncoder(ModalityEncoder):
     ) -> None:
         super().__init__()
         height, width = (image_px, image_px) if isinstance(image_px, int) else image_px
-        if height % patch_px or width % patch_px:
-            raise ValueError(f"patches of {patch_px} px do not tile an image of {height} x {width} px")
-        for name, value, allowed in (
-            ("positions", positions, ("sincos", "learned", "none")),
-            ("relative_bias", relative_bias, ("shared", "per_layer", "both", "none")),
-            ("init", init, ("bert", "beit")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not 0 <= prenet_depth < depth:
-            raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
         self.dim = dim
         self.depth = depth
         self.prenet_depth = prenet_depth

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.batch import Masks
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias
 from data2vec_train.encoders.base import (
     EncoderOutput,
@@ -202,6 +203,7 @@ class WaveformEncoder(ModalityEncoder):
 
     no_decay = frozenset({"alibi.scale"})
 
+    @checked
     def __init__(
         self,
         *,
@@ -237,19 +239,6 @@ class WaveformEncoder(ModalityEncoder):
     ) -> None:
         super().__init__()
         widths = [conv_dim] * len(conv_kernel) if isinstance(conv_dim, int) else list(conv_dim)
-        if not len(widths) == len(conv_kernel) == len(conv_stride) > 0:
-            raise ValueError(
-                "conv_dim, conv_kernel and conv_stride describe the same layers, "
-                f"got {len(widths)}, {len(conv_kernel)} and {len(conv_stride)} of them"
-            )
-        if alibi not in ("none", "shared", "per_layer"):
-            raise ValueError(f"alibi must be one of none, shared, per_layer, got {alibi!r}")
-        if not 0 <= prenet_depth < depth:
-            raise ValueError(f"prenet_depth must leave at least one of {depth} blocks, got {prenet_depth}")
-        if dim % position_groups:
-            raise ValueError(f"position_groups={position_groups} must divide the width {dim}")
-        if embed_gradient < 0:
-            raise ValueError(f"embed_gradient is a factor, got {embed_gradient}")
         self.embed_gradient = embed_gradient
         self.channels = channels
         self.dim = dim

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.constraints import require
 from data2vec_train.data.dataset import random_crop
 from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.errors import BadSample, ConfigError, DataError
@@ -60,9 +61,7 @@ class SpecAugment:
     channel_span: float
 
     def __post_init__(self) -> None:
-        for name in ("time_fraction", "channel_fraction", "channel_span"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"head.masks.{name}={getattr(self, name)}: expected at least 0 and less than 1")
+        require(**vars(self))
 
     def frames(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """(count,) bool, True = masked."""

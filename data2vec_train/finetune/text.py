@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.constraints import checked, require
 from data2vec_train.data.files import read_file
 from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.data.text import decode_text, is_table
-from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.errors import BadSample, DataError
 from data2vec_train.finetune.base import NO_LABEL, Examples, HeadTask, Inputs, Meter, Scores, padded
 from data2vec_train.finetune.metrics import (
     answer_scores,
@@ -93,6 +94,7 @@ class SequenceClassification(TextTask):
 
     model_class = "Data2VecTextForSequenceClassification"
 
+    @checked
     def __init__(
         self,
         *,
@@ -104,17 +106,6 @@ class SequenceClassification(TextTask):
         max_tokens: int | None,
     ) -> None:
         super().__init__(inputs=inputs, max_tokens=max_tokens)
-        if not 1 <= len(text_columns) <= 2:
-            raise ConfigError(f"head.text_columns: expected one column or two, got {list(text_columns)}")
-        if problem not in _PROBLEM_TYPES:
-            raise ConfigError(f"head.problem={problem!r}: expected one of {', '.join(_PROBLEM_TYPES)}")
-        known = {
-            "classification": ("accuracy", "f1", "matthews"),
-            "regression": ("pearson", "spearman"),
-            "multi_label": ("f1", "accuracy"),
-        }[problem]
-        if metric not in known:
-            raise ConfigError(f"head.metric={metric}: head.problem={problem} needs one of {', '.join(known)}")
         self.text_columns = list(text_columns)
         self.problem = problem
         self.label_column = label_column or "label"
@@ -651,8 +642,7 @@ class MaskedLM(LanguageTask):
 
     def __init__(self, *, hidden_fraction: float, inputs: Inputs, max_tokens: int | None) -> None:
         super().__init__(inputs=inputs, max_tokens=max_tokens)
-        if not 0 < hidden_fraction < 1:
-            raise ConfigError(f"head.hidden_fraction={hidden_fraction}: expected a fraction between 0 and 1")
+        require(hidden_fraction=hidden_fraction)
         self.hidden_fraction = hidden_fraction
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:

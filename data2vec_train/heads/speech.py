@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data2vec_train.constraints import require
+
 
 class CTCHead(nn.Module):
     """Dropout, linear: features -> logits of symbols, (B, T, V)."""
@@ -102,11 +104,7 @@ class XVectorHead(nn.Module):
         num_labels: int,
     ) -> None:
         super().__init__()
-        if not len(tdnn_dim) == len(tdnn_kernel) == len(tdnn_dilation) > 0:
-            raise ValueError(
-                "tdnn_dim, tdnn_kernel and tdnn_dilation describe the same layers, "
-                f"got {len(tdnn_dim)}, {len(tdnn_kernel)} and {len(tdnn_dilation)} of them"
-            )
+        require(tdnn_dim=tdnn_dim, tdnn_kernel=tdnn_kernel, tdnn_dilation=tdnn_dilation)
         self.projector = nn.Linear(dim, tdnn_dim[0])
         widths = [tdnn_dim[0], *tdnn_dim]
         self.tdnn = nn.ModuleList(

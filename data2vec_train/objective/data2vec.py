@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.batch import Batch
+from data2vec_train.constraints import checked, require
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, repeat_per_mask
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.decoders import Decoder
@@ -71,6 +72,7 @@ class Data2Vec(nn.Module):
         ConfigError: parts that do not work together.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -89,15 +91,9 @@ class Data2Vec(nn.Module):
         copied: list[str],
     ) -> None:
         super().__init__()
-        if mask_mode not in ("replace", "drop", "corrupt"):
-            raise ConfigError(f"mask_mode is replace, drop or corrupt, got {mask_mode!r}")
-        if mask_mode == "drop" and not decoder.restores_dropped:
-            raise ConfigError(f"mask_mode=drop needs a convolutional decoder; {type(decoder).__name__} fills no gaps")
-        if targets.top_k_layers > encoder.depth - encoder.prenet_depth:
-            raise ConfigError(
-                f"targets.top_k_layers={targets.top_k_layers}, but only {encoder.depth - encoder.prenet_depth} of the "
-                f"encoder's {encoder.depth} blocks can serve as targets"
-            )
+        fills_gaps = decoder.restores_dropped
+        require(mask_mode=mask_mode, decoder=type(decoder).__name__, restores_dropped=fills_gaps)
+        require(top_k_layers=targets.top_k_layers, depth=encoder.depth, prenet_depth=encoder.prenet_depth)
         if class_token_weight and not encoder.num_prefix_tokens:
             raise ConfigError("class_token_weight is not 0, but the encoder has no class token")
         self.student = encoder

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from data2vec_train.constraints import checked
 from data2vec_train.objective.grid import grid_of
 
 
@@ -41,8 +42,9 @@ class BlockMasker(Masker):
 
     constant_count = False
 
+    @checked
     def __init__(self, *, hidden_fraction: float, min_block_fraction: float, min_aspect: float) -> None:
-        self.hidden_fraction = _checked_fraction(hidden_fraction)
+        self.hidden_fraction = hidden_fraction
         self.min_block_fraction = min_block_fraction
         self.log_aspect = (np.log(min_aspect), np.log(1 / min_aspect))
 
@@ -93,8 +95,9 @@ class InverseBlockMasker(Masker):
 
     constant_count = True
 
+    @checked
     def __init__(self, *, hidden_fraction: float, adjust_fraction: float, block_patches: int) -> None:
-        self.hidden_fraction = _checked_fraction(hidden_fraction)
+        self.hidden_fraction = hidden_fraction
         self.adjust_fraction = adjust_fraction
         self.block_patches = block_patches
 
@@ -115,8 +118,9 @@ class RandomMasker(Masker):
 
     constant_count = True
 
+    @checked
     def __init__(self, *, hidden_fraction: float) -> None:
-        self.hidden_fraction = _checked_fraction(hidden_fraction)
+        self.hidden_fraction = hidden_fraction
 
     def __call__(self, num_tokens: int, grid: tuple[int | None, int] | None, rng: np.random.Generator) -> np.ndarray:
         """One mask, (T,) bool, True = hidden."""
@@ -153,6 +157,7 @@ class SpanMasker(Masker):
 
     constant_count = False
 
+    @checked
     def __init__(
         self,
         *,
@@ -162,15 +167,6 @@ class SpanMasker(Masker):
         starts: Literal["inside", "anywhere"],
         equalise_by: Literal["fraction", "count", "none"],
     ) -> None:
-        if nominal_fraction <= 0 or span_tokens < 1 or min_spans < 0:
-            raise ValueError(
-                "nominal_fraction and span_tokens must be positive and min_spans not negative, got "
-                f"{nominal_fraction}, {span_tokens} and {min_spans}"
-            )
-        if starts not in ("inside", "anywhere"):
-            raise ValueError(f"starts is 'inside' or 'anywhere', got {starts!r}")
-        if equalise_by not in ("fraction", "count", "none"):
-            raise ValueError(f"equalise_by is 'fraction', 'count' or 'none', got {equalise_by!r}")
         self.nominal_fraction = nominal_fraction
         self.span_tokens = span_tokens
         self.min_spans = min_spans
@@ -219,10 +215,9 @@ class Block1dMasker(Masker):
 
     constant_count = True
 
+    @checked
     def __init__(self, *, hidden_fraction: float, adjust_fraction: float, span_tokens: int) -> None:
-        if span_tokens < 1:
-            raise ValueError(f"span_tokens must be positive, got {span_tokens}")
-        self.hidden_fraction = _checked_fraction(hidden_fraction)
+        self.hidden_fraction = hidden_fraction
         self.adjust_fraction = adjust_fraction
         self.span_tokens = span_tokens
 
@@ -254,6 +249,7 @@ class TokenCorruption:
         ValueError: negative shares, shares that sum to 1 or more, or ids outside the vocabulary.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -263,11 +259,6 @@ class TokenCorruption:
         random_fraction: float,
         keep_fraction: float,
     ) -> None:
-        if random_fraction < 0 or keep_fraction < 0 or random_fraction + keep_fraction >= 1:
-            raise ValueError(
-                "random_fraction and keep_fraction are shares that leave something to the mask token, got "
-                f"{random_fraction} and {keep_fraction}"
-            )
         special = {mask_id, *special_ids}
         if not all(0 <= token_id < vocab_size for token_id in special):
             raise ValueError(f"the special ids {sorted(special)} do not lie in a vocabulary of {vocab_size}")
@@ -325,12 +316,6 @@ def _neither_all_nor_nothing(hidden: np.ndarray, rng: np.random.Generator) -> np
 def _check_length(num_tokens: int) -> None:
     if num_tokens < 2:
         raise ValueError(f"a mask needs at least 2 tokens, one hidden and one visible, got {num_tokens}")
-
-
-def _checked_fraction(fraction: float) -> float:
-    if not 0 < fraction < 1:
-        raise ValueError(f"hidden_fraction must lie between 0 and 1, got {fraction}")
-    return fraction
 
 
 def _checked_grid(num_tokens: int, grid: tuple[int | None, int] | None, masker: Masker) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import TargetLayer
 
 Norm = Literal["instance", "layer", "batch"]
@@ -34,6 +35,7 @@ class TargetBuilder:
         ValueError: unknown target layer or norm, or K below 1.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -43,13 +45,6 @@ class TargetBuilder:
         mean_norms: Sequence[Norm],
         reference_padding: bool,
     ) -> None:
-        if target_layer not in ("ffn", "block"):
-            raise ValueError(f"target_layer is 'ffn' or 'block', got {target_layer!r}")
-        if top_k_layers < 1:
-            raise ValueError(f"top_k_layers must be at least 1, got {top_k_layers}")
-        for norm in (*layer_norms, *mean_norms):
-            if norm not in ("instance", "layer", "batch"):
-                raise ValueError(f"a target norm is 'instance', 'layer' or 'batch', got {norm!r}")
         self.target_layer: TargetLayer = target_layer
         self.top_k_layers = top_k_layers
         self.layer_norms = tuple(layer_norms)

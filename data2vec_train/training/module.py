@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data2vec_train.batch import Batch
+from data2vec_train.constraints import require
 from data2vec_train.data.seeding import torch_seed
 from data2vec_train.encoders.base import EncoderOutput
 from data2vec_train.encoders.transformer import Transformer
-from data2vec_train.errors import ConfigError
 from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, relative_std, std_over_rows
 from data2vec_train.training.distributed import shard
 from data2vec_train.training.optim import Schedule, set_lr
@@ -139,8 +139,7 @@ class TrainingModule(L.LightningModule):
         Raises:
             ConfigError: the clipping is not by norm.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ConfigError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: only 'norm' is supported")
+        require(gradient_clip_algorithm=gradient_clip_algorithm)
         norm = torch.nn.utils.get_total_norm(gradients(optimizer))
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if gradient_clip_val:

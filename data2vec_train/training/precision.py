@@ -12,7 +12,6 @@ auto                bf16-mixed where the hardware multiplies bfloat16 fast, else
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import Optimizer
 
+from data2vec_train.constraints import require
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.errors import ConfigError
@@ -62,22 +62,13 @@ def choose_precision(wanted: str, device: str) -> str:
         chosen = "bf16-mixed" if fast else "32-true"
         log.info("precision: %s, chosen by auto (%s)", chosen, reason)
         return chosen
-    if wanted in ("16-mixed", "32-tf32", "fp8-mixed") and device != "cuda":
-        raise ConfigError(
-            f"precision.trainer={wanted} needs an NVIDIA GPU, and this run is on {device}; choose precision=auto or "
-            "precision=fp32"
-        )
     least = {"32-tf32": BF16_CAPABILITY, "fp8-mixed": FP8_CAPABILITY}.get(wanted)
-    if least is not None and _capability() < least:
+    if least is not None and device == "cuda" and _capability() < least:
         raise ConfigError(
             f"precision.trainer={wanted} needs compute capability {_dotted(least)}, and this GPU has "
             f"{_dotted(_capability())}; choose precision=auto, fp16 or fp32"
         )
-    if wanted == "fp8-mixed" and find_spec("torchao") is None:
-        raise ConfigError(
-            "precision.trainer=fp8-mixed needs the package torchao: pip install 'data2vec-train[fp8]'; or choose "
-            "precision=bf16"
-        )
+    require(precision=wanted, device=device)
     if wanted.startswith("bf16"):
         fast, reason = _multiplies_bfloat16_fast(device)
         if not fast:

@@ -486,7 +486,7 @@ def test_a_source_whose_labels_are_all_missing_trains_without_probes(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_data_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"held_out_fraction must lie in \[0, 1\), got 1"):
+    with pytest.raises(ConfigError, match=r"held_out_fraction: expected a number from 0 to below 1, got 1"):
         data_module(tmp_path, Numbers(20, labelled=True), held_out_fraction=1)
     with pytest.raises(ConfigError, match="test_source has no labels"):
         data_module(tmp_path, Numbers(20, labelled=True), test_source=Numbers(7))

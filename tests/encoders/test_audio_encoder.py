@@ -146,10 +146,10 @@ def test_layer_drop_skips_whole_blocks_in_training_only():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"conv_stride": [5, 2]}, "describe the same layers"),
-        ({"alibi": "sometimes"}, "alibi must be one of"),
+        ({"conv_stride": [5, 2]}, "layers, and conv_stride has 2"),
+        ({"alibi": "sometimes"}, "alibi: expected one of"),
         ({"prenet_depth": 3}, "prenet_depth"),
-        ({"position_groups": 5}, "must divide the width"),
+        ({"position_groups": 5}, "5 groups cannot share the width"),
         ({"layer_drop": 1.0}, "layer_drop"),
     ],
 )

@@ -100,8 +100,8 @@ def test_dropped_tokens_take_their_positions_with_them():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mel_bins": 36}, "do not tile 36"),
-        ({"max_frames": 7}, "a patch has 8 frames"),
+        ({"mel_bins": 36}, "36 bins cannot be cut into patches of 8"),
+        ({"max_frames": 7}, "7 frames are fewer than a patch has"),
         ({"dim": 22}, "divisible by 4"),
     ],
 )

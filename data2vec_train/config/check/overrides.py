@@ -1,8 +1,9 @@
 """Every fault of a command line at once, in about a second: names, choices, values, arguments and rules between them.
 
-Imports only hydra and omegaconf. What a config names (`_target_`) is read and never imported, see `signatures`.
+Imports only hydra and omegaconf. What a config names (`_target_`) is read and never imported, see `schema`.
 """
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -25,10 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
+from data2vec_train import constraints
 from data2vec_train.config.check.rules import (
     MACHINE_RULES,
     REFUSED_CHOICES,
     RULES,
+    TOGETHER,
     WRITING_RULES,
     choices_suit_the_modality,
     has_names,
@@ -52,9 +55,7 @@ from data2vec_train.system.compat import private
 from data2vec_train.system.moved import SETTINGS, current
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError)
-MAX_MEMBERS_CHECKED = (
-    32  # of a sweep, before it starts, and one for each combination of files; the others in their turn
-)
+MAX_MEMBERS_CHECKED = 32  # of a sweep before it starts, and one for each combination of files; the others in turn
 
 _MAY_BE_LEFT_OUT = ("debug", "sample", "supervised", "pieces", "recipes")  # groups; the others are read by the program
 _TAKES_SEVERAL = ("logger", "recipes", "debug")
@@ -140,9 +141,11 @@ def find_faults(
             )
             # What only follows from a line that was left out is not a fault of its own.
             faults += [
-                one
-                for one in more
-                if not any(f": {name} is not set" in one or one.startswith((f"{name}.", f"{name}:")) for name in wrong)
+                fault
+                for fault in more
+                if not any(
+                    f": {name} is not set" in fault or fault.startswith((f"{name}.", f"{name}:")) for name in wrong
+                )
             ]
     return list(dict.fromkeys(faults))
 
@@ -167,9 +170,9 @@ def _search_path(overrides: list[str], folders: list[Path], name: str) -> list[s
     """Where a command, or else its primary config, wants configs to be looked for."""
     try:
         if overrides:
-            return [str(one) for one in OverridesParser.create().parse_overrides(overrides[:1])[0].value() or []]
+            return [str(entry) for entry in OverridesParser.create().parse_overrides(overrides[:1])[0].value() or []]
         found = [OmegaConf.select(cfg, "hydra.searchpath") for cfg in _primary_configs(folders, name)]
-        return [str(one) for entries in found if isinstance(entries, ListConfig) for one in entries]
+        return [str(entry) for entries in found if isinstance(entries, ListConfig) for entry in entries]
     except (*_COMPOSE_ERRORS, TypeError):
         return []  # said when it is composed
 
@@ -211,8 +214,10 @@ class _Configs:
         self.options = functools.cache(self._options)
         self.compose = functools.cache(self._compose)
         # Those of all commands, and those of this one. Where recipes lie there may be other folders, without configs.
-        self.groups = [one.name for folder in folders if folder.is_dir() for one in folder.iterdir() if one.is_dir()]
-        entries = [one for cfg in _primary_configs(folders, name) for one in cfg.get("defaults") or []]
+        self.groups = [
+            entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()
+        ]
+        entries = [entry for cfg in _primary_configs(folders, name) for entry in cfg.get("defaults") or []]
         keys = [str(key).split()[-1] for entry in entries if isinstance(entry, DictConfig) for key in entry]
         self.own_groups = [key for key in keys if key in self.groups] if keys else self.groups
 
@@ -268,7 +273,7 @@ def _read(line: str, configs: _Configs, multirun: bool | None) -> tuple[list[Ove
 def _values(override: Override, configs: _Configs) -> list[Override]:
     if not override.is_sweep_override():
         return [override]
-    if override.value_type == ValueType.INTERVAL_SWEEP:  # its values are the sweeper's business
+    if override.value_type == ValueType.INTERVAL_SWEEP:  # the sweeper draws its values
         return []
     texts = override.sweep_string_iterator()
     return configs.parser.parse_overrides([f"{override.get_key_element()}={text}" for text in texts])
@@ -315,11 +320,12 @@ def _wrong_choices(override: Override, configs: _Configs) -> list[str]:
         return [f"{line}: {_command(configs)} has no {group}; it has {', '.join(dict.fromkeys(configs.own_groups))}"]
     if isinstance(value, list) and group in configs.own_groups and group not in _TAKES_SEVERAL:
         return [f"{line}: {group} takes one choice; for several runs write -m {group}={','.join(map(str, value))}"]
+    what = "recipe" if group == "recipes" else group
     return [
-        f"{override.get_key_element()}={one}: there is no {'recipe' if group == 'recipes' else group} called '{one}'"
-        f"{did_you_mean(_ELSEWHERE.get(str(one), str(one)), options)} Choices: {_some(options, str(one))}"
-        for one in (value if isinstance(value, list) else [value])
-        if str(one) not in options
+        f"{override.get_key_element()}={choice}: there is no {what} called '{choice}'"
+        f"{did_you_mean(_ELSEWHERE.get(str(choice), str(choice)), options)} Choices: {_some(options, str(choice))}"
+        for choice in (value if isinstance(value, list) else [value])
+        if str(choice) not in options
     ]
 
 
@@ -340,13 +346,13 @@ def _faults_of_members(variants: list[list[Override]], configs: _Configs, *, on_
     members = list(itertools.islice(itertools.product(*variants), MAX_MEMBERS_CHECKED))
     # One more for each combination of files: what a file says about Hydra counts before a member can be checked.
     plain = [values if configs.is_choice(values[0]) else values[:1] for values in variants]
-    seen = {tuple(one.input_line for one in member if configs.is_choice(one)) for member in members}
+    seen = {tuple(override.input_line for override in member if configs.is_choice(override)) for member in members}
     for member in itertools.product(*plain) if len(members) == MAX_MEMBERS_CHECKED else ():
-        if tuple(one.input_line for one in member if configs.is_choice(one)) not in seen:
+        if tuple(override.input_line for override in member if configs.is_choice(override)) not in seen:
             members.append(member)
     found: dict[str, list[str]] = {}
     for member in members:
-        swept = [one.input_line for one, values in zip(member, variants, strict=True) if len(values) > 1]
+        swept = [override.input_line for override, values in zip(member, variants, strict=True) if len(values) > 1]
         for fault in _faults_of_member(member, configs, on_this_machine=on_this_machine):
             found.setdefault(fault, []).append(" ".join(swept))
     return [
@@ -357,11 +363,11 @@ def _faults_of_members(variants: list[list[Override]], configs: _Configs, *, on_
 
 def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_this_machine: bool) -> list[str]:
     faults: list[str] = []
-    choices = [one for one in member if configs.is_choice(one)]
+    choices = [override for override in member if configs.is_choice(override)]
     guessed: list[str] = []  # groups that have to be chosen and are not; any choice will do to look at the rest
-    while isinstance(base := configs.compose(tuple(one.input_line for one in choices)), Exception):
+    while isinstance(base := configs.compose(tuple(choice.input_line for choice in choices)), Exception):
         asked = re.match(r"You must specify '(\w+)'", str(base))
-        culprit = None if asked else next((one for one in choices if _is_about(base, one)), None)
+        culprit = None if asked else next((choice for choice in choices if _is_about(base, choice)), None)
         faults.append(_choice_fault(culprit, base, configs) if culprit else f"{configs.name}: {_one_line(base)}")
         if asked and asked[1] not in guessed:
             guessed.append(asked[1])
@@ -373,7 +379,7 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
     cfg = copy.deepcopy(base)
     retyped: dict[str, str] = {}
     wrong: list[Override] = []
-    for override in (one for one in member if not configs.is_choice(one)):
+    for override in (override for override in member if not configs.is_choice(override)):
         key = override.key_or_group
         if key.split(".")[0] in guessed:
             continue
@@ -389,17 +395,17 @@ def _faults_of_member(member: tuple[Override, ...], configs: _Configs, *, on_thi
     if guessed:
         absent = weights_can_be_read(cfg)  # which would have said the modality
         return faults if absent is None else [*faults, absent]
-    said = [one.input_line for one in member if one not in wrong]
+    said = [override.input_line for override in member if override not in wrong]
     cfg.hydra.overrides.hydra = [line for line in said if _is_hydras(line)]
     cfg.hydra.overrides.task = [line for line in said if not _is_hydras(line)]
     cfg.hydra.job.config_name = configs.name
     shown = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
-    unread = {} if any(" no setting called " in one for one in faults) else _unread_settings(cfg, configs, said)
+    unread = {} if any(" no setting called " in fault for fault in faults) else _unread_settings(cfg, configs, said)
     try:
         more = _inspect(cfg, retyped, on_this_machine=on_this_machine)
         below = tuple(f"{path}." for path in unread)
-        return [*faults, *unread.values(), *(one for one in more if not one.startswith(below))]
+        return [*faults, *unread.values(), *(fault for fault in more if not fault.startswith(below))]
     finally:
         HydraConfig.instance().cfg = shown
 
@@ -443,11 +449,13 @@ def _unread_fault(override: Override, base: DictConfig) -> str | None:
 def _unread_settings(cfg: DictConfig, configs: _Configs, said: list[str]) -> dict[str, str]:
     """Path -> sentence for what a file of configs or the command adds and nobody reads: misspelt, as a rule."""
     chosen = cfg.hydra.runtime.choices.items()
-    choices = [f"{group}={one}" for group, one in chosen if group in configs.own_groups and isinstance(one, str)]
+    choices = [
+        f"{group}={choice}" for group, choice in chosen if group in configs.own_groups and isinstance(choice, str)
+    ]
     plainest = configs.compose(tuple(choices))  # the same groups, and nothing on top
     if isinstance(plainest, Exception) or "name" not in cfg.get("modality", {"name": 0}):
         return {}
-    known, tree = (_plain(one) for one in (plainest, cfg))
+    known, tree = (_plain(part) for part in (plainest, cfg))
     values = " ".join(str(value) for _, value in nodes_of(tree) if isinstance(value, str))
     lines = {line.partition("=")[0].lstrip("+"): line for line in said}
     faults = {}
@@ -551,7 +559,7 @@ def _did_you_mean_setting(cfg: DictConfig, key: str) -> str:
     if isinstance(inside, DictConfig) and not inside:
         return f"; {parent} is empty, add it with a plus: +{key}=..."
     where, inside = (parent, inside) if parent and isinstance(inside, DictConfig) else ("the config", cfg)
-    return f"; {where} has {', '.join(str(one) for one in inside if str(one) != 'hydra')}"
+    return f"; {where} has {', '.join(str(key) for key in inside if str(key) != 'hydra')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,7 +586,8 @@ def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool)
             faults["hydra"] = f"hydra: {_one_line(error)}"
     about_machine = WRITING_RULES if plans_only(cfg) else MACHINE_RULES
     rules = [*RULES, *(about_machine if on_this_machine else [])]
-    broken = [fault for rule in rules if (fault := rule(cfg)) and fault.partition(":")[0] not in faults]
+    said = [*walk.broken_constraints(), *(fault for rule in rules for fault in rule(cfg))]
+    broken = [fault for fault in said if fault.partition(":")[0] not in faults]
     # One sentence for each setting; the first rule has the narrower view.
     first = {fault.partition(":")[0]: fault for fault in reversed(broken)}
     if misfit := choices_suit_the_modality(cfg):  # whose settings then fit nothing
@@ -591,7 +600,9 @@ def _inspect(cfg: DictConfig, retyped: dict[str, str], *, on_this_machine: bool)
 def _foreign_faults(cfg: DictConfig, plain: dict) -> dict[str, str]:
     """What a file of configs sets and only the command line may: Hydra's own part, and places to write."""
     said = _plain(cfg.hydra.overrides)
-    choices = {name: one for name, one in cfg.hydra.runtime.choices.items() if name.startswith("hydra/") and one}
+    choices = {
+        name: choice for name, choice in cfg.hydra.runtime.choices.items() if name.startswith("hydra/") and choice
+    }
     own = _own_hydra(config_directory(), cfg.hydra.job.config_name, tuple(said["hydra"]), tuple(choices.items()))
     typed = {line.partition("=")[0].lstrip("+") for line in said["task"]}
     tree = {key: value for key, value in plain.items() if key != "hydra"}
@@ -629,7 +640,7 @@ def _own_hydra(
 _NEVER_TYPED = ("hydra/", "hydra.searchpath", "hydra.job_logging", "hydra.hydra_logging")
 
 
-def _plain(node: DictConfig, *, resolve: bool = False) -> dict:
+def _plain(node: DictConfig | ListConfig, *, resolve: bool = False) -> dict | list:
     return OmegaConf.to_container(node, resolve=resolve)
 
 
@@ -646,12 +657,21 @@ def _first_causes(derived: list[tuple[str, str, str]], faults: dict[str, str]) -
     explained = set(faults)
     while more := {here for here, raw, _ in derived if here not in explained and refers(raw, explained)}:
         explained |= more
-    left = [one for one in derived if one[0] not in explained]
+    left = [value for value in derived if value[0] not in explained]
     first = [text for here, raw, text in left if not refers(raw, (other for other, _, _ in left if other != here))]
     return first or [text for _, _, text in left][:1]  # values that wait for each other
 
 
 _UNKNOWN = object()
+
+
+def _known(place: dict[str, tuple[str, object]]) -> dict[str, object]:
+    """Name -> plain value of the settings of one place that are known."""
+    values = {}
+    for name, (_, value) in place.items():
+        with contextlib.suppress(OmegaConfBaseException):
+            values[name] = _plain(value, resolve=True) if isinstance(value, ListConfig) else value
+    return {name: value for name, value in values.items() if value is not _UNKNOWN}
 
 
 class _Walk:
@@ -660,12 +680,14 @@ class _Walk:
     def __init__(self, cfg: DictConfig) -> None:
         self.root = cfg
         self.plain = OmegaConf.to_container(cfg, resolve=False)
+        self.written = dict(nodes_of(self.plain))
         self.faults: dict[str, str] = {}
         self.accepted: set[str] = set()  # settings that fit an annotation
         self.derived: list[tuple[str, str, str]] = []  # (path, expression, sentence)
+        self.settings: dict[str, dict[str, tuple[str, object]]] = {}  # place -> name -> (what to change, value)
 
     def visit(self, node: DictConfig | ListConfig, plain: dict | list, path: str) -> None:
-        arguments: dict[str, tuple[str, object]] = {}  # name -> (path that the user has to change, value)
+        arguments = self.settings[path] = {}  # name -> (path that the user has to change, value)
         for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
             here = f"{path}.{key}" if path else str(key)
             if here == "hydra":
@@ -703,15 +725,36 @@ class _Walk:
 
     def _origin(self, here: str, raw: object) -> str:
         """Where a value that is only passed on was written: that is what the user has to change."""
-        written = dict(nodes_of(self.plain))
-        while passed_on := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw)):
-            here, raw = passed_on[1], written.pop(passed_on[1], None)
+        seen = {here}
+        while (passed_on := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw))) and passed_on[1] not in seen:
+            here, raw = passed_on[1], self.written.get(passed_on[1])
+            seen.add(here)
         return here
+
+    def _cause(self, path: str) -> str:
+        """The setting itself, or the first of those that its value is worked out from."""
+        computed_from = re.match(r"\$\{[\w.]+:[^$]*\$\{(\w[\w.]*)\}", str(self.written.get(path)))
+        return self._origin(computed_from[1], self.written.get(computed_from[1])) if computed_from else path
 
     def passes_on(self, path: str) -> str | None:
         """The setting whose value `path` only hands on; None if it has its own."""
-        origin = self._origin(path, dict(nodes_of(self.plain)).get(path))
+        origin = self._origin(path, self.written.get(path))
         return None if origin == path else origin
+
+    def broken_constraints(self) -> Iterator[str]:
+        """Sentences for what `constraints` says of settings of one place, and of those in TOGETHER."""
+        places = [*self.settings.values()]
+        for row in TOGETHER:
+            found = {name: self._setting(path) for name, path in row.items()}
+            places.append({name: setting for name, setting in found.items() if setting})
+        known = [({name: self._cause(label) for name, (label, _) in place.items()}, _known(place)) for place in places]
+        for find_broken in (constraints.out_of_ranges, constraints.unrelated):  # the former may explain the latter
+            for labels, values in known:
+                yield from (constraints.named(sentence, labels) for sentence in find_broken(values))
+
+    def _setting(self, path: str) -> tuple[str, object] | None:
+        parent, _, name = path.rpartition(".")
+        return self.settings.get(parent, {}).get(name)
 
     def _check_call(self, path: str, arguments: dict[str, tuple[str, object]]) -> None:
         prefix = f"{path}." if path else ""

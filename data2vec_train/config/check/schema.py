@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import NamedTuple
 
+from data2vec_train.constraints import show
+
 _MAX_DEPTH = 12  # of imports of imports; more is a circle
 
 
@@ -63,7 +65,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean x?`, or a full stop when nothing is near."""
     known = list(known)
     # `base_imagenet` stands for `vision/base_imagenet`
-    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.endswith(f"/{name}")]
+    near = difflib.get_close_matches(name, known, n=1) or [option for option in known if option.endswith(f"/{name}")]
     return f"; did you mean {near[0]}?" if near else "."
 
 
@@ -178,12 +180,26 @@ def signature(definition: Definition | None, depth: int = 0) -> Signature:
     if not isinstance(node, ast.ClassDef) or depth > _MAX_DEPTH:
         return Signature({}, is_open=True)
     for name in ("__init__", "__new__"):
-        own = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == name]
+        own = [
+            statement for statement in node.body if isinstance(statement, ast.FunctionDef) and statement.name == name
+        ]
         if own:  # overloads come first, the implementation last
             return _function_signature(own[-1], definition.module, skip_first=True)
     if _is_dataclass(node):
         return Signature(_dataclass_fields(definition), is_open=False)
     return signature(_resolve(node.bases[0], definition.module), depth + 1) if node.bases else Signature({}, False)
+
+
+def class_attribute(definition: Definition | None, name: str, depth: int = 0) -> object:
+    """What a class, or its first base that says so, sets an attribute to; None when that is no constant."""
+    node = definition.node if definition else None
+    if not isinstance(node, ast.ClassDef) or depth > _MAX_DEPTH:
+        return None
+    for statement in node.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Constant(value=value)) if found == name:
+                return value
+    return class_attribute(_resolve(node.bases[0], definition.module), name, depth + 1) if node.bases else None
 
 
 def _function_signature(node: ast.FunctionDef, module: str, *, skip_first: bool) -> Signature:
@@ -264,15 +280,6 @@ def describe(parameter: Parameter) -> str | None:
     return f"{text} or null" if missing else text or None
 
 
-def show(value: object) -> str:
-    """A value as YAML has it."""
-    if isinstance(value, dict):
-        return "a mapping of settings"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
 def _alternatives(node: ast.expr, module: str) -> Iterator[_Alternative]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a forward reference
         node = ast.parse(node.value, mode="eval").body
@@ -284,16 +291,16 @@ def _alternatives(node: ast.expr, module: str) -> Iterator[_Alternative]:
     arguments = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     name = "None" if isinstance(base, ast.Constant) and base.value is None else _last_name(base)
     if name in ("Optional", "Union"):
-        for one in [*arguments, *([ast.Constant(None)] if name == "Optional" else [])]:
-            yield from _alternatives(one, module)
-    elif name == "Literal" and not all(isinstance(one, ast.Constant) for one in arguments):
+        for argument in [*arguments, *([ast.Constant(None)] if name == "Optional" else [])]:
+            yield from _alternatives(argument, module)
+    elif name == "Literal" and not all(isinstance(argument, ast.Constant) for argument in arguments):
         yield _Alternative("Any", [], module)
     elif name == "Literal" or name in _SCALARS or name in _LISTS or name in _MAPPINGS:
         yield _Alternative(name, arguments, module)
     else:
         found = _resolve(base, module)
         match found and found.node:
-            case ast.ClassDef(bases=bases) if not any(_last_name(one).endswith(_WRITTEN_AS_TEXT) for one in bases):
+            case ast.ClassDef(bases=bases) if not any(_last_name(base).endswith(_WRITTEN_AS_TEXT) for base in bases):
                 yield _Alternative("class", [base], module)
             case ast.Subscript() | ast.BinOp() | ast.Constant():
                 yield from _alternatives(found.node, found.module)
@@ -303,7 +310,7 @@ def _alternatives(node: ast.expr, module: str) -> Iterator[_Alternative]:
 
 def _fits(value: object, annotation: ast.expr, module: str) -> bool:
     is_object = isinstance(value, dict) and "_target_" in value
-    return is_object or any(_fits_one(value, one) for one in _alternatives(annotation, module))
+    return is_object or any(_fits_one(value, wanted) for wanted in _alternatives(annotation, module))
 
 
 def _fits_one(value: object, wanted: _Alternative) -> bool:
@@ -311,12 +318,12 @@ def _fits_one(value: object, wanted: _Alternative) -> bool:
         is_bool = isinstance(value, bool)  # Python's True is a number as well
         return isinstance(value, _SCALARS[wanted.name][0]) and is_bool == (wanted.name == "bool")
     if wanted.name == "Literal":
-        return any(type(value) is type(one.value) and value == one.value for one in wanted.arguments)
+        return any(type(value) is type(literal.value) and value == literal.value for literal in wanted.arguments)
     if wanted.name in _LISTS:
         if not isinstance(value, list) or (wanted.has_fixed_length and len(value) != len(wanted.arguments)):
             return False
         items = wanted.arguments if wanted.has_fixed_length else wanted.arguments[:1] * len(value)
-        return all(_fits(one, item, wanted.module) for one, item in zip(value, items, strict=False))
+        return all(_fits(entry, item, wanted.module) for entry, item in zip(value, items, strict=False))
     return wanted.name == "Any" or isinstance(value, dict)  # a mapping, or the settings of a class
 
 
@@ -325,7 +332,7 @@ def _describe(annotation: ast.expr, module: str, *, inside_list: bool = False) -
     classes: list[str] = []
     for wanted in _alternatives(annotation, module):
         if wanted.name == "Literal":
-            texts.append(f"one of {', '.join(show(one.value) for one in wanted.arguments)}")
+            texts.append(f"one of {', '.join(show(literal.value) for literal in wanted.arguments)}")
         elif wanted.name in _SCALARS:
             texts.append(_SCALARS[wanted.name][1])
         elif wanted.name == "class":
@@ -335,7 +342,7 @@ def _describe(annotation: ast.expr, module: str, *, inside_list: bool = False) -
         elif wanted.name in _LISTS:
             fixed = wanted.has_fixed_length
             items = wanted.arguments if fixed else wanted.arguments[:1]
-            each = set() if inside_list else {_describe(one, wanted.module, inside_list=True) for one in items}
+            each = set() if inside_list else {_describe(item, wanted.module, inside_list=True) for item in items}
             each = f", each {each.pop()}" if len(each - {""}) == 1 else ""
             texts.append(f"a list of {len(items)} items{each}" if fixed else f"a list of items{each}")
     return " or ".join(dict.fromkeys(texts or classes))

@@ -121,7 +121,7 @@ def hydra_faults(part: dict, own: Sequence[dict]) -> dict[str, str]:
     for group, now in part.items():
         if group in _FREE_OF_HYDRA:
             continue
-        differing = _differing(now, [one[group] for one in own if group in one], f"hydra.{group}")
+        differing = _differing(now, [tree[group] for tree in own if group in tree], f"hydra.{group}")
         foreign = [path for path, value in differing if not _is_harmless(path, value)]
         if foreign and group in ("job_logging", "hydra_logging"):
             faults[foreign[0]] = f"{foreign[0]}: of logging only levels can be set, each one of {', '.join(_LEVELS)}"
@@ -132,10 +132,10 @@ def hydra_faults(part: dict, own: Sequence[dict]) -> dict[str, str]:
 
 def _differing(now: object, own: list[object], path: str) -> Iterator[tuple[str, object]]:
     """(dotted path, value) of what is in `now` and in none of `own`; what is missing does no harm."""
-    if isinstance(now, dict) and (trees := [one for one in own if isinstance(one, dict)]):
+    if isinstance(now, dict) and (trees := [tree for tree in own if isinstance(tree, dict)]):
         for key, value in now.items():
             yield from _differing(value, [tree[key] for tree in trees if key in tree], f"{path}.{key}")
-    elif not any(type(one) is type(now) and one == now for one in own):
+    elif not any(type(known) is type(now) and known == now for known in own):
         yield path, now
 
 
@@ -143,8 +143,8 @@ def _is_harmless(path: str, value: object) -> bool:
     group, last = path.split(".")[1], path.rpartition(".")[2]
     if group in ("job_logging", "hydra_logging"):
         below = dict(nodes_of(value, path)) if ".loggers" in path else {}
-        levels = {key: one for key, one in below.items() if not isinstance(one, dict)} or {path: value}
-        return all(key.endswith(".level") and one in _LEVELS for key, one in levels.items())
+        levels = {key: level for key, level in below.items() if not isinstance(level, dict)} or {path: value}
+        return all(key.endswith(".level") and level in _LEVELS for key, level in levels.items())
     if group == "job":
         return last in _FREE_OF_JOB
     return group == "launcher" and is_resource(last, value)

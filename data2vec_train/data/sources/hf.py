@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from data2vec_train.constraints import require
 from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
 from data2vec_train.data.sources.files import (
     RawSample,
@@ -234,8 +235,7 @@ class HFStreamingSource(StreamingSource):
         shuffle_buffer: int,
         kind: Kind = "image",
     ):
-        if shuffle_buffer < 1:
-            raise ConfigError(f"shuffle_buffer={shuffle_buffer}; expected at least 1 record")
+        require(shuffle_buffer=shuffle_buffer)
         options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
         dataset, files = load(path, split, kind, column, options, streaming=True)
         self._name, self._asked = _record_name(path, data_files, split), _asked_places(path, data_files)

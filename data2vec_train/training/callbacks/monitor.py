@@ -1,7 +1,6 @@
 """Monitoring a run: one row of metrics per logged step, a progress bar, and an error when representations collapse."""
 
 import csv
-import importlib.util
 import io
 import logging
 import math
@@ -18,6 +17,7 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from data2vec_train.constraints import checked, missing
 from data2vec_train.data.loading import cores_at_hand
 from data2vec_train.errors import CollapseError, ConfigError
 from data2vec_train.system.outputs import replace_file
@@ -140,6 +140,7 @@ class Monitor(L.Callback):
         min_rank_ratio: the same for `probe/rankme` - 1, relative to the untrained encoder.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -162,8 +163,6 @@ class Monitor(L.Callback):
         # Rows so far; seconds of training and of waiting at its start.
         self._wait_window: tuple[int, float, float] | None = None
         self._warned_of_wait = False
-        if progress not in ("auto", "bar", "lines", "none"):
-            raise ValueError(f"progress is auto, bar, lines or none, got {progress!r}")
         self.progress = ("bar" if sys.stderr.isatty() else "lines") if progress == "auto" else progress
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
@@ -375,8 +374,8 @@ def wandb_logger(
     Raises:
         ConfigError: wandb is not installed.
     """
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logger=wandb needs the package wandb: pip install 'data2vec-train[wandb]'")
+    if absent := missing("wandb", "wandb"):
+        raise ConfigError(f"logger=wandb: {absent}")
     from lightning.pytorch.loggers import WandbLogger
 
     note = Path(save_dir) / "wandb_id"

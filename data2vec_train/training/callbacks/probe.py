@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from data2vec_train.batch import Batch
+from data2vec_train.constraints import checked
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.encoders.base import ModalityEncoder
-from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.errors import CollapseError
 from data2vec_train.features.embedding import pool
 from data2vec_train.features.measures import knn_accuracy, linear_accuracy, rankme
 from data2vec_train.features.r2 import held_out_r2
@@ -55,6 +56,7 @@ class ProbeCallback(L.Callback):
         ConfigError: an unknown pooling.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -67,8 +69,6 @@ class ProbeCallback(L.Callback):
         raw_name: str,
         note: str | None,
     ) -> None:
-        if pooling not in ("mean", "mean_std"):
-            raise ConfigError(f"pooling is mean or mean_std, got {pooling!r}")
         self.pooling: Pooling = pooling
         self.raw = raw
         self.raw_name = raw_name
