@@ -51,10 +51,10 @@ _TABLE = (
         accumulate_grad_batches batch_size batch_size_per_device batch_sizes batches block_tokens channels conv_dim
         conv_kernel conv_stride data_wait_rows depth dim epochs every_n_steps ffn_dim hardware.devices image_px
         inference_batches inference_px log_every_n_steps masks_per_sample max_answer_tokens max_probe_samples max_steps
-        max_tokens mel_bins min_tokens neighbours num_heads num_nodes packages patch patch_px position_groups position_kernel
-        prefetch_factor rank_samples repeats rounds rows_per_part sample_rate_hz samples shuffle_buffer side span_tokens
-        tdnn_dim text_tokens threads time_span top_k_layers train_samples training_batch training_px vector_dim
-        visible_block_patches
+        max_tokens mel_bins min_tokens neighbours num_heads num_nodes packages patch patch_px position_groups
+        position_kernel prefetch_factor rank_samples repeats rounds rows_per_part sample_rate_hz samples shuffle_buffer
+        side span_tokens tdnn_dim text_tokens threads time_span top_k_layers train_samples training_batch training_px
+        vector_dim visible_block_patches
         """,
     ),
     (
@@ -67,9 +67,9 @@ _TABLE = (
     (
         Range("a number above 0", lambda value: 0 < value < math.inf),
         """
-        audio_seconds bandwidth_gb_s batch_seconds bf16 eps fp16 fp32 frames_per_second loss_tolerance lr max_pixels max_seconds max_value
-        memory_gib nominal_fraction norm_eps stated_tflops std stop_seconds stride_seconds tf32 timeout_s tolerance
-        window_ms window_seconds
+        audio_seconds bandwidth_gb_s batch_seconds bf16 eps fp16 fp32 frames_per_second loss_tolerance lr max_pixels
+        max_seconds max_value memory_gib nominal_fraction norm_eps stated_tflops std
+        stop_seconds stride_seconds tf32 timeout_s tolerance window_ms window_seconds
         """,
     ),
     (Range("a number above 0", lambda value: value > 0), "final_factor segment_seconds"),
@@ -197,7 +197,7 @@ def _prenet_leaves_layers(prenet_depth: int, depth: int) -> str | None:
 
 
 @relation
-def _enough_layers_for_the_targets(top_k_layers: int, depth: int, prenet_depth: int) -> str | None:
+def _enough_layers_for_the_targets(top_k_layers: int, depth: int, prenet_depth: int = 0) -> str | None:
     if top_k_layers <= depth - prenet_depth or not 0 <= prenet_depth < depth:
         return None
     return (
@@ -455,8 +455,10 @@ def unrelated(settings: Mapping[str, object]) -> Iterator[str]:
         if not out_of_range(name, value)
     }
     for function, parameters in RELATIONS.items():
-        if all(name in values and _is_of(values[name], wanted.annotation) for name, wanted in parameters.items()):
-            sentence = function(**{name: values[name] for name in parameters})
+        given = {name: values[name] for name in parameters if name in values}
+        needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+        if needed <= set(given) and all(_is_of(value, parameters[name].annotation) for name, value in given.items()):
+            sentence = function(**given)
             if sentence:
                 yield sentence
 

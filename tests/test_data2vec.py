@@ -418,7 +418,7 @@ def test_step_teacher_uses_the_annealed_decay():
 @pytest.mark.parametrize(
     ("version", "change", "message"),
     [
-        (1, {"mask_mode": "drop"}, "LinearDecoder fills no gaps"),
+        (1, {"mask_mode": "drop"}, "LinearDecoder sees one token at a time"),
         (1, {"mask_mode": "shuffle"}, "got 'shuffle'"),
     ],
 )

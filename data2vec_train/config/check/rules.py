@@ -100,21 +100,27 @@ def _recipes(cfg: DictConfig) -> dict[str, str]:
 TOGETHER = (
     {
         "top_k_layers": "objective.targets.top_k_layers",
-        "depth": "modality.encoder.depth",
+        "depth": "size.depth",
         "prenet_depth": "modality.encoder.prenet_depth",
     },
+    {"image_px": "modality.image_px", "patch_px": "modality.encoder.patch_px"},
     {"mask_token": "modality.encoder.mask_token", "mask_mode": "objective.mask_mode"},
 )
 
 
 @rule()
-def _parts_suit_the_mask_mode(cfg: DictConfig) -> Iterator[str]:
+def _parts_suit_the_mask_mode(cfg: DictConfig) -> str | None:
     labels = {"mask_mode": "objective.mask_mode", "masker": "modality.masker", "decoder": "objective.decoder"}
     mode = _get(cfg, "objective.mask_mode", str)
-    for part, fact in (("masker", "constant_count"), ("decoder", "restores_dropped")):
+    for part, fact, module in (("masker", "constant_count", "masking"), ("decoder", "restores_dropped", "decoders")):
+        name = _name(cfg, labels[part])
         known = class_attribute(find(str(_get(cfg, f"{labels[part]}._target_", str))), fact)
-        settings = {part: _name(cfg, labels[part]), fact: known, "mask_mode": mode}
-        yield from _sentences(settings, labels)
+        if known is None:  # a class that has the name of one of ours is taken to be like it
+            known = class_attribute(find(f"data2vec_train.objective.{module}.{name}"), fact)
+        settings = {part: name, fact: known, "mask_mode": mode}
+        if broken := _sentences(settings, labels):
+            return broken[0]
+    return None
 
 
 def _sentences(settings: Mapping[str, object], labels: Mapping[str, str]) -> list[str]:
@@ -427,7 +433,7 @@ def _callbacks_suit_the_command(cfg: DictConfig) -> str | None:
 # Of Lightning's trainer: what a run reads; what may be said because it is so anyway; and of the rest, why not.
 _READ = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "log_every_n_steps")
 _READ += ("overfit_batches", "deterministic", "benchmark", "detect_anomaly", "enable_model_summary")
-_READ += ("accelerator", "devices", "num_nodes", "strategy")  # where there is no group strategy
+_READ += ("accelerator", "devices", "num_nodes", "strategy", "precision", "logger", "callbacks")  # without groups
 _CONSTANT = {"enable_progress_bar": False, "use_distributed_sampler": False}
 _CONSTANT |= {"num_sanity_val_steps": 0, "limit_val_batches": 0, "limit_test_batches": 0, "limit_predict_batches": 0}
 _CONSTANT |= dict.fromkeys(("max_time", "fast_dev_run", "limit_train_batches", "max_epochs", "min_epochs"), False)
