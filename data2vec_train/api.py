@@ -463,13 +463,13 @@ def _session(
 
     settings = dict(settings)
     objects = {name: Handed(*pair) for name, pair in settings.pop(_OBJECTS, {}).items()}
+    load_plugins()  # first: a module is imported once, and what it registers has to be there for the next call too
     before = dict(Singleton.get_state())  # the caller may be a Hydra application
     with ExitStack() as stack:
         stack.callback(Singleton.set_state, before)
         stack.enter_context(isolated())
         stack.enter_context(handing_over(objects))
         stay_off_the_network()
-        load_plugins()
         try:
             cfg = _compose(config_name, _overrides(settings), out=out, weights=weights)
             stack.enter_context(_talking(_run_directory() if config_name in _WITH_RUN else None, config_name))

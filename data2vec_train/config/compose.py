@@ -157,11 +157,14 @@ def modality_of_weights(overrides: list[str], setting: str) -> list[str]:
             file = folder / name
             text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
             found = re.search(pattern, text)
+            if found and found[1] == "plugin":
+                found = re.search(_OF_PLUGIN, text)
             if found:
                 return [f"modality={found[1]}"]
     return []
 
 
+_OF_PLUGIN = r'"modality": \{\s*"name": "([\w-]+)"'  # in the config.json of weights
 _NAMED = r"(?m)^modality:\n(?:  .*\n)*?  name: (\w+)$"  # in the config.yaml of a run
 
 

@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data2vec_train.encoders.waveform import WaveformEncoder
 from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.convert import with_image_size
+from data2vec_train.weights.plugin import PluginConfig
 from data2vec_train.weights.preprocessing import AudioFeatureExtractor, ImageProcessor, is_described
 from data2vec_train.weights.sound import SpectrogramExtractor
 
@@ -41,6 +43,9 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
         ConfigError: the weights are of another modality, or cannot take what the command line or a recipe sets.
     """
     encoder = model.get_encoder()
+    if isinstance(model.config, PluginConfig) and cfg.modality.name != "text":
+        _inherit_from_run(cfg, model.config, where)
+        return model
     modality = next((name for name, kind in MODALITIES.items() if isinstance(encoder, kind)), None)
     if modality is not None and modality != cfg.modality.name:
         raise ConfigError(f"{where} is a model for {modality}; choose modality={modality}")
@@ -54,6 +59,46 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
         with open_dict(cfg):
             cfg.modality.block_tokens = block_tokens(cfg, encoder.max_tokens, given, where)
     return for_images_of(model, cfg.modality.image_px, where) if modality == "vision" else model
+
+
+def _inherit_from_run(cfg: DictConfig, config: PluginConfig, where: str) -> None:
+    """Prepare inputs with the settings of the run that trained an encoder of a plugin: nothing else describes them."""
+    if config.modality is None:
+        log.warning("%s does not say how its run prepared inputs: they are prepared as modality.* says", where)
+        return
+    name = config.modality["name"]
+    if name != cfg.modality.name:
+        raise ConfigError(f"{where} is a model for {name}; choose modality={name}")
+    facts = {key: fact for part in _PREPARING for key, fact in _decisive(cfg, config.modality, part)}
+    follow(cfg, facts, given_settings(), where)
+
+
+_PREPARING = ("decode", "transform", "pad_value")  # what happens to a record on its way to an encoder
+
+
+def _decisive(cfg: DictConfig, settings: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """(name, value in a run) of `name` and what is below it; in place of a reference the settings that it names.
+
+    Args:
+        cfg: the config, whose references count.
+        settings: below `modality`, of the run.
+        name: below `modality`.
+    """
+    above, _, last = f"modality.{name}".rpartition(".")
+    node, value = OmegaConf.select(cfg, above), settings
+    if OmegaConf.is_dict(node) and OmegaConf.is_interpolation(node, last):
+        for other in re.findall(r"\$\{modality\.([\w.]+)\}", OmegaConf.to_container(node, resolve=False)[last]):
+            yield from _decisive(cfg, settings, other)
+        return
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return
+        value = value[key]
+    if isinstance(value, Mapping) and value:
+        for key in value:
+            yield from _decisive(cfg, settings, f"{name}.{key}")
+    else:
+        yield name, value
 
 
 def facts_of(modality: str, model: PretrainedModel) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from data2vec_train.weights.convert import (
     write_preprocessing,
 )
 from data2vec_train.weights.files import read_json
+from data2vec_train.weights.plugin import PluginConfig
 from data2vec_train.weights.preprocessing import PREPROCESSOR_NAME
 from data2vec_train.weights.tokenizers import EXAMPLES_NAME, TextTokenizer, has_tokenizer
 
@@ -86,9 +87,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
 def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
     model = load_pretrained(cfg.checkpoint, weights=cfg.weights, num_heads=cfg.num_heads)
     log.info("%s, %.2f M parameters, from %s", type(model).__name__, model.num_parameters() / 1e6, cfg.checkpoint)
-    refusal = refusal_of_transformers(model) if cfg.format == "hf" else None
-    if refusal is not None:
-        raise ConfigError(f"{refusal}; choose format=safetensors, onnx or torch_export")
+    _refuse(model, cfg.format)
     with writing(out) as unfinished:
         unfinished.mkdir()
         write_preprocessing(model, unfinished)
@@ -107,12 +106,29 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
     return {comparison.reader: comparison.largest for comparison in comparisons}
 
 
+def _refuse(model: PretrainedModel, kind: str) -> None:
+    """Raise ConfigError if a format cannot hold the model."""
+    if isinstance(model.config, PluginConfig) and kind != "safetensors":
+        name = model.config.encoder["_target_"]
+        raise ConfigError(
+            f"format=hf: transformers has no class for {name}, the encoder of a plugin; choose format=safetensors"
+            if kind == "hf"
+            else f"format={kind} needs an example of the inputs, and only the plugin knows what {name} takes; choose "
+            "format=safetensors"
+        )
+    refusal = refusal_of_transformers(model) if kind == "hf" else None
+    if refusal is not None:
+        raise ConfigError(f"{refusal}; choose format=safetensors, onnx or torch_export")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Formats
 
 
 def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
     save_pretrained(model, folder)
+    if isinstance(model.config, PluginConfig):
+        return [_compare_weights(model, load_pretrained(folder))]
     example = example_for(model, folder)
     expected = _layers_of(model, example)
     comparisons = [_compare("data2vec_train", expected, _layers_of(load_pretrained(folder), example))]
@@ -338,6 +354,13 @@ def _compare(reader: str, expected: dict[str, Tensor], found: dict[str, Tensor])
     )
 
 
+def _compare_weights(model: PretrainedModel, again: PretrainedModel) -> Comparison:
+    """Compare the tensors of an encoder of a plugin: nobody else knows inputs on which outputs could be compared."""
+    found = again.state_dict()
+    pairs = [(tensor.float(), found[name].float()) for name, tensor in model.state_dict().items() if tensor.numel()]
+    return Comparison("data2vec_train", [("weights", max(float((one - two).abs().max()) for one, two in pairs))])
+
+
 @torch.no_grad()
 def _compare_function(
     reader: str, model: PretrainedModel, example: Example, run: Callable[[dict[str, Tensor]], Tensor]
@@ -383,7 +406,15 @@ def _card(
         f"    {load}",
         "",
     ]
-    if not any((folder / file_name).is_file() for file_name in PREPROCESSING):
+    is_plugin = isinstance(model.config, PluginConfig)
+    if is_plugin:
+        module = model.config.encoder["_target_"].rpartition(".")[0]
+        lines += [
+            f"The encoder is part of a plugin: `{module}` has to be importable, and named in DATA2VEC_PLUGINS.",
+            "" if model.config.modality is None else "`modality` in config.json says how inputs are prepared.",
+            "",
+        ]
+    elif not any((folder / file_name).is_file() for file_name in PREPROCESSING):
         lines += [
             "No preprocessor or tokenizer was found beside the weights: prepare inputs as in training.",
             "",
@@ -404,9 +435,9 @@ def _card(
         ]
     if texts is not None:
         lines += [texts, ""]
-    on = "noise" if texts is None else "a text"
+    on = "" if is_plugin else ", on noise" if texts is None else ", on a text"
     for comparison in comparisons:
-        lines += [f"Largest absolute difference from the loaded model, read back by {comparison.reader}, on {on}:", ""]
+        lines += [f"Largest absolute difference from the loaded model, read back by {comparison.reader}{on}:", ""]
         lines += ["| | difference |", "|---|---|"]
         lines += [f"| {layer} | {difference:.1e} |" for layer, difference in comparison.layers]
         lines += [""]

@@ -3,6 +3,7 @@
 Letters as in `encoders.base`. Layer 0 is the input of the first block, layer n the output of block n.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.encoders.transformer import ForwardContext
 from data2vec_train.errors import BadSample, ConfigError
 from data2vec_train.weights.convert import load_pretrained
+from data2vec_train.weights.plugin import PluginConfig
 
 Pooling = Literal["mean", "mean_std", "none"]
 
@@ -27,13 +29,34 @@ def layer_tokens(
     """Tokens of `layers`, (B, T, D) float32 each, without class token; and their mask (B, T) or None.
 
     The last layer is the output of the encoder, including its final norm, if it has one.
+
+    Raises:
+        ConfigError: the encoder of a plugin does not give such a layer: without the argument `context` it gives the
+            outputs of the blocks that can be targets.
     """
     tokens, mask = encoder.embed(inputs, attention_mask)
-    context = ForwardContext(keep_hidden_states=True)
-    last = encoder.contextualize(tokens, mask, context=context).tokens
-    prefix = encoder.num_prefix_tokens
-    found = [last if layer == encoder.depth else context.hidden_states[layer][:, prefix:] for layer in layers]
-    return [layer.float() for layer in found], mask
+    depth, prefix = encoder.depth, encoder.num_prefix_tokens
+    if _takes_context(encoder):
+        context = ForwardContext(keep_hidden_states=True)
+        last = encoder.contextualize(tokens, mask, context=context).tokens
+        inner = {number: layer[:, prefix:] for number, layer in enumerate(context.hidden_states)}
+    else:
+        count = depth - encoder.prenet_depth
+        output = encoder.contextualize(tokens, mask, target_layer="block", top_k_layers=count)
+        last, inner = output.tokens, dict(zip(range(depth - count + 1, depth + 1), output.layers, strict=True))
+    absent = next((layer for layer in layers if layer != depth and layer not in inner), None)
+    if absent is not None:
+        raise ConfigError(
+            f"layers={absent}: {type(encoder).__name__}.contextualize takes no context, and so gives layers "
+            f"{encoder.prenet_depth + 1} to {depth}"
+        )
+    return [(last if layer == depth else inner[layer]).float() for layer in layers], mask
+
+
+def _takes_context(encoder: ModalityEncoder) -> bool:
+    """Whether the encoder hands a `ForwardContext` on to its transformer, as all of this package do."""
+    found = inspect.signature(encoder.contextualize).parameters.values()
+    return any(parameter.name == "context" or parameter.kind is parameter.VAR_KEYWORD for parameter in found)
 
 
 def pool(tokens: Tensor, mask: Tensor | None, pooling: Literal["mean", "mean_std"]) -> Tensor:
@@ -168,6 +191,8 @@ def embed_inputs(
         found = [tokenizer.beginning(text, encoder.max_tokens) for text in _texts(inputs)]
         tensors = [torch.tensor(ids) for ids in found]
         return Embedder(encoder, numbers, pooling, pad_value=tokenizer.pad_token_id, budget=16_384)(tensors)
+    if isinstance(model.config, PluginConfig):
+        raise ConfigError(f"{path} has an encoder of a plugin, whose inputs data2vec_train.embed prepares")
     source = model.source
     if isinstance(encoder, SpectrogramEncoder):
         from data2vec_train.data.audio import decode_audio

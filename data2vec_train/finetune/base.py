@@ -28,6 +28,7 @@ NOTHING_KNOWN = "no test record has a label, so there is nothing to score; leave
 class Inputs:
     """How the content of a record becomes input of the encoder; the fields that are set depend on the modality."""
 
+    modality: str = ""  # its name; "" = that of the task
     decode: Callable[[Any], Any] | None = None  # encoded value -> waveform or image
     transform: Any = None  # has `train` and `evaluate`: decoded -> tensor
     token_count: Callable[[int], int] | None = None  # length of an input -> tokens
@@ -36,6 +37,7 @@ class Inputs:
     encodings: Sequence[str] = ()  # encodings of text files, tried in this order
     dim: int = 0  # D, width of the encoder
     sample_rate_hz: int = 0
+    pad_value: float = 0.0  # appended to shorter inputs of a plugin's modality
     blocks: Callable[[Source], Source] | None = None  # documents -> blocks of ids, for language models
 
 
@@ -129,7 +131,7 @@ class HeadTask(ABC):
     in the loader processes, `loss` in training, `meter` to score a data set, `predictions` for output files.
 
     Attributes:
-        model_class: name of one of the fifteen model classes.
+        model_class: name of one of the fifteen model classes, or of the one for encoders of plugins.
         modality: the modality of the encoder.
         metric: the score that chooses the best checkpoint.
         lower_is_better: whether a lower score is better.

@@ -18,9 +18,10 @@ def inputs_of(cfg: DictConfig, model: PretrainedModel) -> Inputs:
         ConfigError: the tokenizer does not belong to the encoder.
     """
     encoder = model.get_encoder()
-    common = {"token_count": encoder.token_count, "dim": encoder.dim}
+    common = {"modality": cfg.modality.name, "token_count": encoder.token_count, "dim": encoder.dim}
     if cfg.modality.name != "text":
         rate = cfg.modality.get("sample_rate_hz", 0)
+        common |= {"pad_value": cfg.modality.pad_value}
         how = {"decode": build(cfg.modality.decode), "transform": build(cfg.modality.transform)}
         return Inputs(**how, sample_rate_hz=rate, **common)
     tokenizer = text_tokenizer(cfg)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data2vec_train import checkpoints
 from data2vec_train.config.build import build
-from data2vec_train.config.inputs import inherit, look_at_images
+from data2vec_train.config.inputs import MODALITIES, inherit, look_at_images
 from data2vec_train.data.audio import AudioWindows
 from data2vec_train.data.groups import group
 from data2vec_train.data.sources.files import Source, StreamingSource
@@ -47,6 +47,7 @@ from data2vec_train.training.run_directory import (
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.convert import MODEL_FOLDER, load_pretrained, with_head
 from data2vec_train.weights.files import write_json
+from data2vec_train.weights.plugin import PluginConfig, preparation_of
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def finetune(cfg: DictConfig, *, callbacks: Sequence[L.Callback] = (), loggers: 
         keep_head=task.continues(start),
         start_head=task.start_head,
     )
+    if isinstance(model.config, PluginConfig):
+        model.config.modality = preparation_of(OmegaConf.to_container(cfg.modality, resolve=True))
     model.set_attn_implementation(cfg.attention.backend)
     multiply_convolutions(model)
     log.info("%s: %s", cfg.init_from, "; ".join(notes))
@@ -201,6 +204,8 @@ def prepared(cfg: DictConfig, task: HeadTask, source: Source, *, labelled: bool 
                 f"modality.segment_seconds={cfg.modality.segment_seconds:g}: the labels of this head belong to whole "
                 "recordings, not to segments; leave the setting out"
             )
+        source = build(cfg.modality.prepare)(source)
+    elif cfg.modality.name not in MODALITIES and cfg.modality.prepare is not None:
         source = build(cfg.modality.prepare)(source)
     return task.prepare(source) if labelled else source
 

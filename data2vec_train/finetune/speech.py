@@ -100,6 +100,10 @@ class SpeechTask(HeadTask):
     def waveform(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> Tensor:
         """The waveform (S,) or (C, S), normalised over the recording, cropped if `max_seconds` is set."""
         wave = self.inputs.transform.train(self.inputs.decode(raw.value))
+        return self.cropped(wave, train=train, rng=rng)
+
+    def cropped(self, wave: Tensor, *, train: bool, rng: np.random.Generator) -> Tensor:
+        """The recording (..., S), at random cropped to `max_seconds` in training, and to its beginning otherwise."""
         if self.max_samples is not None and wave.shape[-1] > self.max_samples:
             wave = random_crop(wave, self.max_samples, rng) if train else wave[..., : self.max_samples].clone()
         return wave
@@ -514,11 +518,17 @@ def _compiled(pattern: str) -> re.Pattern:
 
 
 class UtteranceClassification(SpeechTask):
-    """A class for a recording.
+    """A class for a recording: of sound, or of whatever the modality of a plugin takes.
+
+    Inputs of a plugin go through its transform as in pretraining. They have equal shapes, or differ in their last axis
+    and are padded.
 
     Args:
         layer_sum: read a learned average of all layers instead of the last one, as SUPERB does with frozen encoders.
         inputs, masks, max_seconds: see `SpeechTask`.
+
+    Raises:
+        ConfigError: a setting that only the encoder of modality=audio can follow.
     """
 
     model_class = "Data2VecAudioForSequenceClassification"
@@ -528,10 +538,45 @@ class UtteranceClassification(SpeechTask):
     def __init__(self, *, layer_sum: bool, inputs: Inputs, masks: SpecAugment, max_seconds: float | None) -> None:
         super().__init__(inputs=inputs, masks=masks, max_seconds=max_seconds)
         self.layer_sum = layer_sum
+        self.of_plugin = inputs.modality not in ("", "audio")
+        if self.of_plugin:
+            self.modality, self.model_class = inputs.modality, "Data2VecPluginForSequenceClassification"
+            only = "is for modality=audio, whose encoder"
+            if layer_sum:
+                raise ConfigError(f"head.layer_sum=true {only} gives a head all its layers; leave it at false")
+            for name in ("time_fraction", "channel_fraction"):
+                if getattr(masks, name):
+                    raise ConfigError(f"head.masks.{name} {only} can hide frames during fine-tuning; leave it at 0")
+            if max_seconds is not None and not inputs.sample_rate_hz:
+                raise ConfigError(
+                    f"head.max_seconds={max_seconds:g}: modality={inputs.modality} has no sample_rate_hz, so seconds "
+                    "cannot be counted; choose head.max_seconds=null"
+                )
 
     def model_settings(self) -> dict[str, Any]:
-        """Class names, and whether the head reads a weighted sum of all layers."""
+        """Class names, and for speech whether the head reads a weighted sum of all layers."""
+        if self.of_plugin:
+            return HeadTask.model_settings(self)
         return super().model_settings() | {"use_weighted_layer_sum": self.layer_sum}
+
+    def waveform(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> Tensor:
+        """As for all speech; for a plugin the input (..., S) of its encoder, cropped if `max_seconds` is set."""
+        if not self.of_plugin:
+            return super().waveform(raw, train=train, rng=rng)
+        transform = self.inputs.transform
+        value = (transform.train if train else transform.evaluate)(self.inputs.decode(raw.value))
+        return self.cropped(value, train=train, rng=rng)
+
+    def batch_of(self, examples: Sequence[dict[str, Any]], *, train: bool, rng: np.random.Generator) -> dict:
+        """As for all speech; for a plugin its inputs, padded at the end of the last axis, and their mask."""
+        if not self.of_plugin:
+            return super().batch_of(examples, train=train, rng=rng)
+        values = [example["wave"] for example in examples]
+        lengths = [value.shape[-1] for value in values]
+        if len(set(lengths)) == 1:
+            return {"inputs": torch.stack(values)}
+        rows = [F.pad(value, (0, max(lengths) - value.shape[-1]), value=self.inputs.pad_value) for value in values]
+        return {"inputs": torch.stack(rows), "attention_mask": real_places(lengths)}
 
     def example(self, raw: RawSample, *, train: bool, rng: np.random.Generator) -> dict[str, Any]:
         """The waveform and the class of a record."""

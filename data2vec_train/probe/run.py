@@ -34,7 +34,8 @@ from data2vec_train.training.assemble import quiet_libraries
 from data2vec_train.training.callbacks.probe import raw_input
 from data2vec_train.training.records import build_sources
 from data2vec_train.training.run_directory import command_line
-from data2vec_train.weights.convert import FAMILIES, load_pretrained
+from data2vec_train.weights.base import PretrainedModel
+from data2vec_train.weights.convert import load_pretrained, untrained
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +149,11 @@ def _labelled_data(cfg: DictConfig, encoder: ModalityEncoder, run_dir: Path) -> 
     return module
 
 
-def _untrained(model: Any, seed: int) -> ModalityEncoder:
+def _untrained(model: PretrainedModel, seed: int) -> ModalityEncoder:
     """The same architecture with random weights."""
-    family = next(family for family in FAMILIES.values() if isinstance(model.base_model, family.base))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(model.get_encoder())(**family.arguments(copy.deepcopy(model.config)))
+        return untrained(model)
 
 
 def _measure(

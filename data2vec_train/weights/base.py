@@ -326,6 +326,11 @@ class PretrainedModel(nn.Module):
         written = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if name not in self.aliases()
         }
+        places: set[int] = set()  # an encoder of a plugin may hold a tensor under two names, the format may not
+        for name, tensor in written.items():
+            place = tensor.untyped_storage().data_ptr()
+            written[name] = tensor.clone() if place in places else tensor
+            places.add(place)
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         partial = folder / f"{SAFETENSORS_NAME}.partial"

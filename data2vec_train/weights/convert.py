@@ -271,22 +271,32 @@ def base_class_of(config_class: type[Data2VecConfig]) -> type[PretrainedModel]:
     return next(kind for name, kind in CLASSES.items() if kind.config_class is config_class and name.endswith("Model"))
 
 
-def wrap(target: str, arguments: dict[str, Any], tensors: dict[str, Tensor], *, where: str) -> PretrainedModel:
-    """The model around one of our encoders.
+def wrap(
+    target: str,
+    arguments: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    where: str,
+    settings: dict[str, Any] | None = None,
+) -> PretrainedModel:
+    """The model around one of our encoders, or around one of a plugin.
 
     Args:
         target: the encoder's class, as configs name it.
         arguments: what it is built with.
         tensors: its state, by our names.
         where: for messages.
+        settings: of the modality of a run, which may be a plugin's with one of our encoders; None = unknown.
 
     Raises:
         WeightMismatch: the tensors do not fit.
         ConfigError: the class is not known, or needs other arguments.
     """
     modality = next((name for name, family in FAMILIES.items() if family.encoder == target), None)
-    if modality is None:
-        kind, config = plugin.Data2VecPluginModel, plugin.PluginConfig(encoder={"_target_": target, **arguments})
+    facts = None if settings is None else plugin.preparation_of(settings)
+    if modality is None or (facts is not None and facts["name"] not in FAMILIES):
+        kind, encoder = plugin.Data2VecPluginModel, {"_target_": target, **arguments}
+        config = plugin.PluginConfig(encoder=encoder, modality=facts)
     else:
         kind, encoder = FAMILIES[modality].base, plugin.encoder_class(target)
         check_size(lambda: build_encoder(encoder, arguments), tensors, where)
@@ -455,8 +465,8 @@ def with_head(
         ConfigError: the class is of another family, or a rate of another modality.
     """
     kind = CLASSES[class_name]
-    modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
-    if kind.config_class is not type(model.config) or modality is None:
+    modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), "plugin")
+    if kind.config_class is not type(model.config):
         raise ConfigError(f"{class_name} does not fit a {type(model).__name__}: it is for another modality")
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
@@ -467,7 +477,7 @@ def with_head(
     for name, value in rates.items():
         if inside and name in config.encoder:
             config.encoder[name] = value
-        known = RATES[modality].get(name)
+        known = RATES.get(modality, {}).get(name)
         if known is not None:
             setattr(config, known, value)
         elif value and not (inside and name in config.encoder):
@@ -477,7 +487,7 @@ def with_head(
         config.keep_mask_token = True if not inside else None
     made = kind(config)
     if random_weights:
-        encoder = type(encoder)(**FAMILIES[modality].arguments(config))
+        encoder = untrained(made)
     missing, excess = made.get_encoder().load_state_dict(encoder.state_dict(), strict=False)
     # The norm of the head replaces the norm after the last block; the vector for hidden frames may be new.
     wrong = [name for name in (*missing, *excess) if name != "mask_token" and not name.startswith("final_norm.")]
@@ -502,6 +512,15 @@ def with_head(
     made.tie_weights()
     made.source, made.preparation = model.source, model.preparation
     return made, notes
+
+
+def untrained(model: PretrainedModel) -> ModalityEncoder:
+    """An encoder of the architecture of the model's, with random weights as before pretraining."""
+    encoder, config = model.get_encoder(), copy.deepcopy(model.config)
+    if isinstance(config, plugin.PluginConfig):
+        return type(encoder)(**{name: value for name, value in config.encoder.items() if name != "_target_"})
+    family = next(family for family in FAMILIES.values() if isinstance(model.base_model, family.base))
+    return type(encoder)(**family.arguments(config))
 
 
 @dataclass(frozen=True)
@@ -566,7 +585,8 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     student = _below(state, "objective.student.")
     if weights == "teacher":
         student |= _below(state, "objective.teacher.encoder.")
-    model = wrap(target, node, student, where=where)
+    settings = modality if isinstance(modality.get("name"), str) else None
+    model = wrap(target, node, student, where=where, settings=settings)
     beside = checkpoints.run_of(Path(where)) / PREPROCESSING_FOLDER
     model.source = beside if beside.is_dir() else None
     model.preparation = _preparation_in(modality.get("preprocessing"), where)

@@ -57,7 +57,7 @@ class EEGEncoder(ModalityEncoder):
 
 
 def decode(path):
-    recording = np.load(path)
+    recording = path if isinstance(path, np.ndarray) else np.load(path)  # an array of a Python call
     if recording.shape[0] != 19:
         raise BadSample(f"{recording.shape[0]} channels, expected 19")
     return torch.from_numpy(recording).float()

@@ -392,6 +392,8 @@ def _head_suits_the_modality(cfg: DictConfig) -> str | None:
     wanted = {"speech": "audio", "text": "text", "vision": "vision"}.get(module)
     if wanted is None or modality in (None, wanted):
         return None
+    if modality not in MODALITIES and head == "UtteranceClassification":  # serves the modalities of plugins
+        return None
     return f"head: {head} is for modality={wanted}, and this is modality={modality}"
 
 

@@ -26,13 +26,14 @@ from data2vec_train.data.sources.hf import (
     USUAL_NAMES,
     HFSource,
     HFStreamingSource,
-    Kind,
 )
+from data2vec_train.data.sources.hf import Kind as KnownKind
 from data2vec_train.data.sources.metadata import classes_of, text_column
 from data2vec_train.errors import BadSample, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+Kind = Literal["image", "audio", "text", "any"]  # "any" = what the `decode` of a plugin's modality takes
 LOOKED_AT = 16  # images inspected to find out whether values lie in [0, 1]
 ACCEPTED = (
     "a list, an array, a tensor, a data set of torch or Hugging Face, a frame of pandas or polars, or a dict of columns"
@@ -111,7 +112,8 @@ def as_source(
             - an image: of PIL, an array (h, w) or (h, w, C), a tensor (h, w) or (C, h, w), a path, bytes of a file;
             - a recording: (waveform, rate), {"array": waveform, "sampling_rate": rate}, a waveform (S,) or (C, S) at
               the model's rate, a path, bytes of a file;
-            - a text: a str, or the path of a file.
+            - a text: a str, or the path of a file;
+            - for the modality of a plugin, whatever its `decode` takes; a str is the path of a file.
 
             A tuple (item, label), or (waveform, rate, label) for recordings, has a label; a dict has columns.
         kind: type of the items.
@@ -131,6 +133,11 @@ def as_source(
     labels = None if labels is False else labels
     library = type(data).__module__.partition(".")[0]
     if library == "datasets":
+        if kind == "any":
+            raise ConfigError(
+                f"{name}: which column of a data set of Hugging Face a plugin's modality reads, and how, is not known; "
+                "give a list or a torch Dataset"
+            )
         return _of_hugging_face(
             data, name=name, kind=kind, labels=labels, column=column, label_column=label_column, fields=fields
         )
@@ -302,7 +309,7 @@ class Stream(StreamingSource):
 # Helpers
 
 
-def _of_hugging_face(data: Any, *, name: str, kind: Kind, labels: Any, **columns: Any) -> Source | StreamingSource:
+def _of_hugging_face(data: Any, *, name: str, kind: KnownKind, labels: Any, **columns: Any) -> Source | StreamingSource:
     import datasets
 
     if isinstance(data, (datasets.DatasetDict, datasets.IterableDatasetDict)):
@@ -362,11 +369,12 @@ def _present(wanted: str, names: Sequence[str], where: str) -> str:
 def _sample_column(names: Sequence[str], kind: Kind, column: str | None, where: str) -> str:
     if column is not None:
         return _present(column, names, where)
-    usual = [one for one in USUAL_NAMES[kind] if one in names]
+    usual = [one for one in USUAL_NAMES.get(kind, ()) if one in names]
     others = [one for one in names if one not in LABEL_NAMES and not NOT_SAMPLES.search(one)]
     if usual or len(others) == 1:
         return (usual or others)[0]
-    raise ConfigError(f"{where}: which column has the {kind}s? It has {', '.join(names)}; name it with data.column")
+    what = "samples" if kind == "any" else f"{kind}s"
+    raise ConfigError(f"{where}: which column has the {what}? It has {', '.join(names)}; name it with data.column")
 
 
 def _size(sample: Any) -> str:
@@ -379,8 +387,10 @@ def _size(sample: Any) -> str:
     return str(tuple(getattr(sample, "shape", getattr(sample, "size", ()))))
 
 
-def _encoded(sample: Any, kind: Kind, *, unit: bool) -> bytes | Path | np.ndarray | str | BadSample:
+def _encoded(sample: Any, kind: Kind, *, unit: bool) -> Any:
     """The sample as a `RawSample.value`."""
+    if kind == "any":
+        return sample
     if isinstance(sample, (bytes, Path)) or (isinstance(sample, str) and kind == "text"):
         return sample
     try:
