@@ -280,6 +280,9 @@ def test_inputs_are_prepared_as_the_run_did_but_for_what_the_command_says(monkey
     assert "modality.transform.high_hz=40.0, as you say; here was trained with 30.0" in caplog.text
     with pytest.raises(ConfigError, match="here is a model for ecg; choose modality=ecg"):
         inputs._inherit_from_run(cfg, PluginConfig(encoder={}, modality=kept | {"name": "ecg"}), "here")
+    for strange in ({"transform": {"low_hz": "${oc.env:HOME}"}}, {"transform": {"a[0]": 1}}):
+        with pytest.raises(ConfigError, match="here holds modality.transform.*, which no run writes"):
+            inputs._inherit_from_run(cfg, PluginConfig(encoder={}, modality=kept | strange), "here")
 
 
 def test_padding_changes_no_prediction(eeg):

@@ -63,13 +63,16 @@ def inherit(cfg: DictConfig, model: PretrainedModel, where: str) -> PretrainedMo
 
 def _inherit_from_run(cfg: DictConfig, config: PluginConfig, where: str) -> None:
     """Prepare inputs with the settings of the run that trained an encoder of a plugin: nothing else describes them."""
-    if config.modality is None:
+    name = (config.modality or {}).get("name")
+    if name is None:
         log.warning("%s does not say how its run prepared inputs: they are prepared as modality.* says", where)
         return
-    name = config.modality["name"]
     if name != cfg.modality.name:
         raise ConfigError(f"{where} is a model for {name}; choose modality={name}")
     facts = {key: fact for part in _PREPARING for key, fact in _decisive(cfg, config.modality, part)}
+    for key, fact in facts.items():  # a run stores values; a reference in a file of a stranger could read anything
+        if "${" in str(fact) or not re.fullmatch(r"[\w.-]+", key):
+            raise ConfigError(f"{where} holds modality.{key}={fact}, which no run writes")
     follow(cfg, facts, given_settings(), where)
 
 
