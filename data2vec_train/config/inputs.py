@@ -162,6 +162,8 @@ def for_images_of(model: PretrainedModel, image_px: int | Sequence[int], where: 
     size = (image_px, image_px) if isinstance(image_px, int) else tuple(image_px)
     if size == encoder.image_size:
         return model
+    if not isinstance(encoder, VisionEncoder):
+        raise ConfigError(f"modality.image_px={image_px}: {where} is for {encoder.image_size}; leave it out")
     patch = encoder.patch_px
     if any(side < patch or side % patch for side in size):
         raise ConfigError(
@@ -224,7 +226,7 @@ def _vision(model: PretrainedModel) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "image_px": height if height == width else [height, width],
         "patch_px": encoder.patch_px,
-        "channels": encoder.embedder.project.in_channels,
+        "channels": encoder.channels,
     }
     found = _described(model, ImageProcessor)
     if found is None:

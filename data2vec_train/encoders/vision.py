@@ -121,6 +121,7 @@ class VisionEncoder(ModalityEncoder):
         self.prenet_depth = prenet_depth
         self.num_prefix_tokens = int(class_token)
         self.image_size = (height, width)
+        self.channels = channels
         self.grid = (height // patch_px, width // patch_px)
         self.token_count = FixedCount(self.grid[0] * self.grid[1])
 

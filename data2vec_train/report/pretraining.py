@@ -62,5 +62,5 @@ def _pictures(cfg: DictConfig, student: ModalityEncoder, data: DataModule) -> li
         return [sequence_masks_section(masks_of(data, good_samples(shown, 4)), drawn_as=drawn_as)]
     # The same seed gives the same initial weights: the encoder before training.
     torch.manual_seed(cfg.seed)
-    untrained = build(cfg.modality.encoder).to(next(student.parameters()).device)
+    untrained = build(cfg.objective.encoder).to(next(student.parameters()).device)
     return draw(student=student, untrained=untrained, data=data, drawn_as=drawn_as)

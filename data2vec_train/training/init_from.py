@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from data2vec_train import checkpoints
 from data2vec_train.config.inputs import block_tokens, facts_of, follow, for_images_of, refuse_other
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.data2vec import Data2Vec
-from data2vec_train.weights.convert import LOOSE, Start, encoder_description, load_start
+from data2vec_train.weights.convert import LOOSE, Start, encoder_description, load_pretrained, load_start
 from data2vec_train.weights.weights import put_into
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,14 @@ _TOKENIZERS = ("tokenizer.json", "merges.txt")  # a folder with one of these has
 _INPUTS = ("image_px", "patch_px", "channels")  # settings of the modality that have to agree with the encoder
 
 
-def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Start:
+@dataclass(frozen=True)
+class LibraryStart:
+    """Weights for an encoder of another library: a file or folder of the library, or a run with such an encoder."""
+
+    path: Path
+
+
+def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Start | LibraryStart:
     """Read `cfg.init_from` and change `cfg` to describe its encoder; settings of training stay as configured.
 
     Args:
@@ -33,6 +41,8 @@ def config_from_pretrained(cfg: DictConfig, given: Collection[str] = ()) -> Star
     Raises:
         ConfigError: the weights are of another modality or other sizes, or do not fit the tokenizer.
     """
+    if cfg.get("encoder"):
+        return LibraryStart(Path(cfg.init_from).expanduser())
     start, where = load_start(cfg.init_from), f"init_from={cfg.init_from}"
     modality, arguments, _ = encoder_description(start.model)
     if modality != cfg.modality.name:
@@ -103,7 +113,9 @@ def _tokenizer_from_pretrained(cfg: DictConfig, arguments: dict, given: Collecti
 
 
 @torch.no_grad()
-def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: bool = False) -> list[str]:
+def initialise(
+    objective: Data2Vec, start: Start | LibraryStart, where: str, *, fresh_teacher: bool = False
+) -> list[str]:
     """Load weights into student, teacher and decoder; returns a sentence for each part that the file lacked.
 
     With `fresh_teacher` the teacher starts as a copy of the student, even if the file has a teacher, as in the second
@@ -112,6 +124,8 @@ def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: 
     Raises:
         ConfigError: the file's encoder does not fit.
     """
+    if isinstance(start, LibraryStart):
+        return _from_library(objective, start.path, fresh_teacher=fresh_teacher)
     notes = []
     _, _, tensors = encoder_description(start.model)
     student = objective.student.state_dict()
@@ -149,3 +163,25 @@ def initialise(objective: Data2Vec, start: Start, where: str, *, fresh_teacher: 
     else:
         notes.append("the decoder is new: " + ("the file's does not fit" if start.decoder else "the file has none"))
     return notes
+
+
+def _from_library(objective: Data2Vec, path: Path, *, fresh_teacher: bool) -> list[str]:
+    """`initialise` for an encoder of another library."""
+    notes = []
+    student, teacher = objective.student, objective.teacher.encoder
+    averaged = None
+    if path.is_file() and path.suffix != ".ckpt" or checkpoints.resolve(path) is None:
+        student.load_library_state(student.read_library_weights(path), where=f"init_from={path}")
+    else:
+        found = load_pretrained(path).get_encoder()
+        if type(found) is not type(student):
+            raise ConfigError(f"init_from={path} has a {type(found).__name__}, and encoder= a {type(student).__name__}")
+        student.load_library_state(found.library_state(), where=f"init_from={path}")
+        if found.mask_token is not None and student.mask_token is not None:
+            student.mask_token.copy_(found.mask_token)
+        averaged = None if fresh_teacher else load_pretrained(path, weights="teacher").get_encoder().state_dict()
+    followed = student.state_dict() | (averaged or {})
+    teacher.load_state_dict({name: tensor for name, tensor in followed.items() if name in teacher.state_dict()})
+    if averaged is None:
+        notes.append("the teacher starts as a copy of the student")
+    return [*notes, "the decoder is new"]

@@ -577,7 +577,8 @@ def _from_run(content: dict[str, Any], where: str, weights: Weights) -> Pretrain
     """The model in a checkpoint of a pretraining run."""
     try:
         modality = with_current_names(content["config"]["modality"])
-        node = dict(modality["encoder"])
+        # Another library's encoder stands beside the modality, see `configs/encoder`.
+        node = dict(content["config"].get("encoder") or modality["encoder"])
         state = content["state_dict"]
         target = node.pop("_target_")
     except (KeyError, TypeError) as error:

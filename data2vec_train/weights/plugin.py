@@ -1,5 +1,6 @@
 """Models around the encoder of a plugin."""
 
+import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _OF_TRAINING = {
     *("encoder", "masker", "corruption", "legacy_teacher_input", "reference_padding", "prepare"),
     *("batch_size_per_device", "batching", "extensions", "column_kind", "pictures", "preprocessing", "probe"),
 }
+# Encoders of other libraries: imported when a file names them.
+WRAPPED = ("data2vec_train.wrapped.hf", "data2vec_train.wrapped.timm")
 
 
 @dataclass(kw_only=True)
@@ -120,7 +123,9 @@ def encoder_class(target: str) -> Any:
         ConfigError: it is neither imported nor part of a plugin, or not an encoder.
     """
     module, _, name = target.rpartition(".")
-    if module not in sys.modules:
+    if module in WRAPPED:
+        importlib.import_module(module)
+    elif module not in sys.modules:
         load_plugins()
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, ModalityEncoder)):

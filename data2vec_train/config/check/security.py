@@ -15,7 +15,7 @@ from data2vec_train.system.plugins import plugin_packages
 
 # What `_target_` may name: modules without anything that writes, loads or downloads, and of other modules single names.
 OURS = (
-    *("encoders", "heads", "finetune.speech", "finetune.text", "finetune.vision", "finetune.transcribe"),
+    *("encoders", "wrapped", "heads", "finetune.speech", "finetune.text", "finetune.vision", "finetune.transcribe"),
     *(f"objective.{name}" for name in ("data2vec", "decoders", "masking", "targets", "teacher")),
     *("features.raw", "finetune.module.Evaluation", "report.pictures", "pretrain.sweep.SweepTable"),
     *(f"data.audio.{name}" for name in ("AudioTransform", "decode_audio", "prepare_audio")),
