@@ -92,6 +92,7 @@ def commands(verb: str):
                 line = [f"{key}={value}" for key, value in wanted.items()] + NEEDS.get(verb, [])
                 line += ["data.path=d"] if wanted.get("data", "sample") != "sample" else []
                 line += ["head.maps=m", "head.classes=3"] if choice == "segmentation" else []
+                line += {"timm": ["encoder.name=test_vit"], "hf": ["encoder.path=d"]}.get(choice, [])
                 options.append(line)
             yield f"{group}={choice}", options
 
