@@ -25,7 +25,7 @@ ORDER: dict[str, set[str] | None] = {
     "batch": {"torch"},
     "checkpoints": {"torch"},
     "encoders": {"torch"},
-    "wrapped": {"torch", "timm", "transformers"},
+    "wrapped": {"torch", "timm", "transformers", "safetensors"},
     "objective": {"torch", "numpy"},
     "heads": {"torch"},
     "data": {"torch", "numpy", "lightning", "PIL", "tifffile", "torchvision", "soundfile", "torchaudio", "tokenizers"}

@@ -446,7 +446,7 @@ def facts(path: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"encoder.path: there is no file or folder {path}; models are not downloaded here: give a folder with config.json"
+            f"encoder.path: there is no file or folder {path}; nothing is downloaded: give a folder with config.json"
         ) from error
     config = read_config(text, str(file))
     with torch.device("meta"):

@@ -152,7 +152,7 @@ def test_what_timm_cannot_give_is_one_sentence(name, said):
 
 
 def test_what_transformers_cannot_give_is_one_sentence(tmp_path):
-    with pytest.raises(ConfigError, match="there is no .*models are not downloaded"):
+    with pytest.raises(ConfigError, match="there is no .*nothing is downloaded"):
         hf.facts("google/vit-base-patch16-224")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="of type llama; supported are vit, "):
