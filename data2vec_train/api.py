@@ -403,8 +403,15 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
         name = _SHORT.get(name, name)
         if name.partition(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
             raise ConfigError(f"{name}: Hydra's own settings are for commands; the run directory is out=")
-        lines += [f"+{line}" if name == "recipes" else line for line in _lines(name, value)]
+        lines += [f"+{line}" if _is_new(line) else line for line in _lines(name, value)]
     return lines
+
+
+def _is_new(line: str) -> bool:
+    """Whether an override adds to the config of the command: recipes and callbacks of the caller's."""
+    found = re.match(r"callbacks\.(\w+)", line)
+    own = ("probe", "monitor", "checkpoint", "timing", "finite", "evaluation")
+    return line.startswith("recipes=") or (found is not None and found[1] not in own)
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:

@@ -21,6 +21,7 @@ from data2vec_train.objective.data2vec import Data2Vec
 from data2vec_train.system.compat import own_processes
 from data2vec_train.system.stopping import listener
 from data2vec_train.training.callbacks.checkpointing import Checkpointing, Interruption, disk_trouble
+from data2vec_train.training.callbacks.extra import AfterMeasurement, extra_callbacks
 from data2vec_train.training.callbacks.monitor import CSVLog
 from data2vec_train.training.distributed import keep_whole
 from data2vec_train.training.module import Data2VecModule
@@ -149,7 +150,14 @@ def build_trainer(
     own = [build(node)(save_dir=str(run.path), step=run.step) for node in cfg.logger.values()]
     trainer: L.Trainer = build(
         cfg.trainer,
-        callbacks=[*callbacks, checkpointing, finite, Interruption(checkpointing=checkpointing)],
+        callbacks=[
+            *extra_callbacks(cfg.callbacks),
+            *callbacks,
+            AfterMeasurement(),
+            checkpointing,
+            finite,
+            Interruption(checkpointing=checkpointing),
+        ],
         logger=[CSVLog(path=run.path / METRICS), *own, *loggers],
         plugins=[checkpointing.io, *arithmetic.pop("plugins", [])],
         default_root_dir=run.path,

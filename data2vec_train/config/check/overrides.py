@@ -53,6 +53,7 @@ from data2vec_train.errors import ConfigError
 from data2vec_train.paths import config_directory, expose_recipes, text_of_recipe
 from data2vec_train.system.compat import private
 from data2vec_train.system.moved import SETTINGS, current
+from data2vec_train.system.plugins import plugin_packages
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ConfigError)
 MAX_MEMBERS_CHECKED = 32  # of a sweep before it starts, and one for each combination of files; the others in turn
@@ -464,11 +465,18 @@ def _unread_settings(cfg: DictConfig, configs: _Configs, said: list[str]) -> dic
         siblings = list(map(str, OmegaConf.select(plainest, parent) if parent else plainest))
         near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6 if parent else 0.75)
         is_open = parent.split(".")[0] not in _FIXED if parent else not near  # any name may stand at the top
+        if parent == "callbacks" and _is_callback(OmegaConf.select(cfg, f"{path}._target_", default=None)):
+            continue
         if path != "hydra" and not is_open and f"${{{path}}}" not in values:
             meant = f"{parent}.{near[0]}".lstrip(".") if near else ""
             instead = f"did you mean {meant}?" if meant else f"{parent} has {', '.join(siblings)}"
             faults[path] = f"{lines.get(path, path)}: there is no setting called '{path}'; {instead}"
     return faults
+
+
+def _is_callback(target: object) -> bool:
+    """Whether a target may be added below `callbacks`: a callback of Lightning, or anything of a plugin."""
+    return str(target).startswith("lightning.pytorch.callbacks.") or str(target).split(".")[0] in plugin_packages
 
 
 def _added(tree: dict, known: dict, path: str) -> Iterator[str]:

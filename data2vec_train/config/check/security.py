@@ -37,6 +37,9 @@ OURS = (
 LIBRARIES = (
     *("lightning.Trainer", "lightning.pytorch.Trainer", "lightning.pytorch.trainer.Trainer"),
     *("torch.optim", "torchvision.transforms"),
+    # Callbacks that write nothing; ModelCheckpoint and its like take a folder.
+    *(f"lightning.pytorch.callbacks.{name}" for name in ("EarlyStopping", "LearningRateMonitor", "DeviceStatsMonitor")),
+    "lightning.pytorch.callbacks.Timer",
 )
 _DEFINED_IN = ("lightning.", "torch.optim.", "torchvision.transforms.")
 

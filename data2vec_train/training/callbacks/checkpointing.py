@@ -181,8 +181,8 @@ class Checkpointing(L.Callback):
         self._finish(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last checkpoint."""
-        self._finish(trainer)
+        """Save the last step, which is not due if a callback stopped the run, and wait for it."""
+        self.save_before_leaving(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:
         with listener.patient(10):
