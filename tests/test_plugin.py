@@ -256,6 +256,11 @@ def test_formats_that_cannot_hold_it_are_refused(trained, tmp_path, kind, senten
         export(trained.run, tmp_path / "out", format=kind)
 
 
+def test_pretraining_does_not_start_from_it(trained, tmp_path):
+    with pytest.raises(ConfigError, match="cannot start from the weights of eeg.EEGEncoder"):
+        pretrain(modality="eeg", data=trained.data, init_from=trained.run, out=tmp_path / "run", max_steps=1, **TINY)
+
+
 def test_inputs_are_prepared_as_the_run_did_but_for_what_the_command_says(monkeypatch, caplog):
     modality = {
         "name": "eeg",

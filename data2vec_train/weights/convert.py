@@ -559,7 +559,11 @@ def encoder_description(model: PretrainedModel) -> tuple[str, dict[str, Any], di
     """
     modality = next((name for name, family in FAMILIES.items() if isinstance(model.base_model, family.base)), None)
     if modality is None:
-        raise ConfigError(f"{type(model).__name__} comes from a plugin: build the encoder, and load its weights there")
+        name = (model.config.encoder or {}).get("_target_", type(model).__name__)
+        raise ConfigError(
+            f"pretraining cannot start from the weights of {name}, the encoder of a plugin; to go on with its run, "
+            "give the run's own command"
+        )
     arguments = FAMILIES[modality].arguments(model.config)
     tensors = dict(model.get_encoder().state_dict())
     types = tensors.pop("embedder.types.weight", None)
