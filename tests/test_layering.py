@@ -19,7 +19,6 @@ ANYTHING = None
 # Folder or file of the package -> the libraries it may import. It may import every folder above it in this table.
 ORDER: dict[str, set[str] | None] = {
     "errors": set(),
-    "constraints": set(),
     "system": {"filelock", "lightning"},
     "paths": set(),
     "batch": {"torch"},
@@ -44,7 +43,7 @@ VERBS_ON_VERBS = {("predict", "finetune"), ("benchmark", "plan")}
 ENTRY = ("", "__main__", "api")  # the package's own file, `python -m data2vec_train`, and the calls of all verbs
 DATA_NEEDS_OF_OBJECTIVE = {"objective.masking"}
 ALGORITHM = ("encoders", "objective", "heads", "batch")
-AT_THE_ROOT = {"__init__", "__main__", "api", "batch", "checkpoints", "constraints", "errors", "paths", "testing"}
+AT_THE_ROOT = {"__init__", "__main__", "api", "batch", "checkpoints", "errors", "paths", "testing"}
 
 
 def module_name(path: Path) -> str:

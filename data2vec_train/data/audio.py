@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data2vec_train.constraints import require
 from data2vec_train.data.files import open_file, version_of
 from data2vec_train.data.sources.files import BROKEN_ARCHIVE, RawSample, Source, StreamingSource
 from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.system.constraints import require
 from data2vec_train.system.outputs import writing
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from data2vec_train.batch import Batch
-from data2vec_train.constraints import require
 from data2vec_train.data.collate import Collator
 from data2vec_train.data.dataset import EvaluationDataset, StreamingDataset, TrainingDataset
 from data2vec_train.data.loading import Loader, available_workers
@@ -23,6 +22,7 @@ from data2vec_train.data.sources.files import Source, StreamingSource
 from data2vec_train.data.split import UNLABELLED_HELD_OUT, Split, again, choose
 from data2vec_train.errors import ConfigError, DataError
 from data2vec_train.system.clock import seconds_since
+from data2vec_train.system.constraints import require
 
 log = logging.getLogger(__name__)
 

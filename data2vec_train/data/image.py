@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from data2vec_train.constraints import checked
 from data2vec_train.data import tiff
 from data2vec_train.data.files import read_file
 from data2vec_train.errors import BadSample
+from data2vec_train.system.constraints import checked
 
 if TYPE_CHECKING:
     from PIL import Image

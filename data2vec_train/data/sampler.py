@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from data2vec_train.constraints import require
 from data2vec_train.data.seeding import generator
+from data2vec_train.system.constraints import require
 
 
 class Key(NamedTuple):

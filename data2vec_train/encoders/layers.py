@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.constraints import require
 from data2vec_train.errors import ConfigError
+from data2vec_train.system.constraints import require
 
 _GELU_TANH = partial(F.gelu, approximate="tanh")
 # The names are those of Hugging Face configs.

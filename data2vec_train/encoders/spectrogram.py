@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, TargetLayer
 from data2vec_train.encoders.positions import sincos_grid
 from data2vec_train.encoders.transformer import ForwardContext
 from data2vec_train.encoders.vision import VisionEncoder
+from data2vec_train.system.constraints import checked
 
 
 @dataclass(frozen=True)

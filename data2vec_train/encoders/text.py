@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_bert
 from data2vec_train.encoders.transformer import ForwardContext, Transformer
+from data2vec_train.system.constraints import checked
 
 
 class TextEmbedding(nn.Module):

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias, attention, attention_weights, check_backend, dense, fastest
 from data2vec_train.encoders.base import TargetLayer
 from data2vec_train.encoders.layers import DropPath, activation_of
+from data2vec_train.system.constraints import checked
 
 QKVBias = Literal["qkv", "qv", "none"]
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.batch import Masks
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, TargetLayer, apply_mask
 from data2vec_train.encoders.layers import init_beit, init_bert, scale_down_by_depth
 from data2vec_train.encoders.positions import RelativeBias, RelativePositionBias, sincos_grid
 from data2vec_train.encoders.transformer import ForwardContext, QKVBias, Transformer
+from data2vec_train.system.constraints import checked
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data2vec_train.batch import Masks
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.attention import Bias
 from data2vec_train.encoders.base import (
     EncoderOutput,
@@ -34,6 +33,7 @@ from data2vec_train.encoders.base import (
 from data2vec_train.encoders.layers import activation_of, init_bert
 from data2vec_train.encoders.positions import ALiBi, ConvPositions
 from data2vec_train.encoders.transformer import ForwardContext, Transformer
+from data2vec_train.system.constraints import checked
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data2vec_train.constraints import require
 from data2vec_train.data.dataset import random_crop
 from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.errors import BadSample, ConfigError, DataError
@@ -35,6 +34,7 @@ from data2vec_train.finetune.metrics import classification_scores, equal_error_r
 from data2vec_train.finetune.transcribe import BeamDecoder
 from data2vec_train.finetune.transcripts import APOSTROPHES, Writing, has_no_spaces, is_turkic
 from data2vec_train.objective.masking import SpanMasker
+from data2vec_train.system.constraints import require
 from data2vec_train.weights.base import PretrainedModel
 from data2vec_train.weights.tokenizers import LIBRISPEECH_SYMBOLS, CTCTokenizer
 

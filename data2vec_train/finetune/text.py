@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data2vec_train.constraints import checked, require
 from data2vec_train.data.files import read_file
 from data2vec_train.data.sources.files import RawSample, Source
 from data2vec_train.data.text import decode_text, is_table
@@ -27,6 +26,7 @@ from data2vec_train.finetune.metrics import (
     regression_scores,
 )
 from data2vec_train.finetune.speech import class_predictions
+from data2vec_train.system.constraints import checked, require
 from data2vec_train.weights.base import PretrainedModel
 
 Problem = Literal["classification", "regression", "multi_label"]

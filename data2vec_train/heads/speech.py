@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data2vec_train.constraints import require
+from data2vec_train.system.constraints import require
 
 
 class CTCHead(nn.Module):

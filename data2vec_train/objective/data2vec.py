@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data2vec_train.batch import Batch
-from data2vec_train.constraints import checked, require
 from data2vec_train.encoders.base import EncoderOutput, MaskMode, ModalityEncoder, repeat_per_mask
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.decoders import Decoder
 from data2vec_train.objective.targets import TargetBuilder
 from data2vec_train.objective.teacher import EMATeacher, tau_at
+from data2vec_train.system.constraints import checked, require
 
 ChannelReduction = Literal["sum_over_sqrt_dim", "mean", "sum"]
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from data2vec_train.constraints import checked
 from data2vec_train.objective.grid import grid_of
+from data2vec_train.system.constraints import checked
 
 
 class Masker(ABC):

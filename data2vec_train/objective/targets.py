@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data2vec_train.constraints import checked
 from data2vec_train.encoders.base import TargetLayer
+from data2vec_train.system.constraints import checked
 
 Norm = Literal["instance", "layer", "batch"]
 EPS = 1e-5

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data2vec_train.batch import Batch
-from data2vec_train.constraints import require
 from data2vec_train.data.seeding import torch_seed
 from data2vec_train.encoders.base import EncoderOutput
 from data2vec_train.encoders.transformer import Transformer
 from data2vec_train.objective.data2vec import Data2Vec, Data2VecOutput, relative_std, std_over_rows
+from data2vec_train.system.constraints import require
 from data2vec_train.training.distributed import shard
 from data2vec_train.training.optim import Schedule, set_lr
 from data2vec_train.training.step_result import MicroBatches, Samples, StepResult

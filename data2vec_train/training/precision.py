@@ -19,11 +19,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import Optimizer
 
-from data2vec_train.constraints import require
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.encoders.transformer import blocks_of
 from data2vec_train.errors import ConfigError
 from data2vec_train.objective.data2vec import Data2Vec
+from data2vec_train.system.constraints import require
 from data2vec_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from data2vec_train import constraints
 from data2vec_train.config.check.rules import (
     MACHINE_RULES,
     REFUSED_CHOICES,
@@ -51,6 +50,7 @@ from data2vec_train.config.check.security import (
 from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.errors import ConfigError
 from data2vec_train.paths import config_directory, expose_recipes, text_of_recipe
+from data2vec_train.system import constraints
 from data2vec_train.system.compat import private
 from data2vec_train.system.moved import SETTINGS, current
 from data2vec_train.system.plugins import plugin_packages

@@ -18,11 +18,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data2vec_train import constraints
 from data2vec_train.config.check.schema import class_attribute, did_you_mean, find, keys_of, mismatch, show, signature
 from data2vec_train.encoders import backends
 from data2vec_train.paths import text_of_recipe
-from data2vec_train.system import launch
+from data2vec_train.system import constraints, launch
 
 Rule = Callable[[DictConfig], Iterable[str]]  # sentences that begin with the setting at fault and a colon
 

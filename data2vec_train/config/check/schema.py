@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import NamedTuple
 
-from data2vec_train.constraints import show
+from data2vec_train.system.constraints import show
 
 _MAX_DEPTH = 12  # of imports of imports; more is a circle
 

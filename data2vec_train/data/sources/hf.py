@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data2vec_train.constraints import require
 from data2vec_train.data.identity import hashes_of, hashes_of_numbers, mixed
 from data2vec_train.data.sources.files import (
     RawSample,
@@ -29,6 +28,7 @@ from data2vec_train.data.sources.files import (
 )
 from data2vec_train.data.sources.metadata import text_column
 from data2vec_train.errors import BadSample, ConfigError, DataError
+from data2vec_train.system.constraints import require
 
 if TYPE_CHECKING:
     import datasets

@@ -17,9 +17,9 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data2vec_train.constraints import checked, missing
 from data2vec_train.data.loading import cores_at_hand
 from data2vec_train.errors import CollapseError, ConfigError
+from data2vec_train.system.constraints import checked, missing
 from data2vec_train.system.outputs import replace_file
 from data2vec_train.training.callbacks.checkpointing import measuring_callback
 from data2vec_train.training.module import TrainingModule

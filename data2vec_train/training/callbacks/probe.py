@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data2vec_train.batch import Batch
-from data2vec_train.constraints import checked
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.errors import CollapseError
@@ -23,6 +22,7 @@ from data2vec_train.features.embedding import pool
 from data2vec_train.features.measures import knn_accuracy, linear_accuracy, rankme
 from data2vec_train.features.r2 import held_out_r2
 from data2vec_train.system.clock import seconds_since
+from data2vec_train.system.constraints import checked
 from data2vec_train.training.precision import in_float32, uncompiled
 
 Pooling = Literal["mean", "mean_std"]
