@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from data2vec_train.weights.files import read_json
 from data2vec_train.weights.plugin import PluginConfig
 from data2vec_train.weights.preprocessing import PREPROCESSOR_NAME
 from data2vec_train.weights.tokenizers import EXAMPLES_NAME, TextTokenizer, has_tokenizer
+from data2vec_train.wrapped.base import WrappedEncoder
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("hf", "safetensors", "onnx", "torch_export")
+FORMATS = ("hf", "timm", "safetensors", "onnx", "torch_export")
 # Used if no texts of the weights' own training data are stored with them.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog; it's 3:45 pm, and nobody minds.",
@@ -93,6 +95,8 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
         write_preprocessing(model, unfinished)
         texts = compare_ids(model, unfinished)
         write = {"onnx": _write_onnx, "torch_export": _write_program}.get(cfg.format, _write_folder)
+        if _goes_back(model, cfg.format):
+            write = _write_for_library
         comparisons = write(model, unfinished, cfg.format)
         for comparison in comparisons:
             log.info("read back by %s: largest difference %.1e", comparison.reader, comparison.largest)
@@ -108,6 +112,10 @@ def _export(cfg: DictConfig, out: Path) -> dict[str, float]:
 
 def _refuse(model: PretrainedModel, kind: str) -> None:
     """Raise ConfigError if a format cannot hold the model."""
+    if _goes_back(model, kind):
+        return
+    if kind == "timm":
+        raise ConfigError("format=timm is for encoders that timm has (encoder=timm); choose format=safetensors")
     if isinstance(model.config, PluginConfig) and kind != "safetensors":
         name = model.config.encoder["_target_"]
         raise ConfigError(
@@ -121,8 +129,24 @@ def _refuse(model: PretrainedModel, kind: str) -> None:
         raise ConfigError(f"{refusal}; choose format=safetensors, onnx or torch_export")
 
 
+def _goes_back(model: PretrainedModel, kind: str) -> bool:
+    """Whether the encoder is one of another library, and goes back into it."""
+    encoder = model.get_encoder()
+    return isinstance(encoder, WrappedEncoder) and encoder.library == kind
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Formats
+
+
+@torch.no_grad()
+def _write_for_library(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
+    encoder = model.get_encoder()
+    encoder.save_for_library(folder)
+    inputs = encoder.example()
+    difference = (encoder(inputs).tokens - encoder.read_back(folder, inputs)).abs().max()
+    reader = {"hf": "transformers", "timm": "timm"}[kind]
+    return [Comparison(f"{reader} {version(reader)}", [("features", float(difference))])]
 
 
 def _write_folder(model: PretrainedModel, folder: Path, kind: str) -> list[Comparison]:
@@ -389,10 +413,13 @@ def _card(
     name = type(model).__name__
     load = {
         "hf": f"transformers.{name}.from_pretrained(DIR)   # or data2vec_train.load_pretrained(DIR)",
+        "timm": "",
         "safetensors": "data2vec_train.load_pretrained(DIR)",
         "onnx": 'onnxruntime.InferenceSession("DIR/model.onnx")   # inputs: signature.json',
         "torch_export": 'torch.export.load("DIR/model.pt2").module()   # inputs: signature.json',
     }[cfg.format]
+    goes_back = _goes_back(model, cfg.format)
+    load = model.get_encoder().reading_call() if goes_back else load
     lines = [
         f"# {name}",
         "",
@@ -406,7 +433,7 @@ def _card(
         f"    {load}",
         "",
     ]
-    is_plugin = isinstance(model.config, PluginConfig)
+    is_plugin = isinstance(model.config, PluginConfig) and not isinstance(model.get_encoder(), WrappedEncoder)
     if is_plugin:
         module = model.config.encoder["_target_"].rpartition(".")[0]
         lines += [

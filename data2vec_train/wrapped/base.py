@@ -27,11 +27,13 @@ class WrappedEncoder(ModalityEncoder):
     """Base of the wrappers.
 
     Attributes:
+        library: name of the library, timm or hf.
         model: the library's model without the parts that were moved.
         moved: name here -> name in the library's model, such as embedder -> patch_embed.
         mask_token: learned vector for hidden tokens; None without mask mode "replace".
     """
 
+    library: str  # as `encoder=` and `format=` say it
     model: nn.Module
     moved: dict[str, str]
     mask_token: nn.Parameter | None
@@ -108,6 +110,22 @@ class WrappedEncoder(ModalityEncoder):
     def library_model(self) -> nn.Module:
         """The library's own model with these weights, without a head."""
 
+    @abstractmethod
+    def save_for_library(self, folder: Path) -> None:
+        """Write the weights in the library's own format."""
+
+    @abstractmethod
+    def reading_call(self) -> str:
+        """The call that reads what `save_for_library` wrote into a folder DIR."""
+
+    @abstractmethod
+    def read_back(self, folder: Path, inputs: Tensor) -> Tensor:
+        """Features (B, T, D) that the library computes from what `save_for_library` wrote."""
+
+    @abstractmethod
+    def example(self) -> Tensor:
+        """Two inputs."""
+
     def library_state(self) -> dict[str, Tensor]:
         """The weights by the library's names; the mask token, which the library does not have, is left out."""
         return {self._their_name(name): tensor for name, tensor in self.state_dict().items() if name != "mask_token"}
@@ -154,6 +172,10 @@ class WrappedImages(WrappedEncoder):
         if tuple(inputs.shape[1:]) != expected:
             raise ValueError(f"expected images (channels, height, width) {expected}, got {tuple(inputs.shape[1:])}")
         return self.embedder(inputs), attention_mask
+
+    def example(self) -> Tensor:
+        """Two images of noise."""
+        return torch.randn(2, self.channels, *self.image_size, generator=torch.Generator().manual_seed(0))
 
     @abstractmethod
     def positions(self) -> tuple[list[Tensor], Tensor | None]:

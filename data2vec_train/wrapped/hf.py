@@ -56,6 +56,8 @@ class _FromConfig(WrappedEncoder):
         ConfigError: transformers is not installed, or the model does not fit the inputs.
     """
 
+    library = "hf"
+
     def __init__(
         self,
         *,
@@ -142,6 +144,21 @@ class _FromConfig(WrappedEncoder):
                 "the inputs (modality.image_px, patch_px, channels) to those of its config.json"
             )
         return model.state_dict()
+
+    def save_for_library(self, folder: Path) -> None:
+        """Write model.safetensors and config.json; see `WrappedEncoder.save_for_library`."""
+        self.library_model().save_pretrained(folder)
+
+    def reading_call(self) -> str:
+        """The call that reads it."""
+        return 'transformers.AutoModel.from_pretrained("DIR")'
+
+    def read_back(self, folder: Path, inputs: Tensor) -> Tensor:
+        """Features that transformers computes; see `WrappedEncoder.read_back`."""
+        import transformers
+
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        return model(inputs).last_hidden_state[:, self.num_prefix_tokens :]
 
     def library_model(self) -> nn.Module:
         """The library's own model with these weights, without a head."""
@@ -258,6 +275,10 @@ class HFSpeech(_Sequences):
         """The second linear layer."""
         return block.feed_forward.output_dense
 
+    def example(self) -> Tensor:
+        """Two waveforms of noise."""
+        return torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+
     def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveforms (B, S) -> frames (B, T, D) and their mask (B, T) bool or None; a frame is real if all samples are.
 
@@ -353,6 +374,11 @@ class HFText(_Sequences):
     def ffn_of(self, block: nn.Module) -> nn.Module:
         """The second linear layer."""
         return block.output.dense
+
+    def example(self) -> Tensor:
+        """Two texts of random tokens, without padding."""
+        size, known = (2, min(self.max_tokens, 24)), self.model.config.vocab_size
+        return torch.randint(min(5, known - 1), known, size, generator=torch.Generator().manual_seed(0))
 
     def embed(self, inputs: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) int64 -> (B, T, D) and `attention_mask` (B, T) unchanged; padding is at the end.

@@ -32,6 +32,8 @@ class TimmViT(WrappedImages):
         ConfigError: timm is not installed, has no such model, or the model is of another kind.
     """
 
+    library = "timm"
+
     def __init__(
         self,
         *,
@@ -111,6 +113,25 @@ class TimmViT(WrappedImages):
             raise ConfigError(
                 f"init_from={path}: timm cannot read weights of {self.name} from it ({reason})"
             ) from error
+
+    def save_for_library(self, folder: Path) -> None:
+        """Write model.safetensors and config.json; see `WrappedEncoder.save_for_library`."""
+        from timm.models import save_for_hf
+
+        save_for_hf(self.library_model(), folder, safe_serialization=True)
+
+    def reading_call(self) -> str:
+        """The call that reads it; `local-dir:DIR` reads config.json as well."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f'timm.create_model("{self.name}", {given}, checkpoint_path="DIR/model.safetensors")'
+
+    def read_back(self, folder: Path, inputs: Tensor) -> Tensor:
+        """Features that timm computes; see `WrappedEncoder.read_back`."""
+        import timm
+
+        path = str(folder / "model.safetensors")
+        model = timm.create_model(self.name, checkpoint_path=path, **self.arguments).eval()
+        return model.forward_features(inputs)[:, self.num_prefix_tokens :]
 
     def library_model(self) -> nn.Module:
         """The library's own model with these weights, without a head."""

@@ -1,6 +1,7 @@
 """Encoders of other libraries: the contract, both objectives, their weights as a start, and the way back."""
 
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -226,7 +227,11 @@ def test_it_trains_resumes_and_embeds(run_program, folder, tmp_path, library, ob
     done = run_program("modality=vision", f"checkpoint={whole}", "data=folder", images, f"out={out}", verb="embed")
     assert done.returncode == 0, done.stderr
     assert out.is_file()
-    (folder / "vit" / "config.json").stat()  # the run does not need it: its checkpoint has the config
+    back = tmp_path / "back"
+    done = run_program(f"checkpoint={whole}", f"format={library}", f"out={back}", verb="export")
+    assert done.returncode == 0, done.stderr
+    card = (back / "README.md").read_text()
+    assert ("checkpoint_path=" if library == "timm" else "AutoModel.from_pretrained") in card
     assert type(load_pretrained(whole).get_encoder()).__module__ == f"data2vec_train.wrapped.{library}"
 
 
@@ -261,3 +266,16 @@ def test_weights_of_another_size_are_one_sentence(composed, folder):
     start = config_from_pretrained(cfg)
     with pytest.raises(ConfigError, match="position_embeddings is .*set the sizes of the inputs"):
         initialise(build_objective(cfg), start, "")
+
+
+@pytest.mark.parametrize("make", [timm_encoder, *(functools.partial(hf_encoder, family) for family in FAMILIES)])
+def test_it_goes_back_into_the_library(tmp_path, make):
+    encoder = make().eval()
+    encoder.save_for_library(tmp_path)
+    inputs = encoder.example()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.read_back(tmp_path, inputs), encoder(inputs).tokens, atol=1e-5, rtol=0)
+        if encoder.library == "timm":
+            model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+            expected = model.forward_features(inputs)[:, encoder.num_prefix_tokens :]
+            torch.testing.assert_close(encoder(inputs).tokens, expected, atol=1e-5, rtol=0)

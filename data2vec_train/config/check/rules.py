@@ -132,7 +132,7 @@ def _sentences(settings: Mapping[str, object], labels: Mapping[str, str]) -> lis
 _PRECISIONS = ("auto", "32-true", "32-tf32", "bf16-mixed", "16-mixed", "fp8-mixed")  # see `training.precision`
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "weights": lambda: ("student", "teacher"),
-    "format": lambda: ("hf", "safetensors", "onnx", "torch_export"),
+    "format": lambda: ("hf", "timm", "safetensors", "onnx", "torch_export"),
     "pooling": lambda: ("mean", "mean_std", "none"),
     "dtype": lambda: ("float32", "float16"),
     "modality.pages": lambda: ("first", "channels"),
