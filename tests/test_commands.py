@@ -224,7 +224,7 @@ class Reader:
         assert name in ("DIR", "PHOTOS", "LABELLED", "RECORDINGS", "TEXTS", "IMAGES", "TRAIN", "VAL"), name
         if head == "ctc":
             return self.made("transcribed", transcribed)
-        folders = {"vision": images, "audio": sounds, "text": texts, "eeg": oscillations}
+        folders = {"vision": images, "audio": sounds, "sound": sounds, "text": texts, "eeg": oscillations}
         return self.made(f"files-{modality}", folders[modality])
 
     def weights(self, document: str, task: str, modality: str, name: str, words: list[str]) -> str:

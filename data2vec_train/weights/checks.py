@@ -1,5 +1,6 @@
 """Checks of config files before anything is built: types, ranges, and sizes against the file's tensors."""
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,9 @@ def build_encoder(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Any:
         ConfigError: arguments are missing or unknown, or the encoder cannot be built with them.
     """
     hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
-    missing = sorted(set(hints) - set(kind.__init__.__kwdefaults__ or ()) - set(arguments))
+    parameters = inspect.signature(kind.__init__).parameters
+    with_default = {name for name in hints if parameters[name].default is not inspect.Parameter.empty}
+    missing = sorted(set(hints) - with_default - set(arguments))
     unknown = sorted(set(arguments) - set(hints), key=str)
     if missing or unknown:
         raise ConfigError(
