@@ -108,6 +108,20 @@ TOGETHER = (
 
 
 @rule()
+def _settings_of_an_encoder_that_is_not_built(cfg: DictConfig) -> list[str]:
+    chosen = _choices(cfg).get("encoder")
+    if chosen in (None, "builtin"):
+        return []
+    typed = _get(cfg, "hydra.overrides.task", list, [])
+    return [
+        f"{line}: encoder={chosen} is another encoder, which does not read modality.encoder; see encoder in "
+        f"configs/encoder/{chosen}.yaml"
+        for line in typed
+        if line.lstrip("+").startswith("modality.encoder.") and "mask_token" not in line
+    ]
+
+
+@rule()
 def _parts_suit_the_mask_mode(cfg: DictConfig) -> str | None:
     labels = {"mask_mode": "objective.mask_mode", "masker": "modality.masker", "decoder": "objective.decoder"}
     mode = _get(cfg, "objective.mask_mode", str)
