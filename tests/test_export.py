@@ -150,7 +150,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
         (("checkpoint=nowhere", "out=x"), "checkpoint: there is no file or folder nowhere"),
         (
             ("checkpoint=README.md", "out=x", "format=gguf"),
-            "format: expected one of hf, safetensors, onnx, torch_export",
+            "format: expected one of hf, timm, safetensors, onnx, torch_export",
         ),
         (("checkpoint=README.md", "out=x", "weights=both"), "weights: expected one of student, teacher, got 'both'"),
         (("checkpoint=README.md", "outt=x"), "no setting called 'outt'; did you mean out?"),

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 import data2vec_train as ours
+from data2vec_train.config.check.overrides import find_faults
 from data2vec_train.encoders.vision import VisionEncoder
 from data2vec_train.errors import ConfigError
 from data2vec_train.weights.convert import load_pretrained, refusal_of_transformers, with_image_size, wrap
@@ -321,3 +322,10 @@ def test_a_folder_of_tiffs_with_five_bands(run_program, tmp_path):
     done = run_program(*given[:5], "trainer.max_steps=2", f"hydra.run.dir={tmp_path}/rgb", timeout=500)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "5 bands (RGB, unspecified, unspecified) of uint16" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", ["embed", "predict", "probe"])
+def test_a_size_is_not_compared_with_patches_that_the_weights_decide(verb):
+    command = ["modality=vision", "modality.image_px=40", "checkpoint=PATH", "data=folder", "data.path=DIR"]
+    faults = find_faults(command, config_name=verb)
+    assert not [fault for fault in faults if "patches" in fault]

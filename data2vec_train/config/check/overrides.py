@@ -752,6 +752,10 @@ class _Walk:
     def broken_constraints(self) -> Iterator[str]:
         """Sentences for what `constraints` says of settings of one place, and of those in TOGETHER."""
         places = [*self.settings.values()]
+        if "modality" in self.settings and OmegaConf.select(self.root, "modality.encoder") is None:
+            # The patches are those of the weights, whatever the modality says.
+            places.remove(self.settings["modality"])
+            places.append({name: found for name, found in self.settings["modality"].items() if name != "patch_px"})
         for row in TOGETHER:
             found = {name: self._setting(path) for name, path in row.items()}
             places.append({name: setting for name, setting in found.items() if setting})
