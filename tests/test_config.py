@@ -21,6 +21,7 @@ from data2vec_train.config.check.overrides import find_faults, preflight
 from data2vec_train.config.resolvers import register_resolvers
 from data2vec_train.errors import CollapseError, ConfigError, DataError
 from data2vec_train.pretrain.sweep import SweepTable
+from data2vec_train.system import constraints
 from data2vec_train.system.plugins import load_plugins
 
 TOY = '''
@@ -582,3 +583,10 @@ def test_spans_cannot_be_dropped():
     )
     assert any("SpanMasker hides a different number of tokens in each sample" in fault for fault in faults)
     assert any("Block1dMasker" in fault for fault in faults)
+
+
+def test_a_range_with_a_path_holds_for_that_setting_only():
+    assert constraints.out_of_range("modality.rate", 250) is None  # of somebody's modality
+    assert constraints.out_of_range("layer_decay.rate", 1.5)
+    planned = find_faults(["modality=vision", "hardware=cpu", "hardware.devices=0"], config_name="plan")
+    assert planned == ["hardware.devices: expected a whole number of at least 1, got 0"]

@@ -48,28 +48,32 @@ _TABLE = (
     (
         Range("a whole number of at least 1", lambda value: _whole(value) and value >= 1),
         """
-        accumulate_grad_batches batch_size batch_size_per_device batch_sizes batches block_tokens channels conv_dim
+        accumulate_grad_batches batch_size batch_size_per_device batch_sizes loader.batches block_tokens
+        channels conv_dim
         conv_kernel conv_stride data_wait_rows depth dim epochs every_n_steps ffn_dim hardware.devices image_px
         inference_batches inference_px log_every_n_steps masks_per_sample max_answer_tokens max_probe_samples max_steps
-        max_tokens mel_bins min_tokens neighbours num_heads num_nodes packages patch patch_px position_groups
-        position_kernel prefetch_factor rank_samples repeats rounds rows_per_part sample_rate_hz samples shuffle_buffer
-        side span_tokens tdnn_dim text_tokens threads time_span top_k_layers train_samples training_batch training_px
+        max_tokens mel_bins min_tokens neighbours num_heads num_nodes startup.packages patch patch_px position_groups
+        position_kernel prefetch_factor rank_samples peak.repeats rounds rows_per_part sample_rate_hz
+        loader.samples shuffle_buffer
+        peak.side span_tokens tdnn_dim text_tokens threads time_span top_k_layers train_samples training_batch
+        training_px
         vector_dim visible_block_patches
         """,
     ),
     (
         Range("a whole number of at least 0", lambda value: _whole(value) and value >= 0),
         """
-        continue_tokens encoder_steps grace_steps hold_steps min_spans num_workers position_depth shift_px stride
-        tau_anneal_steps tolerated_bad_samples warmup_steps warmups workers
+        continue_tokens encoder_steps grace_steps hold_steps min_spans num_workers position_depth shift_px head.stride
+        tau_anneal_steps tolerated_bad_samples warmup_steps warmups loader.workers
         """,
     ),
     (
         Range("a number above 0", lambda value: 0 < value < math.inf),
         """
-        audio_seconds bandwidth_gb_s batch_seconds bf16 eps fp16 fp32 frames_per_second loss_tolerance lr max_pixels
+        audio_seconds bandwidth_gb_s batch_seconds hardware.tflops.bf16 eps hardware.tflops.fp16
+        hardware.tflops.fp32 frames_per_second loss_tolerance lr max_pixels
         max_seconds max_value memory_gib nominal_fraction norm_eps stated_tflops std
-        stop_seconds stride_seconds tf32 timeout_s tolerance window_ms window_seconds
+        stop_seconds stride_seconds hardware.tflops.tf32 startup.timeout_s tolerance window_ms window_seconds
         """,
     ),
     (Range("a number above 0", lambda value: value > 0), "final_factor segment_seconds"),
@@ -92,7 +96,7 @@ _TABLE = (
         held_out_fraction input_dropout label_smoothing layer_drop time_fraction
         """,
     ),
-    (Range("a number above 0, at most 1", lambda value: 0 < value <= 1), "rate utilisation"),
+    (Range("a number above 0, at most 1", lambda value: 0 < value <= 1), "layer_decay.rate utilisation"),
     (Range("a number between 0 and 1", lambda value: 0 < value < 1), "hidden_fraction max_waste"),
 )
 RANGES = {name: allowed for allowed, names in _TABLE for name in names.split()}

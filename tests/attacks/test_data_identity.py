@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data2vec_train import checkpoints
+from data2vec_train.config.check.overrides import find_faults
 from data2vec_train.config.check.rules import _groups_are_told_once
 from data2vec_train.data.groups import group
 from data2vec_train.data.identity import CONTENT_BYTES, difference, hashes_of, identify
@@ -377,7 +378,8 @@ def test_a_folder_with_another_name_has_the_same_split(tmp_path):
     ids=["an open bracket", "two groups", "nothing to repeat", "a repetition that is too large"],
 )
 def test_a_pattern_that_cannot_be_used_is_refused_without_loading_anything(pattern, said):
-    assert said in _groups_are_told_once(OmegaConf.create({"data": {"group_pattern": pattern}}))
+    command = ["modality=vision", "data=folder", "data.path=DIR", f"data.group_pattern='{pattern}'"]
+    assert any(said in fault for fault in find_faults(command, config_name="train"))
 
 
 def test_two_ways_to_group_and_groups_of_a_stream_are_refused():

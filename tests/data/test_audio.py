@@ -249,7 +249,7 @@ def test_a_stream_is_cut_on_the_way_and_lets_broken_recordings_through(tmp_path)
 
 
 def test_impossible_lengths_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="min_seconds=5"):
+    with pytest.raises(ConfigError, match="min_seconds: 5 is more than segment_seconds"):
         prepare_audio(folder(tmp_path, {"a.wav": 1.0}), cache_dir=None, **OPTIONS | {"min_seconds": 5})
 
 

@@ -663,7 +663,7 @@ def test_normalising_on_the_device_changes_no_input_and_only_bytes_travel(tmp_pa
 
 
 def test_what_cannot_travel_as_bytes_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="on_device=true is for images"):
+    with pytest.raises(ConfigError, match=r"data\.on_device=true works only for images"):
         data_module(tmp_path, Numbers(8), on_device=True)
     with pytest.raises(ConfigError, match=r"set modality\.augment\.erase=0"):
         data_module(tmp_path, Pictures(), transform=images(erase=0.5), on_device=True)

@@ -760,9 +760,12 @@ class _Walk:
             found = {name: self._setting(path) for name, path in row.items()}
             places.append({name: setting for name, setting in found.items() if setting})
         known = [({name: self._cause(label) for name, (label, _) in place.items()}, _known(place)) for place in places]
-        for find_broken in (constraints.out_of_ranges, constraints.unrelated):  # the former may explain the latter
-            for labels, values in known:
-                yield from (constraints.named(sentence, labels) for sentence in find_broken(values))
+        for place, (labels, values) in zip(places, known, strict=True):  # these may explain the next ones
+            for name, value in values.items():
+                if expected := constraints.out_of_range(place[name][0], value):
+                    yield f"{labels[name]}: expected {expected}, got {show(value)}"
+        for labels, values in known:
+            yield from (constraints.named(sentence, labels) for sentence in constraints.unrelated(values))
 
     def _setting(self, path: str) -> tuple[str, object] | None:
         parent, _, name = path.rpartition(".")
