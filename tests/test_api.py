@@ -210,7 +210,7 @@ def test_an_unfinished_run_goes_on_and_other_objects_are_refused(tmp_path: Path)
     whole = pretrain(data=PIXELS, out=tmp_path / "whole", max_steps=4, **settings)
     with pytest.raises(RuntimeError, match="gone"):
         pretrain(data=PIXELS, out=tmp_path / "run", max_steps=4, callbacks=[Stop()], **settings)
-    with pytest.raises(ConfigError, match="not what it was"):
+    with pytest.raises(ConfigError, match="has changed since"):
         pretrain(data=PIXELS[::-1].copy(), out=tmp_path / "run", max_steps=4, **settings)
     run = pretrain(data=PIXELS, out=tmp_path / "run", max_steps=4, **settings)
     assert losses(run) == losses(whole)

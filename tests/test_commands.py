@@ -256,7 +256,8 @@ def reason(words: list[str]) -> str | None:
 
 def cases():
     """Each command once; the first of a verb and a modality is fast, unless others have to run before it."""
-    seen, kinds = set(), {("benchmark", "vision")}  # tests/benchmark has fast ones
+    # tests/benchmark and tests/finetune have fast ones
+    seen, kinds = set(), {("benchmark", "vision"), ("finetune", "text"), ("finetune", "vision")}
     for document, task, arguments in COMMANDS:
         words = shlex.split(arguments)
         if (task, arguments) in seen or reason(words) is not None:

@@ -118,6 +118,7 @@ def test_a_folder_of_texts_trains_on_the_good_ones_and_lists_the_bad(
     assert "<mark" in page
 
 
+@pytest.mark.slow
 def test_a_stream_of_texts_and_of_recordings_trains(run_program, texts, tmp_path, monkeypatch):
     import io
 

@@ -19,8 +19,8 @@ CHECKOUT = Path(__file__).parents[1]
         ),
         ("kills", "--kills", "1", "--processes", "2", "--kills-per-run", "1", "--modalities", "vision"),
         ("saves", "--kills", "2", "--full-disks", "1"),
-        ("signals", "--signals", "2"),
-        ("sweeps", "--kills", "1"),
+        pytest.param(("signals", "--signals", "2"), marks=pytest.mark.slow),  # tests/distributed has fast ones
+        pytest.param(("sweeps", "--kills", "1"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -123,6 +123,7 @@ def test_every_enumerated_setting_is_looked_at():
     assert set(rules._NAMES) == {*RUNNING, *SLOWLY, *ELSEWHERE}
 
 
+@pytest.mark.slow
 def test_precisions_accelerators_and_progress_run_or_are_refused(tmp_path):
     columns = [able(values_of(setting)) for setting in RUNNING]
     run([" ".join(filter(None, row)) for row in itertools.zip_longest(*columns)], tmp_path)

@@ -155,6 +155,7 @@ def test_a_spread_is_median_and_range():
     assert spread_text([3.0, 1.0, 2.0]) == "2 s [1 s..3 s]"
 
 
+@pytest.mark.slow
 def test_a_backend_that_refuses_is_a_line_and_one_that_is_wrong_has_no_ratio(monkeypatch):
     def refuse(*_):
         raise ConfigError("attention=picky needs a GPU; choose attention=sdpa")

@@ -56,6 +56,7 @@ def srun(arguments: list[str], folder: Path, **more: str) -> list[subprocess.Pop
     return processes
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm_is_queued_again_and_goes_on(tmp_path):
     tool = tmp_path / "bin" / "scontrol"
     tool.parent.mkdir()

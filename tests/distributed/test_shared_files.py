@@ -18,6 +18,7 @@ def torchrun(module: str, arguments: list[str], folder: Path) -> subprocess.Comp
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_broken_samples_of_all_processes_are_listed_once(tmp_path):
     run = tmp_path / "run"
     arguments = [*arguments_of(tmp_path, 6), "report=false", f"hydra.run.dir={run}", "data.held_out_fraction=0"]

@@ -209,7 +209,7 @@ def losses(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("library", ["timm", "hf"])
-@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+@pytest.mark.parametrize("objective", [pytest.param("data2vec", marks=pytest.mark.slow), "data2vec2"])
 def test_it_trains_resumes_and_embeds(run_program, folder, tmp_path, library, objective):
     weights = {"timm": folder / "test_vit.pth", "hf": folder / "vit"}[library]
     more = [f"objective={objective}", f"init_from={weights}"]
