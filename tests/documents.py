@@ -12,7 +12,7 @@ DOCUMENTS = {
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OURS = re.compile(
     r"(?:^|\s)(?:(?:python|torchrun\s[^`]*?) -m data2vec_train(?:\.(?P<module>\w+))?"
-    r"|data2vec-train(?: (?P<verb>[a-z]+))?)(?![\w.=])(?P<arguments>.*)"
+    r"|data2vec-train(?: (?P<verb>[a-z]+))?)(?![\w.=\[])(?P<arguments>.*)"
 )
 SLURM = re.compile(r"^sbatch recipes/cluster/pretrain.sbatch (.*)")
 

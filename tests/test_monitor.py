@@ -365,6 +365,6 @@ def test_rows_in_words():
 
 
 def test_wandb_without_the_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("data2vec_train.training.callbacks.monitor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("data2vec_train.system.constraints.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"data2vec-train\[wandb\]"):
         wandb_logger(project="p", save_dir="d", step=0)

@@ -1,5 +1,6 @@
 """What README.md and the README of each folder tell people to type, and the files that they point to, are right."""
 
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -27,6 +28,12 @@ def test_a_command_is_accepted(task, arguments, monkeypatch, tmp_path):
         if key in ("init_from", "checkpoint"):
             Path(place).parent.mkdir(parents=True, exist_ok=True)
             Path(place).touch()
+    if "encoder.path=FOLDER" in words:
+        kind = "wav2vec2" if "modality=audio" in words else "vit"
+        Path("FOLDER").unlink(missing_ok=True)
+        Path("FOLDER").mkdir()
+        Path("FOLDER", "config.json").write_text(json.dumps({"model_type": kind}))
+        words += [] if kind == "wav2vec2" else ["modality.image_px=224", "modality.patch_px=16"]
     if "modality=eeg" in words:
         monkeypatch.syspath_prepend(str(ROOT / "tests" / "plugins"))
         monkeypatch.setenv("DATA2VEC_PLUGINS", "eeg")

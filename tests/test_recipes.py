@@ -72,7 +72,7 @@ def test_a_recipe_composes_and_builds_on_the_meta_device(recipe, composed):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_choice_composes_and_passes_the_preflight(choice, composed):
+def test_a_choice_composes_and_passes_the_preflight(choice, composed, tmp_path):
     group, _, option = choice.partition("=")
     if group == "head":
         modality = {"image": "vision", "segmentation": "vision"}.get(option, "text")
@@ -83,7 +83,12 @@ def test_a_choice_composes_and_passes_the_preflight(choice, composed):
         return
     if choice == "callbacks=finetune":  # the callbacks of another command, checked with the heads
         return
-    path = ["data.path=somewhere"] if group == "data" and option != "sample" else []
+    path = ["data.path=somewhere"] if group == "data" and option not in ("sample", "objects") else []
+    if choice == "encoder=timm":
+        path = ["encoder.name=vit_tiny_patch16_224", "modality.image_px=64", "modality.patch_px=16"]
+    if choice == "encoder=hf":
+        (tmp_path / "config.json").write_text('{"model_type": "vit", "image_size": 32, "patch_size": 8}')
+        path = [f"encoder.path={tmp_path}", "modality.image_px=32", "modality.patch_px=8"]
     command = "plan" if group == "hardware" else "train"
     assert preflight(composed(choice, *path, config_name=command)) == []
 

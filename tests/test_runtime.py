@@ -88,7 +88,7 @@ def test_what_the_device_cannot_is_one_sentence(machine, wanted, device, capabil
 
 def test_float8_names_the_package_that_is_missing(machine, monkeypatch):
     machine(capability=(9, 0))
-    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    monkeypatch.setattr("data2vec_train.system.constraints.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package torchao: pip install 'data2vec-train\[fp8\]'"):
         choose_precision("fp8-mixed", "cuda")
 
