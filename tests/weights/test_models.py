@@ -778,6 +778,8 @@ def test_an_encoder_of_a_plugin_goes_the_same_way(monkeypatch, tmp_path):
 
     arguments = {"channels": 19, "window": 25, "dim": 32, "depth": 2, "num_heads": 4, "ffn_dim": 48}
     arguments["attention"] = "sdpa"
+    monkeypatch.delitem(sys.modules, "eeg", raising=False)  # of other tests in this process
+    monkeypatch.delenv("DATA2VEC_PLUGINS", raising=False)
     with pytest.raises(ConfigError, match="encoder eeg.EEGEncoder is not loaded; import eeg first"):
         plugin.encoder_class("eeg.EEGEncoder")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugins"))
