@@ -148,10 +148,10 @@ def parts(
     the same number.
 
     Args:
-        data: this and the next three as in `pretrain`.
-        test_data: see `data`.
-        labels: see `data`.
-        test_labels: see `data`.
+        data: as in `pretrain`.
+        test_data: as in `pretrain`.
+        labels: as in `pretrain`.
+        test_labels: as in `pretrain`.
         out: folder for the list of broken samples.
         **settings: as in `pretrain`.
 
@@ -193,12 +193,12 @@ def finetune(
     Args:
         init_from: a `Run`, a checkpoint, or a folder with weights.
         data: as in `pretrain`; the columns that the head reads come from frames, dicts, or data sets with columns.
-        test_data: this and the next five as in `pretrain`.
-        labels: see `test_data`.
-        test_labels: see `test_data`.
-        out: see `test_data`.
-        callbacks: see `test_data`.
-        logger: see `test_data`.
+        test_data: records to test on; None = a share of `data` is held out.
+        labels: one for each object of `data`; None = labels in the data.
+        test_labels: labels of `test_data`.
+        out: the run directory, as in `pretrain`.
+        callbacks: as in `pretrain`.
+        logger: as in `pretrain`.
         **settings: as in `pretrain`; `head="image"` says what is learned.
 
     Returns:
@@ -408,10 +408,11 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _is_new(line: str) -> bool:
-    """Whether an override adds to the config of the command: recipes and callbacks of the caller's."""
+    """Whether an override adds a key that the command's config does not have: a recipe, or a callback of the caller."""
+    from data2vec_train.system.constraints import OWN_CALLBACKS
+
     found = re.match(r"callbacks\.(\w+)", line)
-    own = ("probe", "monitor", "checkpoint", "timing", "finite", "evaluation")
-    return line.startswith("recipes=") or (found is not None and found[1] not in own)
+    return line.startswith("recipes=") or (found is not None and found[1] not in OWN_CALLBACKS)
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:

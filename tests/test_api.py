@@ -16,6 +16,7 @@ from PIL import Image
 import data2vec_train
 from data2vec_train import ConfigError, DataError, Run, embed, export, finetune, predict, pretrain, probe
 from data2vec_train.data.sources.objects import as_source
+from data2vec_train.errors import BadSample
 
 TINY = {
     "precision": "fp32",
@@ -111,6 +112,13 @@ def test_labels_that_are_given_go_first_and_false_means_none() -> None:
     given = as_source(images, kind="image", labels=["x", "y"] * 12)
     assert given.class_names == ["x", "y"]
     assert as_source(images, kind="image", labels=False).labels() is None
+
+
+def test_an_image_beyond_the_range_of_the_first_ones_is_broken_and_not_white() -> None:
+    images = [pixels / 255.0 for pixels in PIXELS] + [PIXELS[0] * 1.0]
+    value = as_source(images, kind="image")[len(PIXELS)].value
+    assert isinstance(value, BadSample)
+    assert "those of the first images lie in [0, 1]" in str(value)
 
 
 SOUNDS = {

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -89,7 +90,7 @@ def main(task: Callable[[DictConfig], object], *, config_name: str, weights: str
         sys.exit(130)
     except Exception as error:  # of the command, or of Hydra's own files
         failure, status = judged(error)
-        if status == 1 and listener.received:
+        if isinstance(error, ConfigCompositionException) and listener.received:  # as above; no task has begun
             sys.exit(told(Interrupted(listener.received)))
         if status == 1:
             raise

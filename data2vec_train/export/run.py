@@ -382,7 +382,9 @@ def _compare_weights(model: PretrainedModel, again: PretrainedModel) -> Comparis
     """Compare the tensors of an encoder of a plugin: nobody else knows inputs on which outputs could be compared."""
     found = again.state_dict()
     pairs = [(tensor.float(), found[name].float()) for name, tensor in model.state_dict().items() if tensor.numel()]
-    return Comparison("data2vec_train", [("weights", max(float((one - two).abs().max()) for one, two in pairs))])
+    return Comparison(
+        "data2vec_train", [("weights", max(float((written - read).abs().max()) for written, read in pairs))]
+    )
 
 
 @torch.no_grad()

@@ -203,7 +203,7 @@ def embed_inputs(
         transform = how.transform()
         options = {"sample_rate_hz": how.sampling_rate, "channels": 1, "min_seconds": 0.0}
         options |= {"min_level": 0.0, "max_level": float("inf")}
-        decoded = (_decoded(decode_audio, one, number, options) for number, one in enumerate(inputs))
+        decoded = (_decoded(decode_audio, value, number, options) for number, value in enumerate(inputs))
         return Embedder(encoder, numbers, pooling)([transform.evaluate(wave) for wave in decoded])
     if isinstance(encoder, WaveformEncoder):
         from data2vec_train.data.audio import AudioTransform, decode_audio

@@ -32,8 +32,8 @@ def spectrogram_masks_section(
     for mel, masks, name in zip(spectrograms, masked, names, strict=False):
         picture = _picture(mel)
         hidden = [cover(picture, _upright(mask)) for mask in masks[: SHOWN_MASKS - 1]]
-        pictures = [image_tag(png_of(one), alt=name) for one in (picture, *hidden)]
-        rows += [[f'<th colspan="{SHOWN_MASKS}">{escape(name)}</th>'], [f"<td>{one}</td>" for one in pictures]]
+        pictures = [image_tag(png_of(shown), alt=name) for shown in (picture, *hidden)]
+        rows += [[f'<th colspan="{SHOWN_MASKS}">{escape(name)}</th>'], [f"<td>{cell}</td>" for cell in pictures]]
     share = np.concatenate([np.asarray(masks).ravel() for masks in masked]).mean()
     return Section(
         "What the student hears",
@@ -66,10 +66,10 @@ def spectrogram_features_section(
     for mel, name, *maps in zip(spectrograms, names, before, after, strict=False):
         picture = _picture(mel)
         grids = [_upright(colours.reshape(-1, columns, 3)) for colours in maps]
-        pictures = [picture, *(_resized(np.uint8(255 * one), picture.shape[1]) for one in grids)]
+        pictures = [picture, *(_resized(np.uint8(255 * grid), picture.shape[1]) for grid in grids)]
         rows += [
             [f'<th colspan="3">{escape(name)}</th>'],
-            [f"<td>{image_tag(png_of(one), alt=name)}</td>" for one in pictures],
+            [f"<td>{image_tag(png_of(shown), alt=name)}</td>" for shown in pictures],
         ]
     return Section(
         "Patch features as colours",
@@ -84,7 +84,7 @@ def spectrogram_features_section(
 def _colours(features: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
     """Features (T_i, D) of each clip -> colours (T_i, 3) in [0, 1], and the share of the variance they hold."""
     colours, share = pca_colours(np.concatenate(list(features))[None])
-    return np.split(colours[0], np.cumsum([len(one) for one in features])[:-1]), share
+    return np.split(colours[0], np.cumsum([len(rows) for rows in features])[:-1]), share
 
 
 def _picture(mel: np.ndarray) -> np.ndarray:

@@ -376,6 +376,8 @@ def _gradients_are_clipped_by_norm(gradient_clip_algorithm: str) -> str | None:
     return f"<gradient_clip_algorithm>: expected norm, got {show(gradient_clip_algorithm)}"
 
 
+# Below `callbacks`; others are added by the user.
+OWN_CALLBACKS = ("probe", "monitor", "checkpoint", "timing", "finite", "evaluation")
 PROGRESS = ("auto", "bar", "lines", "none")
 
 

@@ -219,7 +219,7 @@ class WrappedImages(WrappedEncoder):
             tokens, _ = apply_mask(tokens, None, masks=masks, mode=mode, mask_token=self.mask_token)  # (N, T or V, D)
         if positions is not None and mode != "drop":
             tokens = tokens + positions
-        x = torch.cat([*(one.to(tokens.dtype).expand(len(tokens), -1, -1) for one in prefix), tokens], dim=1)
+        x = torch.cat([*(token.to(tokens.dtype).expand(len(tokens), -1, -1) for token in prefix), tokens], dim=1)
         x = self.before_blocks(x)
         mask = self.block_mask(masks if mode == "drop" else None, x)
         x, layers = self.run_blocks(x, mask, target_layer=target_layer, top_k_layers=top_k_layers, context=context)

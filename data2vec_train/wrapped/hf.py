@@ -6,6 +6,7 @@ skips whole blocks in training, is left out.
 
 import functools
 import json
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,17 @@ class _FromConfig(WrappedEncoder):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
 
+    @abstractmethod
     def fitted(self, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         """The config for these inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_up(self, model: nn.Module) -> None:
         """Set the attributes that the contract wants."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, model: nn.Module) -> dict[str, str]:
         """What is moved, see `WrappedEncoder.adopt`."""
-        raise NotImplementedError
 
     def blocks(self) -> nn.ModuleList:
         """The library's blocks, lowest first."""
@@ -221,7 +222,8 @@ class HFImages(_FromConfig, WrappedImages):
         """The block's output for x (N, S, D); BEiT's are told here, as they know no dropped tokens."""
         if self.content["model_type"] != "beit":
             return block(x)
-        tables = [one for one in (self.model.shared_position_bias, block.relative_position_bias) if one is not None]
+        own = (self.model.shared_position_bias, block.relative_position_bias)
+        tables = [table for table in own if table is not None]
         bias = sum(table(self.grid) for table in tables) if tables else None  # (1, H, S', S') of all positions
         if bias is not None and mask is not None:
             bias = bias[0].permute(1, 2, 0)[mask[:, :, None], mask[:, None, :]].permute(0, 3, 1, 2)  # (N, H, S, S)

@@ -113,6 +113,7 @@ def _settings_of_an_encoder_that_is_not_built(cfg: DictConfig) -> list[str]:
     if chosen in (None, "builtin"):
         return []
     typed = _get(cfg, "hydra.overrides.task", list, [])
+    # encoder.mask_token refers to that of the modality, which the objective decides.
     return [
         f"{line}: encoder={chosen} is another encoder, which does not read modality.encoder; see encoder in "
         f"configs/encoder/{chosen}.yaml"

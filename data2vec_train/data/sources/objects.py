@@ -7,7 +7,7 @@ the source that `data=objects` builds reads them from there.
 import io
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ def as_source(
     if isinstance(data, torch.utils.data.IterableDataset):
         return Stream(data, name=name, kind=kind)
     if library in ("pandas", "polars"):
-        data = {str(one): _cells(data[one]) for one in data.columns}
+        data = {str(column): _cells(data[column]) for column in data.columns}
     if isinstance(data, Mapping):
         data = Columns(data)
     elif isinstance(data, (str, bytes, Path)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
@@ -169,6 +169,46 @@ class Columns(Sequence):
         return {name: values[index] for name, values in self.columns.items()}
 
 
+class Reader:
+    """Takes the sample out of an item; the first items tell its columns, and whether images have values in [0, 1].
+
+    Args:
+        first: the first items, at least one; more than one is read only for images of floating-point numbers.
+        name: of the data, for messages.
+        kind: see `as_source`.
+        column: see `as_source`.
+
+    Raises:
+        ConfigError: it is not clear which column has the samples, or images have values below 0.
+    """
+
+    def __init__(self, first: Iterable[Any], *, name: str, kind: Kind, column: str | None) -> None:
+        items = iter(first)
+        item = next(items)
+        self.kind = kind
+        self.columns = tuple(item) if isinstance(item, Mapping) and not _is_sample(item, kind) else ()
+        self.column = _sample_column(self.columns, kind, column, name) if self.columns else None
+        self.in_unit_range = False
+        if kind == "image" and _is_float(self.sample(item)):
+            samples = map(self.sample, itertools.chain([item], items))
+            arrays = [np.asarray(sample) for sample in samples if _is_float(sample)]
+            if any((array < 0).any() for array in arrays):
+                raise ConfigError(f"{name}: images with values below 0; pass images that are not normalised")
+            self.in_unit_range = all((array <= 1).all() for array in arrays)
+
+    def sample(self, item: Any) -> Any:
+        """The item without its label: an image, a text, a waveform or (waveform, rate), a path."""
+        if self.column is not None:
+            item = item[self.column]
+        elif isinstance(item, tuple):
+            item = item[:2] if self.kind == "audio" and len(item) > 1 and _is_rate(item[1]) else item[0]
+        return Path(item) if isinstance(item, str) and self.kind != "text" else item
+
+    def value(self, item: Any) -> Any:
+        """The sample as a `RawSample.value`, see `_encoded`."""
+        return _encoded(self.sample(item), self.kind, unit=self.in_unit_range)
+
+
 class Objects(Source):
     """Items with a length and an index, see `as_source`."""
 
@@ -185,18 +225,16 @@ class Objects(Source):
     ) -> None:
         if not len(data):
             raise DataError(f"{name}: it is empty")
-        self._data, self._name, self._kind = data, name, kind
-        first = data[0]
-        self._names = tuple(first) if isinstance(first, Mapping) and not _is_sample(first, kind) else ()
-        self._column = _sample_column(self._names, kind, column, name) if self._names else None
-        self._fields = {one: _present(text_column(one, self._names, name), self._names, name) for one in fields}
-        given = labels if labels is not None or label_column is False else self._own_labels(first, label_column)
+        self._data, self._name = data, name
+        first = (data[index] for index in range(min(len(data), LOOKED_AT)))
+        self._reader = Reader(first, name=name, kind=kind, column=column)
+        known = self._reader.columns
+        self._fields = {field: _present(text_column(field, known, name), known, name) for field in fields}
+        given = labels if labels is not None or label_column is False else self._own_labels(data[0], label_column)
         self.class_names, self._labels = None, None
         if given is not None:
             self.class_names, self._labels = _classes(given, len(data), name)
-        sample = self._sample(first)
-        self._unit = kind == "image" and _is_float(sample) and self._within_one()
-        if self._unit:
+        if self._reader.in_unit_range:
             log.info("%s: values lie in [0, 1]; 1 is white", name)
         classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
         log.info("%s: %d records%s", name, len(self), classes)
@@ -207,11 +245,11 @@ class Objects(Source):
     def __getitem__(self, index: int) -> RawSample:
         index = range(len(self))[index]
         item = self._data[index]
-        sample = self._sample(item)
         label = None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
-        key = str(sample) if isinstance(sample, Path) else self.name_of(index)
+        value = self._reader.value(item)
+        key = str(value) if isinstance(value, Path) else self.name_of(index)
         fields = {name: item[column] for name, column in self._fields.items()}
-        return RawSample(key, _encoded(sample, self._kind, unit=self._unit), label, fields)
+        return RawSample(key, value, label, fields)
 
     def name_of(self, index: int) -> str:
         """Name of the record in quarantine.jsonl."""
@@ -220,14 +258,14 @@ class Objects(Source):
     def names(self) -> Iterator[str]:
         """Paths of files; positions of other objects. Reads no file."""
         for index in range(len(self)):
-            sample = self._sample(self._data[index]) if isinstance(self._data, (list, tuple)) else None
+            sample = self._reader.sample(self._data[index]) if isinstance(self._data, (list, tuple)) else None
             yield str(sample) if isinstance(sample, Path) else self.name_of(index)
 
     def versions(self) -> np.ndarray:
         """Hash of the size of each object of a list; zeros for a data set, which would have to be read."""
         if not isinstance(self._data, (list, tuple, Columns, np.ndarray, torch.Tensor)):
             return np.zeros(len(self), dtype=np.uint64)
-        sizes = (_size(self._sample(self._data[index])) for index in range(len(self)))
+        sizes = (_size(self._reader.sample(self._data[index])) for index in range(len(self)))
         return np.fromiter((hash_of(size.encode()) for size in sizes), dtype=np.uint64, count=len(self))
 
     def labels(self) -> np.ndarray | None:
@@ -241,18 +279,11 @@ class Objects(Source):
             return list(self._data.columns[column])
         return [self._data[index][column] for index in range(len(self))]
 
-    def _sample(self, item: Any) -> Any:
-        """The item without its label: an image, a text, a waveform or (waveform, rate), a path."""
-        if self._column is not None:
-            item = item[self._column]
-        elif isinstance(item, tuple):
-            item = item[:2] if self._kind == "audio" and len(item) > 1 and _is_rate(item[1]) else item[0]
-        return Path(item) if isinstance(item, str) and self._kind != "text" else item
-
     def _own_labels(self, first: Any, label_column: str | None) -> Sequence[Any] | None:
-        if self._names:
-            usual = [one for one in LABEL_NAMES if one in self._names and one != self._column]
-            name = _present(label_column, self._names, self._name) if label_column else next(iter(usual), None)
+        known = self._reader.columns
+        if known:
+            usual = [name for name in LABEL_NAMES if name in known and name != self._reader.column]
+            name = _present(label_column, known, self._name) if label_column else next(iter(usual), None)
             if name is None:
                 return None
             if isinstance(self._data, Columns):
@@ -262,28 +293,22 @@ class Objects(Source):
             raise ConfigError(f"{self._name}: label_column={label_column!r}, and the items have no columns")
         if not isinstance(first, tuple):
             return None
-        place = 2 if self._kind == "audio" and len(first) > 1 and _is_rate(first[1]) else 1
+        place = 2 if self._reader.kind == "audio" and len(first) > 1 and _is_rate(first[1]) else 1
         if len(first) <= place:
             return None
         targets = getattr(self._data, "targets", None)  # of torchvision's data sets: reads no image
         if targets is not None and len(targets) == len(self._data):
             names = getattr(self._data, "classes", None)
-            found = [int(one) for one in targets]
-            return [names[one] for one in found] if names is not None else found
+            found = [int(target) for target in targets]
+            return [names[target] for target in found] if names is not None else found
         return [self._data[index][place] for index in range(len(self._data))]
-
-    def _within_one(self) -> bool:
-        samples = (self._sample(self._data[index]) for index in range(min(len(self._data), LOOKED_AT)))
-        arrays = [np.asarray(one) for one in samples if _is_float(one)]
-        if any((one < 0).any() for one in arrays):
-            raise ConfigError(f"{self._name}: images with values below 0; pass images that are not normalised")
-        return all((one <= 1).all() for one in arrays)
 
 
 class Stream(StreamingSource):
     """An `IterableDataset` of torch. With n consumers, each takes every n-th item.
 
-    Items are as in `as_source`; their labels are ignored.
+    Items are as in `as_source`; their labels are ignored. The data set must not divide its items among loader processes
+    by itself, since it would then be divided twice.
     """
 
     class_names = None
@@ -298,11 +323,14 @@ class Stream(StreamingSource):
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(epoch)
         consumer, consumers = worker * world_size + rank, world_size * max(1, num_workers)
-        for index, item in enumerate(itertools.islice(iter(self._data), consumer, None, consumers)):
-            record = Objects(
-                [item], name=self._name, kind=self._kind, labels=None, column=None, label_column=False, fields=()
-            )[0]
-            yield RawSample(f"{self._name}[{consumer + index * consumers}]", record.value, None)
+        items = iter(self._data)
+        first = list(itertools.islice(items, LOOKED_AT))
+        if not first:
+            return
+        reader = Reader(first, name=self._name, kind=self._kind, column=None)
+        own = itertools.islice(enumerate(itertools.chain(first, items)), consumer, None, consumers)
+        for index, item in own:
+            yield RawSample(f"{self._name}[{index}]", reader.value(item), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +348,7 @@ def _of_hugging_face(data: Any, *, name: str, kind: KnownKind, labels: Any, **co
     if labels is not None:
         if len(labels) != len(data):
             raise ConfigError(f"{name}: {len(data)} records and {len(labels)} labels")
-        data = data.remove_columns([one for one in ("label",) if one in data.column_names])
+        data = data.remove_columns([name for name in ("label",) if name in data.column_names])
         data, columns["label_column"] = data.add_column("label", _plain(labels)), "label"
     return HFSource.of(data, name=name, kind=kind, **columns)
 
@@ -328,13 +356,13 @@ def _of_hugging_face(data: Any, *, name: str, kind: KnownKind, labels: Any, **co
 def _cells(column: Any) -> list[Any]:
     """The values of a column of a data frame; NaN becomes None."""
     values = column.to_list()
-    return [None if isinstance(one, float) and one != one else one for one in values]
+    return [None if isinstance(value, float) and value != value else value for value in values]
 
 
 def _plain(labels: Any) -> list[Any]:
     """Labels as plain numbers and texts."""
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    return [one.item() if hasattr(one, "item") else one for one in labels]
+    return [label.item() if hasattr(label, "item") else label for label in labels]
 
 
 def _classes(labels: Any, count: int, name: str) -> tuple[list[str], np.ndarray]:
@@ -369,8 +397,8 @@ def _present(wanted: str, names: Sequence[str], where: str) -> str:
 def _sample_column(names: Sequence[str], kind: Kind, column: str | None, where: str) -> str:
     if column is not None:
         return _present(column, names, where)
-    usual = [one for one in USUAL_NAMES.get(kind, ()) if one in names]
-    others = [one for one in names if one not in LABEL_NAMES and not NOT_SAMPLES.search(one)]
+    usual = [name for name in USUAL_NAMES.get(kind, ()) if name in names]
+    others = [name for name in names if name not in LABEL_NAMES and not NOT_SAMPLES.search(name)]
     if usual or len(others) == 1:
         return (usual or others)[0]
     what = "samples" if kind == "any" else f"{kind}s"
@@ -413,7 +441,11 @@ def _image(sample: Any, unit: bool) -> bytes | np.ndarray:
         array = np.asarray(sample)
         if array.dtype == object:
             raise TypeError("expected a picture of PIL, an array, a tensor, a path or bytes")
-    return np.floor(array * 255.0 + 0.5).clip(0, 255).astype(np.uint8) if unit and array.dtype.kind == "f" else array
+    if not unit or array.dtype.kind != "f":
+        return array
+    if not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f"values from {array.min():g} to {array.max():g}; those of the first images lie in [0, 1]")
+    return np.floor(array * 255.0 + 0.5).astype(np.uint8)
 
 
 def _png(picture: Any) -> bytes | np.ndarray:

@@ -8,12 +8,18 @@ from data2vec_train.data.dataset import Sample
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.features.raw import log_mel
 from data2vec_train.report.page import Section
-from data2vec_train.report.pictures.shared import features_of, good_samples, masks_of, neighbours, shown_set
-from data2vec_train.report.sequences import audio_masks_section, sequence_features_section, text_neighbours_section
+from data2vec_train.report.pictures.shared import (
+    features_of,
+    good_samples,
+    masks_of,
+    recording_neighbours,
+    shown_set,
+    title,
+)
+from data2vec_train.report.sequences import audio_masks_section, sequence_features_section
 
 NUM_CLIPS = 4
 NUM_QUERIES = 6
-NUM_NEIGHBOURS = 4
 
 
 def pictures(
@@ -51,23 +57,7 @@ def pictures(
         return log_mel(inputs, mask, sample_rate_hz=sample_rate_hz)
 
     encoders = {"trained": student, "untrained": untrained}
-    found, ids, labels = neighbours(
-        data, encoders, ("log-mel statistics", raw), samples, pooling="mean_std", count=NUM_NEIGHBOURS
-    )
-    labelled = labels is not None and data.class_names is not None and data.test_set is not None
-    gallery = {
-        int(row): _title(data.source[int(ids[row])].key, labels[row] if labelled else None, data.class_names)
-        for rows in found.values()
-        for row in rows.flat
-    }
-    sections.append(
-        text_neighbours_section(
-            names,
-            {name: [[gallery[int(i)] for i in row] for row in rows] for name, rows in found.items()},
-            query_labels=np.array([sample.label for sample in samples]) if labelled else None,
-            found_labels={name: labels[rows] for name, rows in found.items()} if labelled else None,
-        )
-    )
+    sections.append(recording_neighbours(data, encoders, ("log-mel statistics", raw), samples, names))
     return sections
 
 
@@ -77,8 +67,4 @@ def _mono(sample: Sample) -> np.ndarray:
 
 
 def _name(data: DataModule, shown: object, sample: Sample) -> str:
-    return _title(shown.source[sample.id].key, sample.label, data.class_names)
-
-
-def _title(key: str, label: int | None, class_names: list[str] | None) -> str:
-    return key if label is None or class_names is None else f"{key} ({class_names[int(label)]})"
+    return title(shown.source[sample.id].key, sample.label, data.class_names)

@@ -12,9 +12,12 @@ from data2vec_train.data.dataset import EvaluationDataset, Sample
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.features.embedding import pool
 from data2vec_train.features.measures import nearest
+from data2vec_train.report.page import Section
+from data2vec_train.report.sequences import text_neighbours_section
 from data2vec_train.training.callbacks.probe import Pooling, RawFeatures, token_features
 
 GALLERY = 2000
+RECORDING_NEIGHBOURS = 4
 
 
 def shown_set(data: DataModule) -> EvaluationDataset | None:
@@ -101,3 +104,31 @@ def neighbours(
     ordered = {which: found[which] for which in [*encoders, name]}
     known = all(part is not None for part in labels)
     return ordered, gallery_ids, np.concatenate(labels) if known else None
+
+
+def title(key: str, label: int | None, class_names: list[str] | None) -> str:
+    """A recording's name, and its class where there is one."""
+    return key if label is None or class_names is None else f"{key} ({class_names[int(label)]})"
+
+
+def recording_neighbours(
+    data: DataModule,
+    encoders: dict[str, ModalityEncoder],
+    raw: tuple[str, RawFeatures],
+    queries: list[Sample],
+    names: list[str],
+) -> Section:
+    """Nearest neighbours of recordings, by their names; arguments as in `neighbours`, `names` are those of queries."""
+    found, ids, labels = neighbours(data, encoders, raw, queries, pooling="mean_std", count=RECORDING_NEIGHBOURS)
+    labelled = labels is not None and data.class_names is not None and data.test_set is not None
+    gallery = {
+        int(row): title(data.source[int(ids[row])].key, labels[row] if labelled else None, data.class_names)
+        for rows in found.values()
+        for row in rows.flat
+    }
+    return text_neighbours_section(
+        names,
+        {name: [[gallery[int(i)] for i in row] for row in rows] for name, rows in found.items()},
+        query_labels=np.array([query.label for query in queries]) if labelled else None,
+        found_labels={name: labels[rows] for name, rows in found.items()} if labelled else None,
+    )

@@ -1,18 +1,21 @@
 """What the report shows of a run on spectrograms: masks and features on the grid of patches, neighbours."""
 
-import numpy as np
-
 from data2vec_train.data.datamodule import DataModule
 from data2vec_train.encoders.base import ModalityEncoder
 from data2vec_train.features.raw import time_statistics
 from data2vec_train.report.page import Section
-from data2vec_train.report.pictures.shared import features_of, good_samples, masks_of, neighbours, shown_set
-from data2vec_train.report.sequences import text_neighbours_section
+from data2vec_train.report.pictures.shared import (
+    features_of,
+    good_samples,
+    masks_of,
+    recording_neighbours,
+    shown_set,
+    title,
+)
 from data2vec_train.report.spectrograms import spectrogram_features_section, spectrogram_masks_section
 
 NUM_CLIPS = 4
 NUM_QUERIES = 6
-NUM_NEIGHBOURS = 4
 
 
 def pictures(
@@ -24,7 +27,7 @@ def pictures(
         return []
     samples = good_samples(shown, NUM_QUERIES)
     clips = samples[:NUM_CLIPS]
-    names = [title(shown.source[one.id].key, one.label, data.class_names) for one in samples]
+    names = [title(shown.source[sample.id].key, sample.label, data.class_names) for sample in samples]
     columns = student.grid[1]
     spectrograms = [sample.inputs.numpy() for sample in clips]
     titles = [
@@ -40,26 +43,5 @@ def pictures(
     if len(data.indices) < 2:
         return sections
     encoders = {"trained": student, "untrained": untrained}
-    found, ids, labels = neighbours(
-        data, encoders, ("log-mel statistics", time_statistics), samples, pooling="mean_std", count=NUM_NEIGHBOURS
-    )
-    labelled = labels is not None and data.class_names is not None and data.test_set is not None
-    gallery = {
-        int(row): title(data.source[int(ids[row])].key, labels[row] if labelled else None, data.class_names)
-        for rows in found.values()
-        for row in rows.flat
-    }
-    sections.append(
-        text_neighbours_section(
-            names,
-            {name: [[gallery[int(i)] for i in row] for row in rows] for name, rows in found.items()},
-            query_labels=np.array([sample.label for sample in samples]) if labelled else None,
-            found_labels={name: labels[rows] for name, rows in found.items()} if labelled else None,
-        )
-    )
+    sections.append(recording_neighbours(data, encoders, ("log-mel statistics", time_statistics), samples, names))
     return sections
-
-
-def title(key: str, label: int | None, class_names: list[str] | None) -> str:
-    """A recording's name, and its class where there is one."""
-    return key if label is None or class_names is None else f"{key} ({class_names[int(label)]})"

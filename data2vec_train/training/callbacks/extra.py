@@ -6,9 +6,8 @@ from omegaconf import DictConfig
 
 from data2vec_train.config.build import build
 from data2vec_train.errors import ConfigError
+from data2vec_train.system.constraints import OWN_CALLBACKS
 from data2vec_train.training.callbacks.checkpointing import measuring_callback
-
-OWN = ("probe", "monitor", "checkpoint", "timing", "finite", "evaluation")  # built where they are used
 
 
 def extra_callbacks(callbacks: DictConfig) -> list[L.Callback]:
@@ -18,7 +17,7 @@ def extra_callbacks(callbacks: DictConfig) -> list[L.Callback]:
         ConfigError: a target is not a callback of Lightning.
     """
     found = []
-    for name in sorted(set(callbacks) - set(OWN)):
+    for name in sorted(set(callbacks) - set(OWN_CALLBACKS)):
         # There are no validation epochs here; `AfterMeasurement` calls it instead.
         is_stopping = str(callbacks[name].get("_target_")).endswith(".EarlyStopping")
         callback = build(callbacks[name], **({"check_on_train_epoch_end": False} if is_stopping else {}))
